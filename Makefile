@@ -1,0 +1,38 @@
+# make pretrain   set up .venv and train a Diff-ViT on the embedded sample
+# make test       every test; make test-fast: those that need no Ray
+# make lint       ruff, mypy, import-linter
+# make clean      remove what these made, but not runs/
+
+PYTHON ?= python3
+ARGS ?=
+
+.PHONY: pretrain test test-fast lint clean
+
+pretrain: .venv/installed
+	.venv/bin/python ray_jobs/pretrain.py $(ARGS)
+
+test: .venv/installed-dev
+	.venv/bin/python -m pytest $(ARGS)
+
+test-fast: .venv/installed-dev
+	.venv/bin/python -m pytest -m "not ray" $(ARGS)
+
+lint: .venv/installed-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+# pip and not uv, because pip looks in the places that pip.conf names for wheels
+.venv/installed: pyproject.toml requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diffvit needs Python 3.11 or newer; call make with PYTHON=python3.11")'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --constraint requirements.lock --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	.venv/bin/python -m pip install --quiet --constraint requirements.lock --editable '.[dev]'
+	touch $@

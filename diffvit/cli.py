@@ -1,0 +1,64 @@
+"""The command line of the jobs: `JOB.py [RECIPE | --config FILE] [--section.field VALUE ...]`."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import tyro
+
+from diffvit.config import RunConfig, from_json
+from diffvit.recipes import DEFAULT_RECIPE, RECIPES
+
+
+def parse_run_config(description: str, arguments: list[str] | None = None) -> RunConfig:
+    """The config that the command line asks for.
+
+    Starts from a recipe, or from the JSON file of an earlier run (`--config`), and applies the options. Help ends
+    with status 0; anything that is wrong with one line on stderr and status 2.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return tyro.cli(
+            RunConfig,
+            default=_take_default(arguments),
+            args=arguments,
+            description=f"{description}\n\nRecipes, the first argument:\n{_recipe_list()}\n"
+            "\nOr --config FILE, the config.json of an earlier run.",
+        )
+    except ValueError as error:
+        fail(str(error))
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """End the job with one message; status 2 says that the input was wrong."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _take_default(arguments: list[str]) -> RunConfig:
+    """Remove what names the starting point from `arguments`, and load it."""
+    for place, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option == "--config":
+            del arguments[place]
+            if not equals:
+                if place >= len(arguments):
+                    raise ValueError("--config needs a file")
+                value = arguments.pop(place)
+            path = Path(value)
+            if not path.is_file():
+                raise ValueError(f"--config must name a JSON file, got {value!r}: there is none")
+            return from_json(path.read_bytes(), value)
+    recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else DEFAULT_RECIPE
+    if recipe not in RECIPES:
+        nearest = difflib.get_close_matches(recipe, RECIPES, n=1, cutoff=0.4)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"unknown recipe {recipe!r}{hint} (there are {', '.join(RECIPES)})")
+    return RECIPES[recipe]()
+
+
+def _recipe_list() -> str:
+    return "\n".join(f"  {name}: {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in RECIPES.items())

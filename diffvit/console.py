@@ -1,0 +1,157 @@
+"""What a run shows in the terminal: a header, one live line, a row an epoch, and where everything lies."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import rich.console
+from ray.util.queue import Empty, Queue
+from rich.live import Live
+from rich.text import Text
+
+from diffvit.config import RunConfig
+from diffvit.data.order import TrainPlan
+from diffvit.data.sources import Dataset
+
+_VARIANT_NAMES = {"softmax": "plain ViT", "diff": "Diff-ViT V1", "diff_v2": "Diff-ViT V2"}
+_LINE_EVERY_SECONDS = 5.0
+"""Between progress lines where the terminal cannot redraw one."""
+_SKIPPED_SHOWN = 10
+_COLUMNS = (
+    ("epoch", 6),
+    ("step", 8),
+    ("train loss", 11),
+    ("train top-1", 12),
+    ("val loss", 9),
+    ("val top-1", 10),
+    ("val top-5", 10),
+    ("images/s", 9),
+    ("data wait", 10),
+)
+
+
+class Console:
+    """Shows what the workers put into `progress`, from a thread of its own, as long as the `with` block runs."""
+
+    def __init__(self, config: RunConfig, dataset: Dataset, plan: TrainPlan, progress: Queue) -> None:
+        self._config, self._dataset, self._plan, self._progress = config, dataset, plan, progress
+        self._console = rich.console.Console(highlight=False, soft_wrap=True)
+        self._live = Live(Text("starting workers …"), console=self._console, transient=True, auto_refresh=False)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._show, name="console", daemon=True)
+        self._last_line = time.monotonic()
+        self._skipped: set[str] = set()
+
+    def __enter__(self) -> Console:
+        self._print_header()
+        if self._console.is_terminal:
+            self._live.start()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join(timeout=10)
+        self._live.stop()
+
+    def _print_header(self) -> None:
+        model, scale = self._config.model, self._config.scale
+        heads = f"{model.num_heads} head{'s' * (model.num_heads > 1)}"
+        device = "GPU" if scale.gpu else "CPU"
+        self._console.print(
+            f"[bold]{self._config.name}[/]: {_VARIANT_NAMES[model.variant]}, {model.embed_dim} wide, "
+            f"{model.depth} blocks, {heads}, {model.image_size} px in patches of {model.patch_size}"
+        )
+        self._console.print(
+            f"{len(self._dataset.train):,} training and {len(self._dataset.val):,} validation images, "
+            f"{len(self._dataset.classes)} classes; {scale.workers} worker{'s' * (scale.workers > 1)} on {device}, "
+            f"{self._plan.epochs} epochs of {self._plan.steps_per_epoch} steps"
+        )
+        self._console.print(f"watch:  tensorboard --logdir {self._config.folder.parent}", style="dim")
+        self._console.print("".join(f"{name:>{width}}" for name, width in _COLUMNS), style="bold")
+
+    def _show(self) -> None:
+        while True:
+            stopping = self._stop.is_set()
+            try:
+                kind, fields = self._progress.get(timeout=0 if stopping else 0.5)
+            except Empty:
+                if stopping:
+                    return
+                continue
+            except Exception:  # the cluster is going down; the run's own error says why
+                return
+            {"step": self._show_step, "epoch": self._show_epoch, "skipped": self._show_skipped}[kind](fields)
+
+    def _show_step(self, fields: dict[str, Any]) -> None:
+        line = (
+            f"epoch {fields['epoch']}/{self._plan.epochs}  step {fields['step']}/{self._plan.total_steps}  "
+            f"loss {fields['loss']:.3f}  {fields['images_per_second']:,.0f} images/s  "
+            f"ETA {_duration(fields['eta_seconds'])}"
+        )
+        if self._console.is_terminal:
+            self._live.update(Text(line), refresh=True)
+        elif time.monotonic() - self._last_line >= _LINE_EVERY_SECONDS:
+            self._last_line = time.monotonic()
+            self._console.print(line)
+
+    def _show_epoch(self, fields: dict[str, Any]) -> None:
+        cells = (
+            f"{fields['epoch']}",
+            f"{fields['step']}",
+            f"{fields['train_loss']:.3f}",
+            f"{fields['train_top1']:.2f} %",
+            f"{fields['loss']:.3f}",
+            f"{fields['top1']:.2f} %",
+            f"{fields['top5']:.2f} %",
+            f"{fields['images_per_second']:,.0f}",
+            f"{100 * fields['data_wait_fraction']:.0f} %",
+        )
+        self._console.print("".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, _COLUMNS, strict=True)))
+
+    def _show_skipped(self, fields: dict[str, Any]) -> None:
+        for image in fields["images"]:
+            if image in self._skipped:
+                continue
+            self._skipped.add(image)
+            with (self._config.folder / "skipped.txt").open("a") as file:
+                file.write(image + "\n")
+            if len(self._skipped) <= _SKIPPED_SHOWN:
+                self._console.print(f"skipped {image}", style="yellow", markup=False)
+            elif len(self._skipped) == _SKIPPED_SHOWN + 1:
+                self._console.print(f"more are skipped; see {self._config.folder / 'skipped.txt'}", style="yellow")
+
+
+def print_results(folder: Path, results: dict[str, Any]) -> None:
+    """Say how the run ended and where everything lies."""
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    best, last = results["best"], results["last"]
+    console.print(
+        f"[bold]{folder.name} {results['status']}[/]: "
+        f"top-1 {last['top1']:.2f} % after the last epoch ({last['epoch']}), best {best['top1']:.2f} % "
+        f"(epoch {best['epoch']}); {_duration(results['wall_seconds'])} in all"
+    )
+    if results["skipped_images"]:
+        console.print(f"{results['skipped_images']} images were skipped: {folder / 'skipped.txt'}", style="yellow")
+    rows = {
+        "results": folder / "results.json",
+        "best checkpoint": folder / best["checkpoint"],
+        "last checkpoint": folder / last["checkpoint"],
+        "curves": f"tensorboard --logdir {folder.parent}",
+    }
+    for name, value in rows.items():
+        console.print(f"  {name:<16} {value}")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s"

@@ -1,0 +1,111 @@
+"""From encoded bytes to the model's input: decode, augment, crop. Nothing here knows of Ray or of files.
+
+Images stay uint8 until they reach the device (`normalize`), so that what travels between processes is a quarter of
+the float32 size. Letters: C channels, S side of the model's input.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision import io as tv_io
+from torchvision.transforms import v2
+
+from diffvit.config import AugmentConfig
+
+_JPEG_MAGIC = b"\xff\xd8\xff"
+
+
+class ImageError(ValueError):
+    """An image that cannot be used, with the reason."""
+
+
+def decode_image(encoded: bytes, channels: int, max_pixels: int) -> Tensor:
+    """The picture as people see it: EXIF rotation applied, alpha on white, 16 bits scaled to 8, first frame only.
+
+    Args:
+        encoded: the bytes of a file that PIL reads.
+        channels: 1 for grey, 3 for RGB (grey is replicated).
+        max_pixels: the largest width x height to decode; checked in the header, before any pixel is.
+
+    Returns:
+        uint8 (channels, height, width).
+
+    Raises:
+        ImageError: not an image, truncated, or larger than `max_pixels`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # max_pixels replaces PIL's own bound, and torchvision 0.29 is the one installed
+        try:
+            image = Image.open(io.BytesIO(encoded))
+        except Image.DecompressionBombError as error:
+            raise ImageError(str(error)) from None
+        except Exception as error:  # PIL's plug-ins raise whatever their parsers do
+            raise ImageError(f"not a readable image: {error}") from None
+        if image.width * image.height > max_pixels:
+            raise ImageError(f"{image.width} x {image.height} pixels, more than data.max_pixels = {max_pixels}")
+        try:
+            if encoded.startswith(_JPEG_MAGIC) and image.mode in ("L", "RGB"):
+                return _decode_jpeg(encoded, channels)
+            return _decode_any(image, channels)
+        except Exception as error:  # as above
+            raise ImageError(f"does not decode: {error}") from None
+
+
+def _decode_jpeg(encoded: bytes, channels: int) -> Tensor:
+    mode = tv_io.ImageReadMode.GRAY if channels == 1 else tv_io.ImageReadMode.RGB
+    data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+    return tv_io.decode_jpeg(data, mode=mode, apply_exif_orientation=True)
+
+
+def _decode_any(image: Image.Image, channels: int) -> Tensor:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel; PIL's own conversion would clip at 255
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
+    elif image.mode in ("PA", "LA", "RGBA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    image = image.convert("L" if channels == 1 else "RGB")
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, channels).permute(2, 0, 1)
+
+
+def train_transform(augment: AugmentConfig, image_size: int) -> v2.Transform:
+    """uint8 (C, any, any) -> uint8 (C, S, S), drawing from torch's global generator, which the caller seeds."""
+    steps: list[v2.Transform] = []
+    match augment.crop:
+        case "inception":
+            steps.append(v2.RandomResizedCrop(image_size, scale=augment.crop_scale, antialias=True))
+        case "pad":
+            steps += [_resize_short_side(image_size), v2.RandomCrop(image_size, padding=augment.padding)]
+        case "none":
+            steps.append(eval_transform(augment, image_size))
+    if augment.flip:
+        steps.append(v2.RandomHorizontalFlip(augment.flip))
+    if augment.rand_augment_layers:
+        steps.append(v2.RandAugment(augment.rand_augment_layers, augment.rand_augment_magnitude))
+    if augment.erasing:
+        steps.append(v2.RandomErasing(augment.erasing))
+    return v2.Compose(steps)
+
+
+def eval_transform(augment: AugmentConfig, image_size: int) -> v2.Transform:
+    """uint8 (C, any, any) -> uint8 (C, S, S): shorter side to S / eval_crop_ratio, centre crop."""
+    return v2.Compose(
+        [_resize_short_side(round(image_size / augment.eval_crop_ratio)), v2.CenterCrop(image_size)]
+    )
+
+
+def _resize_short_side(size: int) -> v2.Transform:
+    return v2.Resize(size, antialias=True)
+
+
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 (B, C, S, S) -> float32 (B, C, S, S) on the same device: (x / 255 - mean) / std by channel."""
+    mean_c11 = torch.tensor(mean, device=images.device).view(-1, 1, 1)
+    std_c11 = torch.tensor(std, device=images.device).view(-1, 1, 1)
+    return (images.float() / 255 - mean_c11) / std_c11

@@ -1,0 +1,56 @@
+"""`checkpoint.json`: what a checkpoint folder holds, with the sha256 of each of its files.
+
+The manifest is written last, so a folder without one is not a checkpoint; it carries the model's config, so a
+checkpoint can be rebuilt without the run that made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+MANIFEST_NAME = "checkpoint.json"
+WEIGHTS_NAME = "model.safetensors"
+FORMAT_VERSION = 1
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, fields: dict[str, Any]) -> None:
+    """Write `checkpoint.json` over every other file in `folder`."""
+    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST_NAME}
+    manifest = {"format_version": FORMAT_VERSION, **fields, "sha256": files}
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder, after every file it names was found whole.
+
+    Raises:
+        FileNotFoundError: there is no manifest, so this is not a finished checkpoint.
+        ValueError: another format version, or a file that is missing or whose sha256 differs.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a checkpoint: it has no {MANIFEST_NAME}")
+    manifest: dict[str, Any] = json.loads(path.read_text())
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {manifest.get('format_version')!r}; this diffvit reads {FORMAT_VERSION}"
+        )
+    for name, expected in manifest["sha256"].items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"checkpoint {folder} is damaged: {name} is missing")
+        actual = sha256_of(file)
+        if actual != expected:
+            raise ValueError(
+                f"checkpoint {folder} is damaged: sha256 of {name} is {actual[:12]}…, "
+                f"its {MANIFEST_NAME} says {expected[:12]}…; use another checkpoint"
+            )
+    return manifest

@@ -1,0 +1,240 @@
+"""Attention in its three variants: plain, differential V1 and differential V2.
+
+Differential attention subtracts a second softmax map from the first, so that the attention both maps spend on
+irrelevant tokens cancels. The softmax of each map always comes before the subtraction.
+
+Sources: V1: Differential Transformer, arXiv 2410.05258, section 2.1. V2: Differential Transformer V2, Microsoft,
+January 2026 (microsoft/unilm, Diff-Transformer/Diff-Transformer-V2). Parameter names and row orders are timm's.
+
+Letters: B batch, N tokens, D width (`embed_dim`), H heads (of V1 and V2: differential heads), K query/key size of
+one map (the paper's d), E value size of one head (2K in V1, else K).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """What one layer attends to: `positive - weight * negative` is the map that is applied to the values.
+
+    Attributes:
+        positive: (B, H, N, N), a softmax map: its rows sum to 1.
+        negative: (B, H, N, N), the softmax map that is subtracted; None for plain attention.
+        weight: lambda, broadcastable to (B, H, N, 1); None for plain attention.
+    """
+
+    positive: Tensor
+    negative: Tensor | None = None
+    weight: Tensor | None = None
+
+    @property
+    def combined(self) -> Tensor:
+        """(B, H, N, N); rows sum to 1 - weight (plain: to 1), and entries may be negative."""
+        if self.negative is None or self.weight is None:
+            return self.positive
+        return self.positive - self.weight * self.negative
+
+
+class TwoMaps(NamedTuple):
+    """What differential attention reads: queries and keys of two maps (B, H, N, K), shared values (B, H, N, E)."""
+
+    q1: Tensor
+    k1: Tensor
+    q2: Tensor
+    k2: Tensor
+    v: Tensor
+
+
+def depth_lambda_init(layer_index: int) -> float:
+    """The paper's lambda_init = 0.8 - 0.6 exp(-0.3 layer_index), layer_index from 0 (arXiv 2410.05258, section 2.1)."""
+    return 0.8 - 0.6 * math.exp(-0.3 * layer_index)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: out_h = softmax(Q_h K_h' / sqrt K) V_h, heads joined and projected; K = D / H.
+
+    Parameters: `qkv` with 3D rows in the order Q, K, V, each by head; `proj`.
+
+    Raises:
+        ValueError: `embed_dim` is not divisible by `num_heads`.
+
+    Source: arXiv 1706.03762, section 3.2.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, *, qkv_bias: bool = False, proj_bias: bool = True) -> None:
+        super().__init__()
+        _require_divisible(embed_dim, num_heads, "num_heads")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dim, embed_dim, bias=proj_bias)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        q, k, v = self._heads(x_BND)
+        return _project(self.proj, F.scaled_dot_product_attention(q, k, v))
+
+    def attention_maps(self, x_BND: Tensor) -> AttentionMaps:
+        """The maps of `forward` on the same input."""
+        q, k, _ = self._heads(x_BND)
+        return AttentionMaps(softmax_map(q, k))
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # unbind, not chunk: its backward fills one tensor row by row, the cheapest of the equivalents.
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+class DiffAttention(nn.Module):
+    """Differential attention V1: out_h = (1 - lambda_init) RMSNorm((A1_h - lambda A2_h) V_h), heads joined, projected.
+
+    A1 = softmax(Q1 K1' / sqrt K), A2 = softmax(Q2 K2' / sqrt K), K = D / 2H, values are E = 2K wide;
+    lambda = exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + lambda_init, one number for the layer.
+    The RMSNorm is over the E values of one head, affine, its weight shared by the heads.
+
+    Parameters: `qkv` with 3D rows in the order Q, K, V; the rows of Q and of K are those of 2H maps of size K, of
+    which 2i and 2i + 1 are the two maps of head i. `lambda_q1`, `lambda_k1`, `lambda_q2`, `lambda_k2`, `sub_norm`,
+    `proj`.
+
+    Raises:
+        ValueError: `embed_dim` is not divisible by `2 * num_heads`.
+
+    Source: arXiv 2410.05258, equations 1 to 3.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        lambda_init: float = depth_lambda_init(0),
+    ) -> None:
+        super().__init__()
+        _require_divisible(embed_dim, 2 * num_heads, "2 * num_heads (a V1 head has two maps)")
+        map_dim = embed_dim // (2 * num_heads)
+        self.num_heads = num_heads
+        self.lambda_init = lambda_init
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        # float32 whatever the default dtype: exp() of a half-precision dot product would move lambda in steps of 1 %.
+        self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
+            nn.Parameter(nn.init.normal_(torch.empty(map_dim, dtype=torch.float32), std=0.1)) for _ in range(4)
+        )
+        self.sub_norm = nn.RMSNorm(2 * map_dim, eps=1e-5)
+        self.proj = nn.Linear(embed_dim, embed_dim, bias=proj_bias)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        heads = attend_two_maps(self._heads(x_BND), self.current_lambda())
+        # (1 - lambda_init) is multiplied into the norm's weight, which is smaller than the heads.
+        weight = self.sub_norm.weight * (1 - self.lambda_init)
+        heads = F.rms_norm(heads, self.sub_norm.normalized_shape, weight.to(heads.dtype), self.sub_norm.eps)
+        return _project(self.proj, heads)
+
+    def attention_maps(self, x_BND: Tensor) -> AttentionMaps:
+        """The maps of `forward` on the same input, before the norm; `weight` is a scalar."""
+        q1, k1, q2, k2, _ = self._heads(x_BND)
+        return AttentionMaps(softmax_map(q1, k1), softmax_map(q2, k2), self.current_lambda())
+
+    def current_lambda(self) -> Tensor:
+        """Lambda, a scalar tensor, computed in float32 or better."""
+        q1, k1, q2, k2 = (_in_full_precision(t) for t in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2))
+        return torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + self.lambda_init
+
+    def _heads(self, x: Tensor) -> TwoMaps:
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1)).unbind(2)
+        q1, q2 = q.unflatten(-1, (self.num_heads, 2, -1)).unbind(3)
+        k1, k2 = k.unflatten(-1, (self.num_heads, 2, -1)).unbind(3)
+        v = v.unflatten(-1, (self.num_heads, -1))
+        return TwoMaps(*(t.transpose(1, 2) for t in (q1, k1, q2, k2, v)))
+
+
+class DiffAttentionV2(nn.Module):
+    """Differential attention V2: out_h = A_2h V_h - sigmoid(lambda_h) A_2h+1 V_h, heads joined and projected.
+
+    A_j = softmax(Q_j K_h' / sqrt K), K = D / H: both maps of a head have queries of their own and share its keys and
+    values. lambda = W x, one number for each token and head. No head norm and no lambda_init.
+
+    Parameters: `qkv` with 4D rows in the order Q (2D), K (D), V (D); the rows of Q are those of 2H maps, of which 2i
+    and 2i + 1 belong to head i. `lambda_proj` is W (H, D), without bias as published. `proj`.
+
+    Raises:
+        ValueError: `embed_dim` is not divisible by `num_heads`.
+
+    Source: microsoft/unilm, Diff-Transformer-V2/multihead_flashdiffv2.py.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, *, qkv_bias: bool = False, proj_bias: bool = True) -> None:
+        super().__init__()
+        _require_divisible(embed_dim, num_heads, "num_heads")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 4 * embed_dim, bias=qkv_bias)
+        self.lambda_proj = nn.Linear(embed_dim, num_heads, bias=False)
+        self.proj = nn.Linear(embed_dim, embed_dim, bias=proj_bias)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        return _project(self.proj, attend_two_maps(self._heads(x_BND), self._gate(x_BND)))
+
+    def attention_maps(self, x_BND: Tensor) -> AttentionMaps:
+        """The maps of `forward` on the same input; `weight` is sigmoid(lambda), (B, H, N, 1)."""
+        q1, k1, q2, k2, _ = self._heads(x_BND)
+        return AttentionMaps(softmax_map(q1, k1), softmax_map(q2, k2), self._gate(x_BND))
+
+    def _gate(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(_in_full_precision(self.lambda_proj(x))).transpose(1, 2).unsqueeze(-1)
+
+    def _heads(self, x: Tensor) -> TwoMaps:
+        qkv = self.qkv(x)
+        D = x.shape[-1]
+        q, k, v = qkv.split((2 * D, D, D), dim=-1)
+        q1, q2 = q.unflatten(-1, (self.num_heads, 2, -1)).unbind(3)
+        k, v = k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
+        return TwoMaps(*(t.transpose(1, 2) for t in (q1, k, q2, k, v)))
+
+
+def attend_two_maps(maps: TwoMaps, weight: Tensor) -> Tensor:
+    """(softmax(q1 k1') - weight softmax(q2 k2')) v, (B, H, N, E), by the way that is fastest on the device."""
+    return subtract_outputs(maps, weight) if maps.v.is_cuda else subtract_maps(maps, weight)
+
+
+def subtract_maps(maps: TwoMaps, weight: Tensor) -> Tensor:
+    """Subtract the maps, then multiply with the values once: the fewest operations where no fused kernel is at hand."""
+    q1, k1, q2, k2, v = maps
+    return (softmax_map(q1, k1) - weight * softmax_map(q2, k2)).to(v.dtype) @ v
+
+
+def subtract_outputs(maps: TwoMaps, weight: Tensor) -> Tensor:
+    """Multiply each map with the values in a fused kernel, which keeps no map in memory, then subtract."""
+    q1, k1, q2, k2, v = maps
+    positive = F.scaled_dot_product_attention(q1, k1, v)
+    return (positive - weight * F.scaled_dot_product_attention(q2, k2, v)).to(v.dtype)
+
+
+def softmax_map(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q k' / sqrt K), (B, H, N, N), in float32 or better also where autocast gives half-precision scores."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return _in_full_precision(scores).softmax(dim=-1)
+
+
+def _in_full_precision(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _project(proj: nn.Module, heads: Tensor) -> Tensor:
+    """(B, H, N, E) -> (B, N, D)."""
+    out: Tensor = proj(heads.transpose(1, 2).flatten(2))
+    return out
+
+
+def _require_divisible(embed_dim: int, parts: int, rule: str) -> None:
+    if parts < 1 or embed_dim % parts:
+        raise ValueError(f"embed_dim must be divisible by {rule}, got embed_dim={embed_dim} and {parts}")

@@ -1,0 +1,58 @@
+"""The Ray cluster that a job runs in: found or started, and asked up front whether it can hold the job."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+
+import ray
+
+from diffvit.config import ScaleConfig
+
+_LOCAL_OBJECT_STORE_BYTES = 2 * 2**30
+
+
+def connect(scale: ScaleConfig) -> None:
+    """Connect to the cluster this process runs in, else start a local one that can hold `scale`.
+
+    A local cluster listens on loopback only, has no dashboard and, as Ray does by itself, asks for a token.
+    """
+    if ray.is_initialized():
+        return
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        ray.init(address="auto", **quiet)
+    except ConnectionError:
+        logical_cpus = max(os.cpu_count() or 1, math.ceil(scale.workers * scale.cpus_per_worker) + 1)
+        ray.init(
+            address="local",
+            num_cpus=logical_cpus,
+            include_dashboard=False,
+            object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+            **quiet,
+        )
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+
+
+def require_resources(scale: ScaleConfig) -> None:
+    """Check that the nodes can hold the workers and leave a CPU for decoding.
+
+    Raises:
+        ValueError: they never could; says what there is. (Ray would wait for ever.)
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = sum(node.get("CPU", 0) for node in nodes)
+    gpus = sum(node.get("GPU", 0) for node in nodes)
+    places = sum(
+        min(int(node.get("CPU", 0) // scale.cpus_per_worker), int(node.get("GPU", 0)) if scale.gpu else scale.workers)
+        for node in nodes
+    )
+    has = f"the cluster has {len(nodes)} node(s) with {cpus:g} CPUs and {gpus:g} GPUs in all"
+    if places < scale.workers:
+        each = f"{scale.cpus_per_worker:g} CPUs" + (" and a GPU" if scale.gpu else "")
+        raise ValueError(f"scale.workers = {scale.workers} workers need {each} each; {has}, room for {places}")
+    if cpus < scale.workers * scale.cpus_per_worker + 1:
+        raise ValueError(
+            f"{scale.workers} workers with scale.cpus_per_worker = {scale.cpus_per_worker:g} leave no CPU for decoding; {has}"
+        )

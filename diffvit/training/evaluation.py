@@ -1,0 +1,56 @@
+"""Accuracy on a split, every sample counted once however many ranks share it, and how a batch enters the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffvit.config import DataConfig, RunConfig
+from diffvit.data.batches import Batch
+from diffvit.data.images import normalize
+from diffvit.training.metrics import Sums, summed_cross_entropy
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """bf16 autocast where the config asks for it, or leaves it open and the GPU has it; else full precision."""
+    precision = config.scale.precision
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and on_gpu))
+
+
+def to_device(batch: Batch, config: DataConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Normalised images (B, C, S, S) and labels (B,) on `device`, copied while the host goes on where it can."""
+    # a copy, because the arrays lie read-only in Ray's object store
+    images, labels = torch.from_numpy(np.array(batch.images)), torch.from_numpy(np.array(batch.labels))
+    if device.type == "cuda":
+        images, labels = images.pin_memory(), labels.pin_memory()
+    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    return normalize(images, config.mean, config.std), labels
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], num_samples: int, config: RunConfig, device: torch.device
+) -> dict[str, float]:
+    """`loss`, `top1` and `top5` (percent) over all ranks' batches, `images` counted and `skipped`. A collective.
+
+    Raises:
+        RuntimeError: the ranks together saw another number of samples than `num_samples`.
+    """
+    was_training = model.training
+    model.eval()
+    sums = Sums(device)
+    for batch in batches:
+        images, labels = to_device(batch, config.data, device)
+        with autocast(config, device):
+            logits = model(images)
+        sums.add(summed_cross_entropy(logits, labels), logits, labels)
+    model.train(was_training)
+    results = sums.read()
+    seen = results["images"] + results["skipped"]
+    if seen != num_samples:
+        raise RuntimeError(f"evaluation must see each of the {num_samples} samples once, saw {seen:.0f}")
+    return results

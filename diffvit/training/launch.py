@@ -1,0 +1,176 @@
+"""From a config to a trained run on a Ray cluster. The only place that builds a `TorchTrainer`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import TrainingFailedError
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.util.queue import Queue
+
+from diffvit.config import RunConfig, from_json, to_json
+from diffvit.console import Console
+from diffvit.data.batches import EVAL_BATCH_SIZE, BatchLoader
+from diffvit.data.order import EvalPlan, TrainPlan
+from diffvit.data.sources import SAMPLE, Dataset, open_dataset
+from diffvit.data.stream import RayStream
+from diffvit.training.checkpoint import checkpoint_name
+from diffvit.training.cluster import connect, require_resources
+from diffvit.training.loop import RunStopped, Worker, fit
+from diffvit.training.run_folder import open_run, write_results
+
+__all__ = ["RunStopped", "TrainingFailedError", "train"]
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Train, or continue, the run that `config` describes; its results, which are also in `results.json`.
+
+    Raises:
+        ValueError: data, storage, name or cluster do not fit the config; found before anything expensive starts.
+        RunStopped: the run cannot go on.
+        ray.train.TrainingFailedError: workers were lost more often than `scale.max_failures` allows.
+        KeyboardInterrupt: the user ended the run; the same call continues it.
+    """
+    started = time.monotonic()
+    dataset = open_dataset(config.data)
+    config = _resolve(config, dataset)
+    train_plan, _ = _plans(config, dataset)
+    earlier = open_run(config)
+    if earlier is not None and earlier["status"] == "finished":
+        return earlier
+    connect(config.scale)
+    require_resources(config.scale)
+    progress = Queue(actor_options={"num_cpus": 0})
+    results: dict[str, Any] = {"status": "failed", "reason": None}
+    try:
+        with Console(config, dataset, train_plan, progress):
+            outcome = _trainer(config, dataset, progress).fit()
+        results |= {"status": "stopped" if outcome.return_value else "finished", "reason": outcome.return_value}
+    except SystemExit:  # Ray Train's answer to Ctrl-C, once its workers are gone
+        results |= {"status": "interrupted", "reason": "interrupted by the user"}
+        raise KeyboardInterrupt from None
+    except TrainingFailedError as error:
+        results["reason"] = str(error)
+        raise
+    finally:
+        progress.shutdown(force=True)
+        results |= _saved_metrics(config)
+        results |= {"seed": config.seed, "wall_seconds": round(time.monotonic() - started, 1)}
+        write_results(config.folder, results)
+    if results["status"] == "stopped":
+        raise RunStopped(results["reason"])
+    return results
+
+
+def _resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """Fill in what the data decides, and make paths hold in the workers' own working directories."""
+    found, asked = len(dataset.classes), config.model.num_classes
+    if asked not in (0, found):
+        raise ValueError(f"model.num_classes must be the number of classes in the data, {found}, or 0; got {asked}")
+    path = config.data.path if config.data.path == SAMPLE else str(Path(config.data.path).expanduser().absolute())
+    return dataclasses.replace(
+        config,
+        storage=str(config.folder.parent),
+        data=dataclasses.replace(config.data, path=path),
+        model=dataclasses.replace(config.model, num_classes=found),
+    )
+
+
+def _plans(config: RunConfig, dataset: Dataset) -> tuple[TrainPlan, EvalPlan]:
+    train_plan = TrainPlan(
+        num_samples=len(dataset.train),
+        seed=config.seed,
+        epochs=config.optim.epochs,
+        batch_size=config.optim.batch_size,
+        workers=config.scale.workers,
+        accumulation_steps=config.accumulation_steps,
+    )
+    return train_plan, EvalPlan(len(dataset.val), EVAL_BATCH_SIZE)
+
+
+def _trainer(config: RunConfig, dataset: Dataset, progress: Queue) -> TorchTrainer:
+    resources = {"CPU": config.scale.cpus_per_worker} | ({"GPU": 1} if config.scale.gpu else {})
+    return TorchTrainer(
+        _train_worker,
+        train_loop_config={"config": to_json(config), "dataset": ray.put(dataset), "progress": progress},
+        torch_config=TorchConfig(backend="nccl" if config.scale.gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.scale.workers, use_gpu=config.scale.gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=config.name,
+            storage_path=config.storage,
+            # the best and, always, the last
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="top1"),
+            failure_config=ray.train.FailureConfig(max_failures=config.scale.max_failures),
+        ),
+    )
+
+
+def _train_worker(job: dict[str, Any]) -> str | None:
+    """What Ray Train runs on every worker; why the run stopped early, or None.
+
+    The reason is returned and not raised, because Ray Train would start the worker group again.
+    """
+    config, dataset, progress = from_json(job["config"], "train_loop_config"), ray.get(job["dataset"]), job["progress"]
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    if not config.scale.gpu:
+        torch.set_num_threads(max((os.cpu_count() or 1) // context.get_local_world_size(), 1))
+    train_plan, eval_plan = _plans(config, dataset)
+    stream = RayStream(
+        BatchLoader(config, dataset.train, train_plan),
+        BatchLoader(config, dataset.val, eval_plan),
+        rank,
+        config.scale.workers,
+        broadcast_from_rank_zero,
+    )
+
+    def report(metrics: dict[str, Any], folder: Path | None) -> None:
+        checkpoint = ray.train.Checkpoint.from_directory(folder) if folder else None
+        ray.train.report(metrics, checkpoint, checkpoint_dir_name=checkpoint_name(metrics["step"]))
+
+    def publish(kind: str, fields: dict[str, Any]) -> None:
+        progress.actor.put_nowait.remote((kind, fields))  # not waited for
+
+    saved = ray.train.get_checkpoint()
+    worker = Worker(
+        device=get_device(),
+        report=report,
+        publish=publish,
+        rank=rank,
+        workers=config.scale.workers,
+        checkpoint=Path(saved.path) if saved else None,
+    )
+    try:
+        fit(config, train_plan, eval_plan, stream, worker)
+    except RunStopped as stop:
+        return str(stop)
+    return None
+
+
+def _saved_metrics(config: RunConfig) -> dict[str, Any]:
+    """What the run's checkpoints say of it: the best, the last, and the speed of the last epoch."""
+    try:
+        saved = ray.train.Result.from_path(str(config.folder))
+    except RuntimeError:  # nothing was saved
+        return {"best": None, "last": None}
+    entries = [{**metrics, "checkpoint": Path(checkpoint.path).name} for checkpoint, metrics in saved.best_checkpoints]
+    last = max(entries, key=lambda entry: entry["step"])
+    evaluated = [entry for entry in entries if "top1" in entry]
+    best = max(evaluated, key=lambda entry: entry["top1"], default=None)
+    names = ("epoch", "step", "top1", "top5", "loss", "checkpoint")
+    whole_run = ("images_per_second", "data_wait_fraction", "train_seconds", "skipped_images", "world_sizes")
+    return {
+        "best": best and {name: best[name] for name in names},
+        "last": {name: last.get(name) for name in names},
+        **{name: last[name] for name in whole_run},
+    }

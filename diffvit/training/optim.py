@@ -1,0 +1,49 @@
+"""AdamW with weight decay where it belongs, warm-up and cosine per step, and the average of the weights."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from diffvit.config import OptimConfig
+
+_NOT_DECAYED = ("pos_embed", "cls_token", "reg_token")
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
+    """AdamW (arXiv 1711.05101) that decays matrices and convolutions only.
+
+    Biases, norms, lambda vectors and LayerScale (all with one dimension), tokens and position embeddings are not
+    decayed, as in DeiT and Big Vision.
+    """
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        (kept if parameter.ndim < 2 or name in _NOT_DECAYED else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+
+
+def lr_ratio(step: int, total_steps: int, warmup_steps: int, min_ratio: float) -> float:
+    """Share of the peak learning rate that step `step` (from 0) is taken with.
+
+    Rises linearly to 1 over the warm-up, then (1 + cos) / 2 down to `min_ratio` after the last step.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_schedule(optimizer: AdamW, config: OptimConfig, steps_per_epoch: int) -> LambdaLR:
+    total = config.epochs * steps_per_epoch
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    return LambdaLR(optimizer, lambda step: lr_ratio(step, total, warmup, config.min_lr_ratio))
+
+
+def build_ema(model: nn.Module, decay: float) -> AveragedModel | None:
+    """Exponential moving average of the weights, updated every step; None when `decay` is 0."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None

@@ -1,0 +1,121 @@
+"""`<storage>/<name>/`: the folder of a run, what is checked before it is used, and the two JSON files of its own.
+
+    config.json    the run's config, written before the first step
+    results.json   status, best and last checkpoint, speed, versions; written when a sitting ends
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffvit.config import RunConfig, differing_fields, from_json, to_json
+from diffvit.models.vit import VisionTransformer
+
+CONFIG_NAME = "config.json"
+RESULTS_NAME = "results.json"
+_LIBRARIES = ("torch", "torchvision", "ray", "numpy", "pyarrow", "pillow")
+_SPARE_BYTES = 64 * 2**20
+
+
+def open_run(config: RunConfig) -> dict[str, Any] | None:
+    """Make sure that the run can be written and is not another one of the same name.
+
+    Returns:
+        The results of an earlier sitting, or None.
+
+    Raises:
+        ValueError: the name is taken by a run with another config (or by any run, with `resume` off), or the folder
+            cannot be written or has too little space.
+    """
+    folder = config.folder
+    existing = folder / CONFIG_NAME
+    if existing.exists():
+        _require_same_run(existing, config)
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds files but no {CONFIG_NAME}: it is not a run; choose another --name")
+    _require_writable(folder, _checkpoint_bytes(config))
+    _write_atomically(existing, to_json(config))
+    results = folder / RESULTS_NAME
+    return json.loads(results.read_text()) if results.exists() else None
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write `results.json`; the command, versions and commit that made them are added."""
+    _write_atomically(folder / RESULTS_NAME, json.dumps({**results, **_provenance()}, indent=2) + "\n")
+
+
+def _require_same_run(existing: Path, config: RunConfig) -> None:
+    if not config.resume:
+        raise ValueError(f"run {config.name!r} exists in {existing.parent}; choose another --name or leave --resume on")
+    differing = differing_fields(from_json(existing.read_text(), str(existing)), config)
+    if differing:
+        lines = "".join(f"\n  {name}: {old!r} there, {new!r} now" for name, (old, new) in differing.items())
+        raise ValueError(
+            f"run {config.name!r} exists in {existing.parent} with another config; choose another --name, "
+            f"or the same values to continue it:{lines}"
+        )
+
+
+def _require_writable(folder: Path, checkpoint_bytes: int) -> None:
+    """Try for real: permission bits say nothing of a full or read-only file system."""
+    probe = folder / f".write-test-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise ValueError(f"storage {folder.parent} cannot be written: {error.strerror or error}") from None
+    finally:
+        try:
+            probe.unlink(missing_ok=True)
+        except OSError:
+            pass
+    needed = 3 * checkpoint_bytes + _SPARE_BYTES  # best, last and the one being written
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"storage {folder.parent} has {free / 2**20:.0f} MiB free; this model's checkpoints need {needed / 2**20:.0f}"
+        )
+
+
+def _checkpoint_bytes(config: RunConfig) -> int:
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in VisionTransformer(config.model).parameters())
+    copies = 3 if not config.optim.ema_decay else 4  # weights and AdamW's two moments; with EMA both sets of weights
+    return 4 * copies * parameters
+
+
+def _provenance() -> dict[str, Any]:
+    return {
+        "git_commit": _git_commit(),
+        "versions": {name: metadata.version(name) for name in _LIBRARIES},
+    }
+
+
+def _git_commit() -> str | None:
+    """Of the source tree this runs from, with '+changes' where it differs; None outside of one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,151 @@
+"""What a run tells while it goes: TensorBoard, progress for the console, and the metrics of each checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from diffvit.analysis.attention_grid import attention_figure
+from diffvit.config import RunConfig
+from diffvit.data.batches import Batch, Stream
+from diffvit.data.order import TrainPlan
+from diffvit.training.checkpoint import TrainState
+
+Publish = Callable[[str, dict[str, Any]], None]
+"""(kind, fields): 'step', 'epoch', 'saved' or 'skipped', read by `diffvit.console`."""
+
+TENSORBOARD_FOLDER = "tensorboard"
+_ATTENTION_GRIDS = 5
+"""How many times a run draws its attention maps."""
+_GRID_IMAGES = 8
+
+
+class Tracker:
+    """Rank 0's record of a run; on other ranks (`enabled=False`) it only keeps the counts that all ranks share."""
+
+    def __init__(
+        self, config: RunConfig, plan: TrainPlan, state: TrainState, publish: Publish, *, enabled: bool
+    ) -> None:
+        self._config, self._plan, self._state, self._publish = config, plan, state, publish
+        self._writer: SummaryWriter | None = None
+        if enabled:
+            # what a cut run wrote after its last checkpoint will be written again
+            purge_step = state.step + 1 if state.step else None
+            self._writer = SummaryWriter(str(config.folder / TENSORBOARD_FOLDER), purge_step=purge_step)
+        self.last_saved = state.step or None
+        self._seconds_before, self._first_step = state.train_seconds, state.step
+        self._started = self._lap_started = time.perf_counter()
+        self._waited = 0.0
+        self._evaluated: dict[str, float] = {}
+        self._reset_epoch()
+
+    def _reset_epoch(self) -> None:
+        self._epoch = dict.fromkeys(("loss", "top1", "images", "skipped", "seconds", "waited"), 0.0)
+
+    @property
+    def epoch_skipped(self) -> float:
+        """Training samples skipped since the epoch began (or since the run was continued), over all ranks."""
+        return self._epoch["skipped"]
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; the time that training waits for them counts as waited."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+    def log_steps(self, sums: dict[str, float]) -> None:
+        """Record the steps since the last call; `sums` from `Sums.read`."""
+        now = time.perf_counter()
+        seconds, waited = now - self._lap_started, self._waited
+        self._lap_started, self._waited = now, 0.0
+        self._state.train_seconds = self._seconds_before + now - self._started
+        self._state.skipped += int(sums["skipped"])
+        for name in ("loss", "top1"):
+            self._epoch[name] += sums[name] * sums["images"]
+        for name, value in (("images", sums["images"]), ("skipped", sums["skipped"])):
+            self._epoch[name] += value
+        self._epoch["seconds"] += seconds
+        self._epoch["waited"] += waited
+        if self._writer is None:
+            return
+        step, lr = self._state.step, self._state.schedule.get_last_lr()[0]
+        images = sums["images"] + sums["skipped"]
+        scalars = {
+            "train/loss": sums["loss"],
+            "train/top1": sums["top1"],
+            "train/lr": lr,
+            "speed/images_per_second": images / seconds,
+            "speed/data_wait_fraction": min(waited / seconds, 1.0),
+        }
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+        for layer, value in enumerate(self._state.model.lambdas()):
+            self._writer.add_scalar(f"lambda/layer_{layer:02d}", value, step)
+        self._publish(
+            "step",
+            {
+                "epoch": (step - 1) // self._plan.steps_per_epoch + 1,
+                "step": step,
+                "loss": sums["loss"],
+                "images_per_second": images / seconds,
+                "eta_seconds": self._eta_seconds(now),
+            },
+        )
+
+    def log_epoch(self, evaluated: dict[str, float], stream: Stream) -> None:
+        """Record an evaluation; `evaluated` from `evaluate`. Draws attention maps a few times a run."""
+        self._evaluated = evaluated
+        if self._writer is None:
+            return
+        step = self._state.step
+        for name in ("loss", "top1", "top5"):
+            self._writer.add_scalar(f"val/{name}", evaluated[name], step)
+        epoch = step // self._plan.steps_per_epoch
+        if epoch % max(self._plan.epochs // _ATTENTION_GRIDS, 1) == 0 or epoch == self._plan.epochs:
+            images = stream.preview(_GRID_IMAGES).images
+            figure = attention_figure(self._state.evaluated_model, images, self._config)
+            self._writer.add_figure("attention/last_block", figure, step)
+        self._writer.flush()
+
+    def report(self) -> dict[str, Any]:
+        """The metrics of a checkpoint written now; at the end of an epoch also told to the console."""
+        step, epoch, used = self._state.step, self._epoch, max(self._epoch["images"], 1.0)
+        seconds = max(epoch["seconds"], 1e-9)
+        metrics = {
+            "epoch": -(-step // self._plan.steps_per_epoch),
+            "step": step,
+            "train_loss": epoch["loss"] / used,
+            "train_top1": epoch["top1"] / used,
+            "images_per_second": (epoch["images"] + epoch["skipped"]) / seconds,
+            "data_wait_fraction": min(epoch["waited"] / seconds, 1.0),
+            "train_seconds": self._state.train_seconds,
+            "skipped_images": self._state.skipped + int(self._evaluated.get("skipped", 0)),
+            "world_sizes": list(self._state.world_sizes),
+        }
+        if step % self._plan.steps_per_epoch == 0:
+            metrics |= {name: self._evaluated[name] for name in ("loss", "top1", "top5")}
+            if self._writer is not None:
+                self._publish("epoch", metrics)
+            self._reset_epoch()
+        return metrics
+
+    def saved(self) -> None:
+        """A checkpoint was written; evaluation and writing do not count as training time in images a second."""
+        self.last_saved = self._state.step
+        self._lap_started, self._waited = time.perf_counter(), 0.0
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _eta_seconds(self, now: float) -> float:
+        """Evaluations and checkpoints included, because the time so far includes them."""
+        done = self._state.step - self._first_step
+        return (now - self._started) / done * (self._plan.total_steps - self._state.step)

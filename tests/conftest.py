@@ -1,0 +1,58 @@
+"""What the tests share: tiny real images and tiny configs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffvit.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, ScaleConfig
+
+
+def make_image(path: Path, *, hue: int, seed: int, size: tuple[int, int] = (20, 17)) -> None:
+    """A noisy picture whose colour tells its class."""
+    pixels = np.random.default_rng(seed).integers(0, 60, (*reversed(size), 3))
+    pixels[..., hue % 3] += 150
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+def make_folder(root: Path, images_per_class: int = 12, val_per_class: int = 0) -> Path:
+    """`<class>/*.png`, or train/ and val/ where `val_per_class` is given; three classes told apart by colour."""
+    for hue, name in enumerate(("blue", "green", "red")):
+        for number in range(images_per_class):
+            train = root / "train" if val_per_class else root
+            make_image(train / name / f"{number:03d}.png", hue=2 - hue, seed=100 * hue + number)
+        for number in range(val_per_class):
+            make_image(root / "val" / name / f"{number:03d}.png", hue=2 - hue, seed=10_000 + 100 * hue + number)
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_folder(tmp_path / "images", images_per_class=12, val_per_class=5)
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path, folder: Path) -> RunConfig:
+    """36 training and 15 validation images of three classes, batches of 12, two epochs."""
+    return RunConfig(
+        name="tiny",
+        storage=str(tmp_path / "runs"),
+        model=ModelConfig(
+            variant="diff", image_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=1, class_token=False, pool="avg"
+        ),
+        data=DataConfig(path=str(folder)),
+        augment=AugmentConfig(crop="inception", crop_scale=(0.5, 1.0)),
+        optim=OptimConfig(epochs=2, batch_size=12, lr=3e-3, warmup_epochs=1),
+        scale=ScaleConfig(workers=1),
+    )
+
+
+def with_fields(config: RunConfig, **sections: dict[str, object]) -> RunConfig:
+    """`with_fields(config, optim={"lr": 1.0})`: the config with some fields of some sections replaced."""
+    changed = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    return dataclasses.replace(config, **changed)

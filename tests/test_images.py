@@ -1,0 +1,127 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffvit.config import AugmentConfig
+from diffvit.data.images import ImageError, decode_image, eval_transform, normalize, train_transform
+
+ANY_SIZE = 10**6
+
+
+def encode(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def photo(mode: str = "RGB", size: tuple[int, int] = (37, 23)) -> Image.Image:
+    """Smooth, so that JPEG keeps it nearly."""
+    x, y = np.meshgrid(np.linspace(0, 200, size[0]), np.linspace(0, 200, size[1]))
+    return Image.fromarray(np.stack([x, y, (x + y) / 2], -1).astype(np.uint8)).convert(mode)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_formats_decode_to_what_pil_shows(format: str, channels: int) -> None:
+    encoded = encode(photo(), format)
+    decoded = decode_image(encoded, channels, ANY_SIZE)
+    shown = np.asarray(Image.open(io.BytesIO(encoded)).convert("L" if channels == 1 else "RGB")).reshape(23, 37, channels)
+    assert decoded.dtype == torch.uint8
+    assert decoded.shape == (channels, 23, 37)
+    assert np.abs(decoded.permute(1, 2, 0).numpy().astype(int) - shown).max() <= 3
+
+
+def test_grey_is_replicated() -> None:
+    decoded = decode_image(encode(photo("L")), 3, ANY_SIZE)
+    assert torch.equal(decoded[0], decoded[1])
+    assert torch.equal(decoded[0], decoded[2])
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_exif_rotation_is_applied(format: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    decoded = decode_image(encode(photo(), format, exif=exif), 3, ANY_SIZE)
+    assert decoded.shape == (3, 37, 23)
+    upright = torch.rot90(decode_image(encode(photo(), format), 3, ANY_SIZE), -1, (1, 2))
+    assert (decoded.int() - upright.int()).abs().max() <= 1
+
+
+def test_cmyk_jpeg() -> None:
+    decoded = decode_image(encode(photo("CMYK"), "JPEG"), 3, ANY_SIZE)
+    assert (decoded.permute(1, 2, 0).int() - torch.from_numpy(np.array(photo())).int()).abs().max() < 12
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    image = Image.fromarray(np.array([[0, 256, 32768, 65535]], np.uint16))
+    assert decode_image(encode(image), 1, ANY_SIZE).flatten().tolist() == [0, 1, 128, 255]
+
+
+def test_transparency_is_white() -> None:
+    clear = Image.new("RGBA", (3, 2), (10, 20, 30, 0))
+    assert decode_image(encode(clear), 3, ANY_SIZE).unique().tolist() == [255]
+    palette = Image.new("P", (3, 2), 0)
+    palette.putpalette([10, 20, 30] * 256)
+    assert decode_image(encode(palette, transparency=0), 3, ANY_SIZE).unique().tolist() == [255]
+
+
+@pytest.mark.parametrize(
+    ("encoded", "reason"),
+    [
+        (b"", "not a readable image"),
+        (b"this is text", "not a readable image"),
+        (encode(photo(size=(400, 300)), "JPEG")[:900], "does not decode"),
+        (encode(photo(size=(400, 300)), "PNG")[:500], "does not decode"),
+    ],
+)
+def test_broken_images_say_why(encoded: bytes, reason: str) -> None:
+    with pytest.raises(ImageError, match=reason):
+        decode_image(encoded, 3, ANY_SIZE)
+
+
+def test_size_is_refused_from_the_header() -> None:
+    bomb = encode(Image.new("1", (20_000, 20_000)))  # 50 kB that would be 400 MB
+    with pytest.raises(ImageError, match=r"pixels"):
+        decode_image(bomb, 1, 50_000_000)
+    decode_image(encode(photo()), 3, 37 * 23)
+    with pytest.raises(ImageError, match="37 x 23 pixels, more than data.max_pixels = 850"):
+        decode_image(encode(photo()), 3, 850)
+
+
+@pytest.mark.parametrize("crop", ["inception", "pad", "none"])
+@pytest.mark.parametrize("size", [(37, 23), (16, 16), (9, 50)])
+def test_transforms_give_the_models_size(crop: str, size: tuple[int, int]) -> None:
+    image = decode_image(encode(photo(size=size)), 3, ANY_SIZE)
+    augment = AugmentConfig(crop=crop, rand_augment_layers=2, erasing=0.5)
+    for transform in (train_transform(augment, 16), eval_transform(augment, 16)):
+        out = transform(image)
+        assert out.shape == (3, 16, 16)
+        assert out.dtype == torch.uint8
+
+
+def test_augmentation_depends_on_the_seed_alone() -> None:
+    image = decode_image(encode(photo()), 3, ANY_SIZE)
+    transform = train_transform(AugmentConfig(rand_augment_layers=2, erasing=0.5), 16)
+
+    def draw(seed: int) -> torch.Tensor:
+        torch.default_generator.manual_seed(seed)
+        return transform(image)
+
+    assert torch.equal(draw(5), draw(5))
+    assert not torch.equal(draw(5), draw(6))
+
+
+def test_eval_crop_is_the_centre() -> None:
+    image = torch.zeros(1, 32, 64, dtype=torch.uint8)
+    image[:, :, 16:48] = 200
+    assert eval_transform(AugmentConfig(eval_crop_ratio=1.0), 32)(image).unique().tolist() == [200]
+
+
+def test_normalize() -> None:
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    out = normalize(images, (0.0, 0.1, 0.5), (1.0, 0.2, 0.25))
+    assert out.flatten().tolist() == pytest.approx([0.0, 0.5, 2.0])
+    assert normalize(images, (0.5,), (0.5,)).flatten().tolist() == pytest.approx([-1.0, -0.6, 1.0])

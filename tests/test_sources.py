@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_folder, make_image
+
+from diffvit.config import DataConfig
+from diffvit.data.sources import open_dataset
+
+
+def keys(split) -> list[str]:
+    return [split.key(i) for i in range(len(split))]
+
+
+def test_embedded_sample_is_balanced_and_readable() -> None:
+    dataset = open_dataset(DataConfig())
+    assert (len(dataset.train), len(dataset.val), len(dataset.classes)) == (10_000, 2_000, 10)
+    assert np.bincount(dataset.train.labels).tolist() == [1000] * 10
+    assert np.bincount(dataset.val.labels).tolist() == [200] * 10
+    assert len(set(keys(dataset.train) + keys(dataset.val))) == 12_000
+    assert dataset.val.read(1999).startswith(b"\x89PNG")
+
+
+def test_folder_with_its_own_validation(folder: Path) -> None:
+    dataset = open_dataset(DataConfig(path=str(folder)))
+    assert dataset.classes == ("blue", "green", "red")
+    assert (len(dataset.train), len(dataset.val)) == (36, 15)
+    assert dataset.train.key(13) == "train/green/001.png"
+    assert dataset.train.labels[13] == 1
+    assert dataset.train.read(13) == (folder / "train/green/001.png").read_bytes()
+
+
+def test_split_is_balanced_seeded_and_disjoint(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, images_per_class=10)
+    dataset = open_dataset(DataConfig(path=str(root), val_fraction=0.3))
+    assert np.bincount(dataset.val.labels).tolist() == [3, 3, 3]
+    assert len(set(keys(dataset.train)) | set(keys(dataset.val))) == 30
+    again = open_dataset(DataConfig(path=str(root), val_fraction=0.3))
+    other = open_dataset(DataConfig(path=str(root), val_fraction=0.3, split_seed=1))
+    assert keys(again.val) == keys(dataset.val)
+    assert keys(other.val) != keys(dataset.val)
+
+
+def test_one_image_of_a_class_is_always_held_out_and_one_kept(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, images_per_class=2)
+    dataset = open_dataset(DataConfig(path=str(root), val_fraction=0.01))
+    assert (len(dataset.train), len(dataset.val)) == (3, 3)
+
+
+def test_train_folder_alone_is_split(tmp_path: Path) -> None:
+    make_folder(tmp_path / "train", images_per_class=10)
+    assert len(open_dataset(DataConfig(path=str(tmp_path))).val) == 3
+
+
+def test_nested_folders_belong_to_their_class_and_other_files_do_not_count(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, images_per_class=3)
+    make_image(root / "red" / "deeper" / "x.PNG", hue=0, seed=1)
+    (root / "red" / "notes.txt").write_text("no image")
+    (root / "red" / "._hidden.png").write_text("no image")
+    dataset = open_dataset(DataConfig(path=str(root)))
+    assert len(dataset.train) + len(dataset.val) == 10
+
+
+def refusal(path: Path | str) -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        open_dataset(DataConfig(path=str(path)))
+    return str(caught.value)
+
+
+def test_refusals_name_the_folder_and_the_rule(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(tmp_path / "nowhere")
+    assert "--data.path" in refusal("")
+    (tmp_path / "file").write_text("")
+    assert "it is a file" in refusal(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    assert "has no class folders" in refusal(tmp_path / "empty")
+    root = make_folder(tmp_path / "a", images_per_class=3)
+    (root / "yellow").mkdir()
+    assert "1 class folders" in refusal(root)
+    assert "yellow" in refusal(root)
+    root = make_folder(tmp_path / "b", images_per_class=1)
+    assert "has one image" in refusal(root)
+    root = make_folder(tmp_path / "c", images_per_class=3, val_per_class=2)
+    make_image(root / "val" / "yellow" / "0.png", hue=0, seed=0)
+    assert "only one has: yellow" in refusal(root)
