@@ -158,9 +158,7 @@ class DataConfig:
     """The run ends when more than this share of the images read cannot be decoded."""
 
     def __post_init__(self) -> None:
-        _require(
-            0.0 < self.val_fraction < 1.0, f"data.val_fraction must be between 0 and 1, got {self.val_fraction}"
-        )
+        _require(0.0 < self.val_fraction < 1.0, f"data.val_fraction must be between 0 and 1, got {self.val_fraction}")
         _require(len(self.mean) == len(self.std), f"data.mean and data.std must pair up, got {self.mean}, {self.std}")
         _require(all(s > 0 for s in self.std), f"data.std must be positive, got {self.std}")
         _require(self.max_pixels >= 1, f"data.max_pixels must be at least 1, got {self.max_pixels}")

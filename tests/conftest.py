@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
+import torch
 from PIL import Image
 
 from diffvit.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, ScaleConfig
+
+torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
 
 
 def make_image(path: Path, *, hue: int, seed: int, size: tuple[int, int] = (20, 17)) -> None:
@@ -43,7 +50,14 @@ def tiny_config(tmp_path: Path, folder: Path) -> RunConfig:
         name="tiny",
         storage=str(tmp_path / "runs"),
         model=ModelConfig(
-            variant="diff", image_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=1, class_token=False, pool="avg"
+            variant="diff",
+            image_size=16,
+            patch_size=4,
+            embed_dim=16,
+            depth=2,
+            num_heads=1,
+            class_token=False,
+            pool="avg",
         ),
         data=DataConfig(path=str(folder)),
         augment=AugmentConfig(crop="inception", crop_scale=(0.5, 1.0)),
@@ -56,3 +70,20 @@ def with_fields(config: RunConfig, **sections: dict[str, object]) -> RunConfig:
     """`with_fields(config, optim={"lr": 1.0})`: the config with some fields of some sections replaced."""
     changed = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
     return dataclasses.replace(config, **changed)
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One local Ray for all tests: starting it takes longer than any of them."""
+    ray.init(
+        address="local",
+        num_cpus=6,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=512 * 2**20,
+    )
+    folder = Path(ray._private.worker._global_node.get_session_dir_path())
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)

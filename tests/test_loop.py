@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_folder, with_fields
+from conftest import with_fields
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffvit.config import CheckpointConfig, RunConfig
+from diffvit.config import RunConfig
 from diffvit.data.batches import BatchLoader, LocalStream
 from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.sources import open_dataset
@@ -119,7 +119,9 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(tiny_config: Run
     with pytest.raises(RunStopped, match=r"not finite at step [23]; the last good checkpoint does not exist"):
         Run(config, tmp_path)
     config = with_fields(config, checkpoint={"every_steps": 1})
-    with pytest.raises(RunStopped, match=r"not finite at step [23]; the last good checkpoint is checkpoint_step_0000000"):
+    with pytest.raises(
+        RunStopped, match=r"not finite at step [23]; the last good checkpoint is checkpoint_step_0000000"
+    ):
         Run(config, tmp_path)
 
 
@@ -158,4 +160,4 @@ def test_checkpoint_describes_itself(tiny_config: RunConfig, tmp_path: Path) -> 
     assert manifest["model"]["num_classes"] == 3
     assert manifest["metrics"]["top1"] == run.reports[-1]["top1"]
     assert sorted(manifest["sha256"]) == ["model.safetensors", "training.pt"]
-    assert CheckpointConfig(every_steps=2) and [r["step"] for r in run.reports] == [2, 3, 4, 6]
+    assert [r["step"] for r in run.reports] == [2, 3, 4, 6]

@@ -32,7 +32,7 @@ def test_permutation_is_pinned() -> None:
     assert sample_seed(0, 0, 0) == 2918264622725855778
 
 
-@pytest.mark.parametrize("workers,accumulation_steps", [(1, 1), (2, 1), (3, 2), (4, 3), (6, 2), (12, 1)])
+@pytest.mark.parametrize(("workers", "accumulation_steps"), [(1, 1), (2, 1), (3, 2), (4, 3), (6, 2), (12, 1)])
 def test_global_batches_do_not_depend_on_workers_or_accumulation(workers: int, accumulation_steps: int) -> None:
     p = plan(workers, accumulation_steps)
     assert global_batches(p) == global_batches(plan())
@@ -62,7 +62,7 @@ def test_rows_go_to_ranks_in_turn() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("num_samples,row_size", [(1, 5), (10, 5), (11, 5), (2000, 250)])
+@pytest.mark.parametrize(("num_samples", "row_size"), [(1, 5), (10, 5), (11, 5), (2000, 250)])
 def test_evaluation_takes_each_sample_once(num_samples: int, row_size: int) -> None:
     p = EvalPlan(num_samples, row_size)
     samples = np.concatenate([p.samples(row) for row in range(p.num_rows)])

@@ -5,10 +5,11 @@ Letters: B images, P patches of a side, S image side.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from diffvit.data.images import normalize
 from diffvit.models.vit import VisionTransformer
 
 _CELL_INCHES = 1.1
+_DIFFERENCE = "A1 − λ A2"
 
 
 @torch.no_grad()
@@ -24,7 +26,7 @@ def attention_figure(model: VisionTransformer, images: npt.NDArray[np.uint8], co
     """One column an image, one row a map of the last block, averaged over heads.
 
     A cell shows how much the class token (with pool='avg': the mean of all patches) attends to each patch. The maps
-    A1 and A2 share a colour scale in a column; their difference has zero in white, negative attention in blue.
+    A1 and A2 share a colour scale in a column; in their difference white is zero and blue is negative attention.
 
     Args:
         model: evaluated in eval mode and left as it was.
@@ -32,23 +34,30 @@ def attention_figure(model: VisionTransformer, images: npt.NDArray[np.uint8], co
         config: for the model's pooling and patch grid, and the data's mean and standard deviation.
     """
     rows = _rows(model, images, config)
-    count = len(images)
-    figure = Figure(figsize=(_CELL_INCHES * (count + 1), _CELL_INCHES * (len(rows) + 1)), layout="constrained", dpi=90)
-    axes = figure.subplots(len(rows) + 1, count, squeeze=False)
-    for column, image in enumerate(images):
-        axes[0][column].imshow(image.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255)
-    axes[0][0].set_ylabel("image")
-    top = torch.stack([row for label, row in rows.items() if label != _DIFFERENCE]).amax(dim=(0, 2, 3))
-    for axes_row, (label, maps) in zip(axes[1:], rows.items(), strict=True):
-        axes_row[0].set_ylabel(label)
-        for cell, attention, highest in zip(axes_row, maps, top, strict=True):
-            _draw(cell, attention, float(highest), signed=label == _DIFFERENCE)
-    for cell in axes.flat:
-        cell.set(xticks=[], yticks=[])
+    figure = Figure(figsize=(_CELL_INCHES * (len(images) + 0.5), _CELL_INCHES * (len(rows) + 1)), dpi=90)
+    axes = figure.subplots(len(rows) + 1, 1)
+    axes[0].imshow(_strip(images.transpose(0, 2, 3, 1) / 255), cmap="gray", vmin=0, vmax=1)
+    axes[0].set_ylabel("image")
+    highest = torch.stack([maps for label, maps in rows.items() if label != _DIFFERENCE]).amax(dim=(0, 2, 3))
+    for axis, (label, maps) in zip(axes[1:], rows.items(), strict=True):
+        signed = label == _DIFFERENCE
+        scale = maps.abs().amax(dim=(1, 2)) if signed else highest
+        scaled = (maps / scale[:, None, None]).numpy()[..., None]
+        scaled = scaled.repeat(config.model.patch_size, axis=1).repeat(config.model.patch_size, axis=2)
+        axis.imshow(_strip(scaled), cmap="RdBu_r" if signed else "viridis", vmin=-1 if signed else 0, vmax=1)
+        axis.set_ylabel(label)
+    for axis in axes:
+        axis.set(xticks=[], yticks=[], frame_on=False)
+    figure.subplots_adjust(left=0.3 / len(images), right=1, bottom=0, top=1, hspace=0.05)
     return figure
 
 
-_DIFFERENCE = "A1 − λ A2"
+def _strip(cells: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(B, S, S, C) side by side with blank gaps: (S, width), or (S, width, 3) of colour images."""
+    side, _, channels = cells.shape[1:]
+    blank = np.full((side, side // 14 + 1, channels), np.nan if channels == 1 else 1.0)
+    strip = np.concatenate([part for cell in cells for part in (cell, blank)][:-1], axis=1)
+    return strip[..., 0] if channels == 1 else strip
 
 
 def _rows(model: VisionTransformer, images: npt.NDArray[np.uint8], config: RunConfig) -> dict[str, Tensor]:
@@ -72,11 +81,3 @@ def _over_patches(attention: Tensor, config: RunConfig) -> Tensor:
     mean_over_heads = attention.float().mean(dim=1)
     query = mean_over_heads[:, 0] if config.model.pool == "token" else mean_over_heads[:, prefix:].mean(dim=1)
     return query[:, prefix:].reshape(-1, side, side).cpu()
-
-
-def _draw(cell: Axes, attention: Tensor, highest: float, *, signed: bool) -> None:
-    if signed:
-        limit = float(attention.abs().max())
-        cell.imshow(attention.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
-    else:
-        cell.imshow(attention.numpy(), cmap="viridis", vmin=0, vmax=highest)

@@ -85,7 +85,7 @@ class Stream(Protocol):
         ...
 
     def evaluate(self) -> Iterator[Batch]:
-        """This rank's share of the validation split; over all ranks each sample comes exactly once."""
+        """The rank's share of the validation split; over all ranks each sample comes exactly once."""
         ...
 
     def preview(self, count: int) -> Batch:

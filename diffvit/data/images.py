@@ -39,7 +39,9 @@ def decode_image(encoded: bytes, channels: int, max_pixels: int) -> Tensor:
         ImageError: not an image, truncated, or larger than `max_pixels`.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # max_pixels replaces PIL's own bound, and torchvision 0.29 is the one installed
+        warnings.simplefilter(
+            "ignore"
+        )  # max_pixels replaces PIL's own bound, and torchvision 0.29 is the one installed
         try:
             image = Image.open(io.BytesIO(encoded))
         except Image.DecompressionBombError as error:
@@ -95,9 +97,7 @@ def train_transform(augment: AugmentConfig, image_size: int) -> v2.Transform:
 
 def eval_transform(augment: AugmentConfig, image_size: int) -> v2.Transform:
     """uint8 (C, any, any) -> uint8 (C, S, S): shorter side to S / eval_crop_ratio, centre crop."""
-    return v2.Compose(
-        [_resize_short_side(round(image_size / augment.eval_crop_ratio)), v2.CenterCrop(image_size)]
-    )
+    return v2.Compose([_resize_short_side(round(image_size / augment.eval_crop_ratio)), v2.CenterCrop(image_size)])
 
 
 def _resize_short_side(size: int) -> v2.Transform:

@@ -135,7 +135,9 @@ def _open_folder(config: DataConfig) -> Dataset:
             f"{root / _TRAIN_FOLDER} and {val_folder} must hold the same class folders; only one has: {_some(odd)}"
         )
     return Dataset(
-        tuple(train_files), _folder_split(root, list(train_files.values())), _folder_split(root, list(val_files.values()))
+        tuple(train_files),
+        _folder_split(root, list(train_files.values())),
+        _folder_split(root, list(val_files.values())),
     )
 
 
@@ -170,14 +172,15 @@ def _files_by_class(root: Path) -> dict[str, list[Path]]:
             Path(folder, file)
             for folder, _, files in os.walk(root / name)
             for file in files
-            if os.path.splitext(file)[1].lower() in IMAGE_EXTENSIONS and not file.startswith(".")
+            if Path(file).suffix.lower() in IMAGE_EXTENSIONS and not file.startswith(".")
         )
         for name in folders
     }
     empty = [name for name, files in files_by_class.items() if not files]
     if empty:
         raise ValueError(
-            f"{len(empty)} class folders of {root} hold no images ({', '.join(sorted(IMAGE_EXTENSIONS))}): {_some(empty)}"
+            f"{len(empty)} class folders of {root} hold no images: {_some(empty)} "
+            f"(images end in {', '.join(sorted(IMAGE_EXTENSIONS))})"
         )
     return files_by_class
 

@@ -13,6 +13,7 @@ tenths of a second of decoding, however small the micro-batches are.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -68,14 +69,14 @@ class RayStream:
 
     def _shared_iterator(self, loader: BatchLoader, rows: range) -> DataIterator:
         splits = _split_chunks(loader, rows, self._workers) if self._rank == 0 else None
-        # as a reference, because Ray Train's broadcast is for less than a kilobyte; in a tuple, so that Ray passes it on
+        # by reference, because Ray Train's broadcast is for less than a kilobyte; in a tuple, or Ray would resolve it
         (reference,) = self._broadcast((ray.put(splits),) if splits else None)
         iterator: DataIterator = ray.get(reference)[self._rank]
         return iterator
 
     def _receive(self, iterator: DataIterator, rows: range) -> Iterator[Batch]:
         expected = iter(rows[self._rank :: self._workers])
-        for chunk in iterator.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
+        for chunk in iterator.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):  # whole blocks
             for batch in _unpack(chunk):
                 wanted = next(expected, None)
                 if batch.row != wanted:
@@ -102,6 +103,7 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
     size = _rows_per_chunk(loader)
 
     def load_chunk(row: dict[str, Any]) -> dict[str, Any]:
+        os.setpriority(os.PRIO_PROCESS, 0, 19)  # where decoding and training share CPUs, decoding yields
         number, rank = divmod(int(row["id"]), workers)
         mine = rows[rank::workers][number * size : (number + 1) * size]
         return _pack([ray.get(reference)(row) for row in mine], loader)

@@ -146,7 +146,9 @@ class DiffAttention(nn.Module):
 
     def current_lambda(self) -> Tensor:
         """Lambda, a scalar tensor, computed in float32 or better."""
-        q1, k1, q2, k2 = (_in_full_precision(t) for t in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2))
+        q1, k1, q2, k2 = (
+            _in_full_precision(t) for t in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2)
+        )
         return torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + self.lambda_init
 
     def _heads(self, x: Tensor) -> TwoMaps:

@@ -1,8 +1,8 @@
 """What a run saves and how it goes on: a checkpoint folder is complete or not one at all.
 
-    model.safetensors   the weights that were evaluated (the average, where the run keeps one)
-    training.pt         the rest of the state, read with `weights_only=True`
-    checkpoint.json     model config, position, metrics, sha256 of the two files; written last
+model.safetensors   the weights that were evaluated (the average, where the run keeps one)
+training.pt         the rest of the state, read with `weights_only=True`
+checkpoint.json     model config, position, metrics, sha256 of the two files; written last
 """
 
 from __future__ import annotations

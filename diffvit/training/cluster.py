@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from typing import Any
 
 import ray
 
@@ -20,7 +21,7 @@ def connect(scale: ScaleConfig) -> None:
     """
     if ray.is_initialized():
         return
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         ray.init(address="auto", **quiet)
     except ConnectionError:
@@ -54,5 +55,6 @@ def require_resources(scale: ScaleConfig) -> None:
         raise ValueError(f"scale.workers = {scale.workers} workers need {each} each; {has}, room for {places}")
     if cpus < scale.workers * scale.cpus_per_worker + 1:
         raise ValueError(
-            f"{scale.workers} workers with scale.cpus_per_worker = {scale.cpus_per_worker:g} leave no CPU for decoding; {has}"
+            f"scale.workers x scale.cpus_per_worker = {scale.workers} x {scale.cpus_per_worker:g} leaves no CPU "
+            f"for decoding; {has}"
         )

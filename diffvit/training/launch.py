@@ -163,7 +163,8 @@ def _saved_metrics(config: RunConfig) -> dict[str, Any]:
         saved = ray.train.Result.from_path(str(config.folder))
     except RuntimeError:  # nothing was saved
         return {"best": None, "last": None}
-    entries = [{**metrics, "checkpoint": Path(checkpoint.path).name} for checkpoint, metrics in saved.best_checkpoints]
+    kept = saved.best_checkpoints or []
+    entries = [{**metrics, "checkpoint": Path(checkpoint.path).name} for checkpoint, metrics in kept]
     last = max(entries, key=lambda entry: entry["step"])
     evaluated = [entry for entry in entries if "top1" in entry]
     best = max(evaluated, key=lambda entry: entry["top1"], default=None)

@@ -20,7 +20,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     Biases, norms, lambda vectors and LayerScale (all with one dimension), tokens and position embeddings are not
     decayed, as in DeiT and Big Vision.
     """
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (kept if parameter.ndim < 2 or name in _NOT_DECAYED else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]

@@ -1,7 +1,7 @@
 """`<storage>/<name>/`: the folder of a run, what is checked before it is used, and the two JSON files of its own.
 
-    config.json    the run's config, written before the first step
-    results.json   status, best and last checkpoint, speed, versions; written when a sitting ends
+config.json    the run's config, written before the first step
+results.json   status, best and last checkpoint, speed, versions; written when a sitting ends
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -76,15 +77,14 @@ def _require_writable(folder: Path, checkpoint_bytes: int) -> None:
     except OSError as error:
         raise ValueError(f"storage {folder.parent} cannot be written: {error.strerror or error}") from None
     finally:
-        try:
+        with suppress(OSError):
             probe.unlink(missing_ok=True)
-        except OSError:
-            pass
     needed = 3 * checkpoint_bytes + _SPARE_BYTES  # best, last and the one being written
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
-            f"storage {folder.parent} has {free / 2**20:.0f} MiB free; this model's checkpoints need {needed / 2**20:.0f}"
+            f"storage {folder.parent} has {free / 2**20:.0f} MiB free, "
+            f"this model's checkpoints need {needed / 2**20:.0f} MiB"
         )
 
 

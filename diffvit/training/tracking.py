@@ -75,9 +75,9 @@ class Tracker:
         self._epoch["waited"] += waited
         if self._writer is None:
             return
-        step, lr = self._state.step, self._state.schedule.get_last_lr()[0]
+        step, lr = self._state.step, float(self._state.schedule.get_last_lr()[0])
         images = sums["images"] + sums["skipped"]
-        scalars = {
+        scalars: dict[str, float] = {
             "train/loss": sums["loss"],
             "train/top1": sums["top1"],
             "train/lr": lr,

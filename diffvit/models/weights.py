@@ -1,0 +1,148 @@
+"""Weights from elsewhere: our runs and checkpoints, safetensors, timm's and microsoft/unilm's layouts.
+
+Nothing is unpickled. What does not fit is listed in one error, and the model is then as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diffvit.manifest import MANIFEST_NAME, WEIGHTS_NAME, read_manifest
+from diffvit.models.vit import VisionTransformer, resample_positions
+
+_PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+_UNILM_NAMES = {"out_proj": "proj", "o_proj": "proj", "subln": "sub_norm"}
+"""unilm's names of what is not Q, K or V: V1's output projection, V2's, V1's norm."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_weights` did beyond copying."""
+
+    resampled: tuple[str, ...] = ()
+    """Position embeddings brought to the model's grid."""
+    replaced: tuple[str, ...] = ()
+    """Parameters of the classifier that were left as initialised."""
+
+
+def load_weights(
+    model: VisionTransformer, source: str | Path | Mapping[str, Tensor], *, replace_head: bool = False
+) -> LoadReport:
+    """Load `source` into `model`.
+
+    Args:
+        model: changed only if everything fits.
+        source: a run's folder (its best checkpoint), a checkpoint's folder, a .safetensors file, or a state dict.
+            timm's names are ours; unilm's separate q/k/v projections are joined; positions of another grid resampled.
+        replace_head: leave the classifier as initialised where the source has one of another size, or none.
+
+    Raises:
+        ValueError: `source` is nothing of these, is damaged, or does not fit; every name that does not is listed.
+    """
+    weights = join_unilm_projections(dict(_read(source)))
+    own = model.state_dict()
+    resampled = _resample_positions(weights, own, model)
+    replaced = []
+    if replace_head:
+        replaced = [n for n in own if n.startswith("head.") and (n not in weights or weights[n].shape != own[n].shape)]
+        for name in list(weights):
+            if name.startswith("head.") and (name in replaced or name not in own):
+                del weights[name]
+    _require_fit(weights, own, replaced)
+    model.load_state_dict({**own, **weights})
+    return LoadReport(tuple(resampled), tuple(replaced))
+
+
+def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    if isinstance(source, Mapping):
+        return source
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise ValueError(
+            f"weights must be a run, a checkpoint folder or a .safetensors file, got {str(path)!r}: not found"
+        )
+    if path.suffix != ".safetensors":
+        hint = "pickled files can run code when read; convert it to safetensors" if path.suffix in _PICKLED else ""
+        raise ValueError(f"weights must be a .safetensors file, got {str(path)!r}{'; ' + hint if hint else ''}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+
+
+def _read_folder(folder: Path) -> Mapping[str, Tensor]:
+    results = folder / "results.json"
+    if results.is_file():
+        found = json.loads(results.read_text())
+        entry = found.get("best") or found.get("last")
+        if not entry:
+            raise ValueError(f"run {folder} has saved no checkpoint yet")
+        folder = folder / entry["checkpoint"]
+    if not (folder / MANIFEST_NAME).is_file():
+        raise ValueError(f"{folder} is neither a finished run (results.json) nor a checkpoint ({MANIFEST_NAME})")
+    read_manifest(folder)
+    return load_file(folder / WEIGHTS_NAME)
+
+
+def join_unilm_projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Turn unilm's `q_proj`, `k_proj`, `v_proj` into our `qkv` and its other names into ours; other layouts pass.
+
+    Rows need no reordering: unilm too keeps the two maps of head i at places 2i and 2i + 1, in V1 and in V2.
+    """
+    joined: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        module, _, kind = name.rpartition(".")
+        parent, _, leaf = module.rpartition(".")
+        base = f"{parent}." if parent else ""
+        if leaf == "q_proj":
+            parts = [weights.get(f"{base}{part}.{kind}") for part in ("q_proj", "k_proj", "v_proj")]
+            joined[f"{base}qkv.{kind}"] = torch.cat([part for part in parts if part is not None])
+        elif leaf in _UNILM_NAMES:
+            joined[f"{base}{_UNILM_NAMES[leaf]}.{kind}"] = tensor
+        elif leaf not in ("k_proj", "v_proj"):
+            joined[name] = tensor
+    return joined
+
+
+def _resample_positions(weights: dict[str, Tensor], own: dict[str, Tensor], model: VisionTransformer) -> list[str]:
+    name = "pos_embed"
+    if name not in weights or name not in own or weights[name].shape == own[name].shape:
+        return []
+    prefix = own[name].shape[1] - model.grid**2
+    patches = weights[name].shape[1] - prefix
+    if (
+        weights[name].ndim != 3
+        or weights[name].shape[2] != own[name].shape[2]
+        or math.isqrt(max(patches, 0)) ** 2 != patches
+    ):
+        return []  # another width or other tokens: reported as not fitting
+    weights[name] = resample_positions(weights[name], prefix, (model.grid, model.grid))
+    return [name]
+
+
+def _require_fit(weights: dict[str, Tensor], own: dict[str, Tensor], replaced: list[str]) -> None:
+    def shape(tensor: Tensor) -> str:
+        return " x ".join(map(str, tensor.shape)) or "scalar"
+
+    problems = [f"missing: {name} ({shape(own[name])})" for name in own if name not in weights and name not in replaced]
+    problems += [f"unexpected: {name} ({shape(tensor)})" for name, tensor in weights.items() if name not in own]
+    problems += [
+        f"another shape: {name} is {shape(tensor)}, the model's {shape(own[name])}"
+        for name, tensor in weights.items()
+        if name in own and tensor.shape != own[name].shape
+    ]
+    if problems:
+        head = any("head." in problem for problem in problems)
+        hint = "; replace_head=True keeps the model's own classifier" if head else ""
+        raise ValueError("the weights do not fit the model" + hint + ":\n  " + "\n  ".join(problems))

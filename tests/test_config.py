@@ -1,0 +1,118 @@
+import dataclasses
+import json
+
+import pytest
+from conftest import with_fields
+
+from diffvit.cli import parse_run_config
+from diffvit.config import ModelConfig, RunConfig, differing_fields, from_json, model_preset, to_json, valid_num_heads
+from diffvit.recipes import RECIPES
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_are_valid_and_round_trip(recipe: str) -> None:
+    config = RECIPES[recipe]()
+    assert from_json(to_json(config), "test") == config
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"num_heads": 5}}, r"divisible by 2 x model.num_heads .* num_heads that fit: \[1\]"),
+        ({"model": {"patch_size": 5}}, "patch_size must divide model.image_size, got 5 and 16"),
+        ({"model": {"in_channels": 2}}, "in_channels must be 1 or 3, got 2"),
+        ({"model": {"pool": "token"}}, "must be 'avg' when model.class_token is off"),
+        ({"model": {"lambda_init": 1.0}}, r"lambda_init must be 'depth' or a constant in \[0, 1\), got 1.0"),
+        ({"model": {"drop_path": 1.0}}, r"drop_path must be in \[0, 1\)"),
+        ({"model": {"depth": 0}}, "depth must be at least 1"),
+        ({"data": {"val_fraction": 1.0}}, "val_fraction must be between 0 and 1"),
+        ({"data": {"mean": (0.5, 0.5), "std": (1.0, 1.0)}}, "must have 1 or model.in_channels = 3 values"),
+        ({"data": {"std": (0.0, 0.0, 0.0)}}, "std must be positive"),
+        ({"augment": {"crop_scale": (0.9, 0.5)}}, "0 < low <= high <= 1"),
+        ({"augment": {"flip": 1.5}}, "flip is a probability"),
+        ({"optim": {"lr": 0.0}}, "lr must be positive"),
+        ({"optim": {"warmup_epochs": 3.0}}, "between 0 and optim.epochs = 2, got 3.0"),
+        ({"optim": {"batch_size": 0}}, "batch_size must be at least 1"),
+        (
+            {"scale": {"workers": 5}},
+            "must divide optim.batch_size, got 5 and 12; the nearest batch sizes are 10 and 15",
+        ),
+        ({"scale": {"micro_batch_size": 5}}, r"worker's share of the batch \(12 / 1 = 12\), got 5"),
+        ({"checkpoint": {"every_steps": 0}}, "every_steps must be at least 1"),
+    ],
+)
+def test_impossible_combinations_say_rule_and_value(tiny_config: RunConfig, sections, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_fields(tiny_config, **sections)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"name": "a/b"}, {"name": ".."}, {"name": ""}, {"storage": "s3://bucket"}, {"seed": -1}]
+)
+def test_run_fields_are_checked(tiny_config: RunConfig, fields) -> None:
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        dataclasses.replace(tiny_config, **fields)
+
+
+def test_json_refuses_what_it_does_not_know() -> None:
+    data = json.loads(to_json(RunConfig()))
+    data["optim"]["learning_rate"] = 1.0
+    with pytest.raises(ValueError, match=r"best.json is not a run config.*optim.learning_rate: Unexpected"):
+        from_json(json.dumps(data), "best.json")
+    with pytest.raises(ValueError, match="not a run config"):
+        from_json("{", "best.json")
+
+
+def test_differing_fields_ignore_what_a_sitting_may_change(tiny_config: RunConfig) -> None:
+    moved = with_fields(tiny_config, scale={"workers": 3}, checkpoint={"every_steps": 5})
+    assert differing_fields(tiny_config, dataclasses.replace(moved, storage="elsewhere")) == {}
+    other = with_fields(dataclasses.replace(tiny_config, seed=4), optim={"lr": 1.0})
+    assert differing_fields(tiny_config, other) == {"seed": (0, 4), "optim.lr": (3e-3, 1.0)}
+
+
+def test_presets_halve_the_heads_of_v1() -> None:
+    heads = {
+        size: [model_preset(size, v).num_heads for v in ("softmax", "diff", "diff_v2")] for size in ("tiny", "base")
+    }
+    assert heads == {"tiny": [3, 2, 3], "base": [12, 6, 12]}
+    assert model_preset("small", "diff", depth=3).depth == 3
+
+
+def test_valid_num_heads() -> None:
+    assert valid_num_heads(96, "diff") == [1, 2, 3, 4, 6]
+    assert valid_num_heads(96, "softmax") == [1, 2, 3, 4, 6, 8, 12]
+    for heads in valid_num_heads(96, "diff"):
+        ModelConfig(embed_dim=96, num_heads=heads)
+
+
+def test_command_line_starts_from_a_recipe_and_applies_options() -> None:
+    config = parse_run_config("", ["sample-vit", "--optim.lr", "3e-4", "--model.lambda-init", "0.5", "--no-resume"])
+    assert (config.model.variant, config.optim.lr, config.model.lambda_init) == ("softmax", 3e-4, 0.5)
+    assert not config.resume
+    assert parse_run_config("", []) == RECIPES["sample"]()
+
+
+def test_command_line_starts_from_a_file(tmp_path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(to_json(RECIPES["sample-v2"]()))
+    for arguments in (["--config", str(file), "--seed", "3"], ["--seed=3", f"--config={file}"]):
+        config = parse_run_config("", arguments)
+        assert (config.model.variant, config.seed) == ("diff_v2", 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["smaple"], "did you mean 'sample'?"),
+        (["--optim.lrr", "1"], "--optim.lr"),
+        (["--optim.lr", "fast"], "fast"),
+        (["--model.num-heads", "7"], "num_heads"),
+        (["--config"], "--config needs a file"),
+        (["--config", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_wrong_command_lines_end_with_status_2_and_a_hint(arguments, message, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_run_config("", arguments)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,60 @@
+import pytest
+import torch
+from torch import nn
+
+from diffvit.config import ModelConfig, OptimConfig
+from diffvit.models.vit import VisionTransformer
+from diffvit.training.optim import build_ema, build_optimizer, build_schedule, lr_ratio
+
+
+def test_learning_rate_by_hand() -> None:
+    ratios = [lr_ratio(step, total_steps=8, warmup_steps=4, min_ratio=0.2) for step in range(9)]
+    assert ratios[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert ratios[4] == 1.0
+    assert ratios[6] == pytest.approx(0.2 + 0.8 * 0.5)  # half way down the cosine
+    assert ratios[8] == pytest.approx(0.2)
+
+
+def test_schedule_follows_it_and_fractions_of_an_epoch_count() -> None:
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = build_schedule(optimizer, OptimConfig(epochs=2, lr=2.0, warmup_epochs=0.5), steps_per_epoch=4)
+    rates = []
+    for _ in range(8):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([2 * lr_ratio(step, 8, 2, 0.0) for step in range(8)])
+
+
+@pytest.mark.parametrize("variant", ["softmax", "diff", "diff_v2"])
+def test_decay_falls_on_matrices_only(variant) -> None:
+    model = VisionTransformer(
+        ModelConfig(variant=variant, image_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=1, num_classes=3,
+                    reg_tokens=1, init_values=0.1)
+    )  # fmt: skip
+    decayed, kept = build_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed_names = {names[id(p)] for p in decayed["params"]}
+    kept_names = {names[id(p)] for p in kept["params"]}
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
+    assert decayed_names | kept_names == set(names.values())
+    assert {"cls_token", "reg_token", "pos_embed", "norm.weight", "head.bias", "blocks.0.ls1.gamma"} <= kept_names
+    assert {
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.mlp.fc1.weight",
+        "head.weight",
+    } <= decayed_names
+    assert not any("lambda_q" in name or "lambda_k" in name or "sub_norm" in name for name in decayed_names)
+
+
+def test_ema_by_hand() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 1.0)
+    ema = build_ema(model, decay=0.75)
+    assert ema is not None
+    for value in (2.0, 6.0):  # the first update copies
+        nn.init.constant_(model.weight, value)
+        ema.update_parameters(model)
+    assert ema.module.weight.item() == pytest.approx(0.75 * 2 + 0.25 * 6)
+    assert build_ema(model, 0.0) is None

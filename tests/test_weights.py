@@ -1,0 +1,144 @@
+"""Weights from every layout that is recognised, and the refusal of what is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diffvit.config import ModelConfig
+from diffvit.manifest import write_manifest
+from diffvit.models.vit import VisionTransformer
+from diffvit.models.weights import load_weights
+
+SMALL: dict[str, Any] = {
+    "image_size": 8,
+    "patch_size": 4,
+    "embed_dim": 12,
+    "depth": 2,
+    "num_heads": 3,
+    "num_classes": 5,
+}
+
+
+def model(seed: int = 0, **options: Any) -> VisionTransformer:
+    torch.manual_seed(seed)
+    return VisionTransformer(ModelConfig(**{**SMALL, "variant": "diff", "num_heads": 2, **options}))
+
+
+def same(a: VisionTransformer, b: VisionTransformer) -> bool:
+    theirs = b.state_dict()
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in a.state_dict().items())
+
+
+def save_checkpoint(folder: Path, source: VisionTransformer) -> Path:
+    folder.mkdir(parents=True)
+    save_file(source.state_dict(), folder / "model.safetensors")
+    write_manifest(folder, {"step": 1})
+    return folder
+
+
+def test_state_dict_file_checkpoint_and_run(tmp_path: Path) -> None:
+    source = model(1)
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    checkpoint = save_checkpoint(tmp_path / "run" / "checkpoint_step_1", source)
+    (tmp_path / "run" / "results.json").write_text(json.dumps({"best": {"checkpoint": checkpoint.name}}))
+    for given in (source.state_dict(), tmp_path / "weights.safetensors", str(checkpoint), tmp_path / "run"):
+        target = model(2)
+        assert not same(target, source)
+        report = load_weights(target, given)
+        assert same(target, source)
+        assert (report.resampled, report.replaced) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("variant", "sizes", "names"),
+    [("diff", (12, 12, 12), ("out_proj", "subln")), ("diff_v2", (24, 12, 12), ("o_proj", "lambda_proj"))],
+)
+def test_unilm_layout(variant: Any, sizes: tuple[int, int, int], names: tuple[str, str]) -> None:
+    """The separate projections, cut from our own by the order that unilm's `view` calls give them."""
+    source = model(1, variant=variant)
+    weights = {}
+    for name, tensor in source.state_dict().items():
+        head, _, leaf = name.rpartition("attn.")
+        if leaf.startswith("qkv."):
+            for part, piece in zip("qkv", tensor.split(sizes), strict=True):
+                weights[f"{head}attn.{part}_proj.{leaf[4:]}"] = piece
+        elif head and leaf.startswith("proj."):
+            weights[f"{head}attn.{names[0]}.{leaf[5:]}"] = tensor
+        else:
+            weights[name.replace("sub_norm", names[1])] = tensor
+    assert not any("qkv" in name for name in weights)
+    target = model(2, variant=variant)
+    load_weights(target, weights)
+    assert same(target, source)
+
+
+def test_positions_of_another_grid_are_resampled() -> None:
+    source, target = model(1), model(2, image_size=16)
+    report = load_weights(target, source.state_dict())
+    assert report.resampled == ("pos_embed",)
+    assert torch.equal(target.pos_embed[:, 0], source.pos_embed[:, 0])
+    assert target.pos_embed.shape == (1, 1 + 16, 12)
+
+
+def test_classifier_is_replaced_only_when_asked() -> None:
+    source, target = model(1), model(2, num_classes=7)
+    fresh = target.head.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"(?s)replace_head=True.*head.weight is 5 x 12, the model's 7 x 12"):
+        load_weights(target, source.state_dict())
+    report = load_weights(target, source.state_dict(), replace_head=True)
+    assert report.replaced == ("head.weight", "head.bias")
+    assert torch.equal(target.head.weight, fresh)
+    assert torch.equal(target.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
+
+
+def test_what_does_not_fit_is_listed_at_once_and_nothing_is_loaded() -> None:
+    source, target = model(1), model(2)
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    weights = dict(source.state_dict())
+    del weights["norm.weight"]
+    weights["extra"] = torch.zeros(2, 3)
+    weights["blocks.0.mlp.fc1.weight"] = torch.zeros(4, 12)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        load_weights(target, weights)
+    text = str(caught.value)
+    assert "missing: norm.weight (12)" in text
+    assert "unexpected: extra (2 x 3)" in text
+    assert "another shape: blocks.0.mlp.fc1.weight is 4 x 12, the model's 48 x 12" in text
+    assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
+
+
+def test_sources_that_are_none(tmp_path: Path) -> None:
+    def refusal(source: Path) -> str:
+        with pytest.raises(ValueError) as caught:  # noqa: PT011
+            load_weights(model(), source)
+        return str(caught.value)
+
+    assert "not found" in refusal(tmp_path / "nowhere")
+    (tmp_path / "weights.pth").write_bytes(b"")
+    assert "pickled files can run code" in refusal(tmp_path / "weights.pth")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    assert "not a readable safetensors file" in refusal(tmp_path / "cut.safetensors")
+    (tmp_path / "empty").mkdir()
+    assert "neither a finished run" in refusal(tmp_path / "empty")
+    (tmp_path / "empty" / "results.json").write_text(json.dumps({"best": None, "last": None}))
+    assert "has saved no checkpoint" in refusal(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_damaged_checkpoint(tmp_path: Path, damage: str) -> None:
+    folder = save_checkpoint(tmp_path / "checkpoint", model(1))
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    if damage == "remove":
+        file.unlink()
+    else:
+        data[-1] ^= 1
+        file.write_bytes(data if damage == "flip" else data[:-7])
+    with pytest.raises(ValueError, match=r"is damaged: .*model\.safetensors"):
+        load_weights(model(2), folder)
