@@ -51,8 +51,8 @@ def _sample(name: str, variant: Variant, num_heads: int) -> RunConfig:
             pos_embed="learned",
         ),
         data=DataConfig(mean=(0.2860,), std=(0.3530,)),
-        augment=AugmentConfig(crop="pad", padding=2, eval_crop_ratio=1.0),
-        optim=OptimConfig(epochs=16, batch_size=64, lr=1e-3, beta2=0.98, warmup_epochs=2, label_smoothing=0.1),
+        augment=AugmentConfig(crop="pad", padding=1, eval_crop_ratio=1.0),
+        optim=OptimConfig(epochs=12, batch_size=64, lr=1e-3, beta2=0.98, warmup_epochs=2, label_smoothing=0.1),
         scale=ScaleConfig(workers=2),
     )
 

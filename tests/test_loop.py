@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffvit.config import RunConfig
-from diffvit.data.batches import BatchLoader, LocalStream
+from diffvit.data.loader import BatchLoader, LocalStream
 from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.sources import open_dataset
 from diffvit.training.loop import RunStopped, Worker, fit

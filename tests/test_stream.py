@@ -16,7 +16,8 @@ from conftest import with_fields
 
 from diffvit.config import RunConfig
 from diffvit.data import stream as stream_module
-from diffvit.data.batches import Batch, BatchLoader, LocalStream
+from diffvit.data.batches import Batch
+from diffvit.data.loader import BatchLoader, LocalStream
 from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.sources import open_dataset
 from diffvit.data.stream import RayStream

@@ -1,4 +1,4 @@
-"""One numbered micro-batch: read its images, decode, augment, stack. Runs in any process; nothing here knows of Ray.
+"""What a rank trains on: a batch, and the stream that it comes from. Light, for processes that only pass batches on.
 
 Letters: B samples in the micro-batch, C channels, S image side.
 """
@@ -11,17 +11,9 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
-
-from diffvit.config import RunConfig
-from diffvit.data.images import ImageError, decode_image, eval_transform, train_transform
-from diffvit.data.order import EvalPlan, Indices, TrainPlan, sample_seed
-from diffvit.data.sources import Split
 
 SKIPPED_LABEL = -100
-"""Label of a sample whose image could not be used; cross_entropy and torchmetrics ignore it."""
-
-EVAL_BATCH_SIZE = 250
+"""Label of a sample whose image could not be used; no loss and no metric counts it."""
 
 
 @dataclass(frozen=True)
@@ -38,45 +30,6 @@ class Batch:
     skipped: tuple[str, ...] = ()
 
 
-class BatchLoader:
-    """Makes micro-batch number `row` of a training or an evaluation plan."""
-
-    def __init__(self, config: RunConfig, split: Split, plan: TrainPlan | EvalPlan) -> None:
-        self.split = split
-        self.plan = plan
-        self.channels = config.model.in_channels
-        self.image_size = config.model.image_size
-        self.max_pixels = config.data.max_pixels
-        transform = train_transform if isinstance(plan, TrainPlan) else eval_transform
-        self.transform = transform(config.augment, self.image_size)
-
-    def __call__(self, row: int) -> Batch:
-        if isinstance(self.plan, TrainPlan):
-            epoch, samples = self.plan.samples(row)
-            seeds = [sample_seed(self.plan.seed, epoch, int(sample)) for sample in samples]
-            return self._load(row, samples, seeds)
-        return self._load(row, self.plan.samples(row), None)
-
-    def preview(self, count: int) -> Batch:
-        """`count` samples spread evenly over the split."""
-        return self._load(-1, np.linspace(0, len(self.split) - 1, count).astype(np.int64), None)
-
-    def _load(self, row: int, samples: Indices, seeds: list[int] | None) -> Batch:
-        images = np.zeros((len(samples), self.channels, self.image_size, self.image_size), np.uint8)
-        labels = self.split.labels[samples]
-        skipped = []
-        for place, sample in enumerate(samples.tolist()):
-            if seeds is not None:
-                torch.default_generator.manual_seed(seeds[place])  # torch.manual_seed costs 0.5 ms: it queues for CUDA
-            try:
-                decoded = decode_image(self.split.read(sample), self.channels, self.max_pixels)
-                images[place] = self.transform(decoded).numpy()
-            except (ImageError, OSError) as error:
-                labels[place] = SKIPPED_LABEL
-                skipped.append(f"{self.split.key(sample)}: {error}")
-        return Batch(row, images, labels, tuple(skipped))
-
-
 class Stream(Protocol):
     """The batches of one rank, in the order of the plans."""
 
@@ -91,24 +44,3 @@ class Stream(Protocol):
     def preview(self, count: int) -> Batch:
         """`count` fixed validation samples, the same on every call."""
         ...
-
-
-class LocalStream:
-    """The batches of one rank made in the calling process: the stream of a test, and the reference for Ray's."""
-
-    def __init__(self, train: BatchLoader, val: BatchLoader, rank: int = 0, workers: int = 1) -> None:
-        self._train, self._val, self._rank, self._workers = train, val, rank, workers
-
-    def train(self, first_step: int) -> Iterator[Batch]:
-        plan = self._train.plan
-        assert isinstance(plan, TrainPlan)
-        first = first_step * plan.rows_per_step + self._rank
-        return map(self._train, range(first, plan.total_steps * plan.rows_per_step, plan.workers))
-
-    def evaluate(self) -> Iterator[Batch]:
-        plan = self._val.plan
-        assert isinstance(plan, EvalPlan)
-        return map(self._val, range(self._rank, plan.num_rows, self._workers))
-
-    def preview(self, count: int) -> Batch:
-        return self._val.preview(count)

@@ -61,7 +61,8 @@ def decode_image(encoded: bytes, channels: int, max_pixels: int) -> Tensor:
 def _decode_jpeg(encoded: bytes, channels: int) -> Tensor:
     mode = tv_io.ImageReadMode.GRAY if channels == 1 else tv_io.ImageReadMode.RGB
     data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-    return tv_io.decode_jpeg(data, mode=mode, apply_exif_orientation=True)
+    decoded: Tensor = tv_io.decode_jpeg(data, mode=mode, apply_exif_orientation=True)
+    return decoded
 
 
 def _decode_any(image: Image.Image, channels: int) -> Tensor:

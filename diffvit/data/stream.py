@@ -15,15 +15,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 import ray.data
 from ray.data import DataContext, DataIterator, ExecutionOptions, ExecutionResources
 
-from diffvit.data.batches import Batch, BatchLoader
+from diffvit.data.batches import Batch
 from diffvit.data.order import EvalPlan, TrainPlan
+
+if TYPE_CHECKING:  # the process that deals the chunks out imports this module, and need not load torch
+    from diffvit.data.loader import BatchLoader
 
 _CHUNK_BYTES = 16 * 2**20
 _CHUNK_IMAGES = 1024
@@ -106,7 +109,7 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
         os.setpriority(os.PRIO_PROCESS, 0, 19)  # where decoding and training share CPUs, decoding yields
         number, rank = divmod(int(row["id"]), workers)
         mine = rows[rank::workers][number * size : (number + 1) * size]
-        return _pack([ray.get(reference)(row) for row in mine], loader)
+        return _pack(ray.get(reference), mine)
 
     chunks_per_rank = -(-len(rows[::workers]) // size)
     chunks = chunks_per_rank * workers
@@ -115,8 +118,9 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
     return splits
 
 
-def _pack(batches: list[Batch], loader: BatchLoader) -> dict[str, Any]:
-    """One row of columns that Arrow holds without a copy."""
+def _pack(loader: BatchLoader, rows: range) -> dict[str, Any]:
+    """The micro-batches as one row of columns, which Arrow holds without a copy."""
+    batches = [loader(row) for row in rows]
     empty = np.zeros((0, loader.channels, loader.image_size, loader.image_size), np.uint8)
     return {
         "images": np.concatenate([empty, *(batch.images for batch in batches)]),

@@ -18,7 +18,7 @@ from ray.util.queue import Queue
 
 from diffvit.config import RunConfig, from_json, to_json
 from diffvit.console import Console
-from diffvit.data.batches import EVAL_BATCH_SIZE, BatchLoader
+from diffvit.data.loader import EVAL_BATCH_SIZE, BatchLoader
 from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.sources import SAMPLE, Dataset, open_dataset
 from diffvit.data.stream import RayStream

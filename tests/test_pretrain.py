@@ -1,0 +1,115 @@
+"""Whole runs through Ray Train: what a user gets, what is refused, and what a lost worker costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from conftest import with_fields
+from safetensors.torch import load_file
+
+from diffvit.config import RunConfig, from_json
+from diffvit.models.vit import VisionTransformer
+from diffvit.models.weights import load_weights
+from diffvit.training.launch import RunStopped, train
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+
+
+@pytest.fixture
+def config(tiny_config: RunConfig) -> RunConfig:
+    return with_fields(tiny_config, scale={"workers": 2}, optim={"epochs": 3})
+
+
+def test_a_run_from_start_to_finish(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    results = train(config)
+    written = json.loads((config.folder / "results.json").read_text())
+    assert written.items() >= results.items()
+    assert results["status"] == "finished"
+    assert results["last"]["epoch"] == 3
+    assert results["last"]["step"] == 9
+    assert results["best"]["top1"] >= results["last"]["top1"]
+    assert results["world_sizes"] == [2]
+    assert set(written["versions"]) >= {"torch", "ray"}
+    # what lies in the folder: the best and the last checkpoint, nothing half written
+    checkpoints = {path.name for path in config.folder.glob("checkpoint_step_*")}
+    assert checkpoints == {results["best"]["checkpoint"], results["last"]["checkpoint"]}
+    assert from_json((config.folder / "config.json").read_text(), "").model.num_classes == 3
+    assert list((config.folder / "tensorboard").glob("events.*"))
+    load_weights(VisionTransformer(with_fields(config, model={"num_classes": 3}).model), config.folder)
+    shown = capsys.readouterr().out
+    assert "36 training and 15 validation images, 3 classes; 2 workers on CPU" in shown
+    assert sum(line.split()[:2] == [str(e), str(3 * e)] for e in (1, 2, 3) for line in shown.splitlines()) == 3
+
+    assert train(config)["last"] == results["last"]  # finished: nothing is trained again
+    with pytest.raises(ValueError, match=r"(?s)exists in .* with another config.*optim.lr: 0.003 there, 0.1 now"):
+        train(with_fields(config, optim={"lr": 0.1}))
+    with pytest.raises(ValueError, match="choose another --name or leave --resume on"):
+        train(dataclasses.replace(config, resume=False))
+
+
+def test_a_killed_worker_costs_nothing_but_time(config: RunConfig) -> None:
+    """SIGKILL in mid-epoch: Ray starts the group again and the weights end as if nothing had happened, bit for bit."""
+    config = with_fields(config, optim={"epochs": 40}, checkpoint={"every_steps": 5})
+    whole = train(dataclasses.replace(config, name="whole"))
+
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        marker = Path(config.storage) / "cut"
+        while not list(marker.glob("checkpoint_step_*")):
+            time.sleep(0.05)
+        killed.append(train_worker_pid())
+        os.kill(killed[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    cut = train(dataclasses.replace(config, name="cut"))
+    thread.join()
+    assert cut["last"]["step"] == whole["last"]["step"] == 120
+    assert cut["world_sizes"] == [2, 2]
+    ours = load_file(Path(config.storage) / "cut" / cut["last"]["checkpoint"] / "model.safetensors")
+    theirs = load_file(Path(config.storage) / "whole" / whole["last"]["checkpoint"] / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def train_worker_pid() -> int:
+    from ray.util.state import list_actors
+
+    workers = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
+    return int(workers[0].pid)
+
+
+def test_divergence_is_not_tried_again(config: RunConfig) -> None:
+    config = with_fields(config, optim={"lr": 1e30, "warmup_epochs": 0.0, "clip_norm": 0.0})
+    with pytest.raises(RunStopped, match="not finite at step"):
+        train(config)
+    results = json.loads((config.folder / "results.json").read_text())
+    assert results["status"] == "stopped"
+    assert "not finite" in results["reason"]
+
+
+def test_impossible_resources_are_refused_at_once(config: RunConfig) -> None:
+    cpus = ray.cluster_resources()["CPU"]
+    with pytest.raises(
+        ValueError, match=rf"2 workers need 100 CPUs each; the cluster has 1 node\(s\) with {cpus:g} CPUs"
+    ):
+        train(with_fields(config, scale={"cpus_per_worker": 100.0}))
+    with pytest.raises(ValueError, match="leaves no CPU for decoding"):
+        train(with_fields(config, scale={"cpus_per_worker": cpus / 2}))
+    if not ray.cluster_resources().get("GPU"):
+        with pytest.raises(ValueError, match="and 0 GPUs in all, room for 0"):
+            train(with_fields(config, scale={"gpu": True}))
+
+
+def test_classes_must_match_the_data(config: RunConfig) -> None:
+    with pytest.raises(ValueError, match="must be the number of classes in the data, 3, or 0; got 7"):
+        train(with_fields(config, model={"num_classes": 7}))
