@@ -1,66 +1,157 @@
-import sys, time, statistics as st, torch, torch.nn.functional as F
-import time as _t
-import os
+"""Whole training steps of every variant beside timm's plain and differential ViT, in one process.
 
-CLK = _t.process_time if os.environ.get("CPUT") else _t.perf_counter
-from timm.models.vision_transformer import VisionTransformer as T
-from diffvit.config import ModelConfig, model_preset
-from diffvit.models.vit import VisionTransformer as V
+The models take turns, in an order that rotates, so that what else the machine does falls on all of them; a ratio is
+the median over rounds of a model's time to that of our plain ViT in the same round.
 
-torch.set_num_threads(int(sys.argv[3]) if len(sys.argv) > 3 else 2)
-which = sys.argv[1]
-rounds = int(sys.argv[2])
-if which == "vits":
-    B = 8
-    sh = dict(image_size=224, patch_size=16, embed_dim=384, depth=12, num_classes=1000)
-    h = 6
-    C = 3
-else:
-    B = 64
-    sh = dict(image_size=28, patch_size=4, embed_dim=128, depth=6, num_classes=10, in_channels=1)
-    h = 4
-    C = 1
-t = dict(
-    img_size=sh["image_size"],
-    patch_size=sh["patch_size"],
-    in_chans=C,
-    num_classes=sh["num_classes"],
-    embed_dim=sh["embed_dim"],
-    depth=sh["depth"],
-)
-M = {
-    "plain": V(ModelConfig(variant="softmax", num_heads=h, **sh)),
-    "v1": V(ModelConfig(variant="diff", num_heads=h // 2, **sh)),
-    "v2": V(ModelConfig(variant="diff_v2", num_heads=h, **sh)),
-    "timm": T(num_heads=h, **t),
-    "timmdiff": T(num_heads=h // 2, attn_layer="diff", **t),
-}
-O = {k: torch.optim.AdamW(m.parameters(), lr=1e-4) for k, m in M.items()}
-x = torch.randn(B, C, sh["image_size"], sh["image_size"])
-y = torch.randint(0, sh["num_classes"], (B,))
+    python benchmarks/train_step.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from diffvit.config import ModelConfig, Variant, model_preset
+from diffvit.models.vit import VisionTransformer
+from diffvit.recipes import sample
+
+try:
+    import timm
+    from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+except ImportError:
+    raise SystemExit("this benchmark measures timm beside diffvit: pip install 'diffvit[timm]'") from None
 
 
-def step(k):
-    m, o = M[k], O[k]
-    t0 = CLK()
-    loss = F.cross_entropy(m(x), y)
-    loss.backward()
-    o.step()
-    o.zero_grad()
-    os.environ.get("NOFREE") or None
-    return (CLK() - t0) * 1e3
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    rounds: int = 15
+    """Times each model takes a step."""
+    threads: int = 1
+    """CPU threads."""
+    small_batch: int = 8
+    """Batch of ViT-S/16 at 224 px."""
+    sample_batch: int = 64
+    """Batch of the sample recipe's model."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    compile: bool = False
+    """Through torch.compile."""
 
 
-for k in M:
-    step(k)
-R = {k: [] for k in M}
-ks = list(M)
-for r in range(rounds):
-    for i in range(len(ks)):
-        k = ks[(i + r) % len(ks)]
-        R[k].append(step(k))
-for k in ks:
-    q = [a / b for a, b in zip(R[k], R["plain"])]
-    print(
-        f"{which} {k:9} {st.median(R[k]):8.1f} ms  min {min(R[k]):8.1f} ratio {st.median(q):.3f} [{min(q):.3f}-{max(q):.3f}]"
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    torch.set_num_threads(options.threads)
+    console = Console(width=100)
+    console.print(
+        f"{platform.processor() or platform.machine()}, {options.threads} thread(s), {options.device}, "
+        f"torch {torch.__version__}, timm {timm.__version__}, {options.rounds} rounds"
     )
+    shapes = {
+        f"ViT-S/16, 224 px, batch {options.small_batch}": (
+            model_preset("small", "softmax", num_classes=1000),
+            options.small_batch,
+        ),
+        f"sample recipe, batch {options.sample_batch}": (
+            dataclasses.replace(sample().model, num_classes=10, variant="softmax", num_heads=4),
+            options.sample_batch,
+        ),
+    }
+    for title, (plain, batch) in shapes.items():
+        console.print(measure(title, plain, batch, options))
+
+
+def measure(title: str, plain: ModelConfig, batch: int, options: Options) -> Table:
+    """Step times of all five models around the plain model's shape."""
+    steps = {name: training_step(build(), plain, batch, options) for name, build in builders(plain).items()}
+    names = list(steps)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for step in steps.values():  # warm-up
+        step()
+        step()
+    for number in range(options.rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            times[name].append(timed(steps[name], options))
+    table = Table(title=title, title_justify="left")
+    for column in ("model", "ms a step", "to plain", "quartiles"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name in names:
+        ratios = [mine / base for mine, base in zip(times[name], times["plain ViT"], strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        median = f"{statistics.median(ratios):.3f}"
+        table.add_row(name, f"{1e3 * statistics.median(times[name]):.1f}", median, f"{low:.3f} to {high:.3f}")
+    return table
+
+
+def builders(plain: ModelConfig) -> dict[str, Callable[[], nn.Module]]:
+    """V1 has half the plain model's heads, as published; timm's get the same shape."""
+
+    def ours(variant: Variant, num_heads: int) -> Callable[[], nn.Module]:
+        return lambda: VisionTransformer(dataclasses.replace(plain, variant=variant, num_heads=num_heads))
+
+    def timms(attention: str, num_heads: int) -> Callable[[], nn.Module]:
+        return lambda: TimmVisionTransformer(
+            img_size=plain.image_size,
+            patch_size=plain.patch_size,
+            in_chans=plain.in_channels,
+            num_classes=plain.num_classes,
+            embed_dim=plain.embed_dim,
+            depth=plain.depth,
+            num_heads=num_heads,
+            mlp_ratio=plain.mlp_ratio,
+            class_token=plain.class_token,
+            global_pool=plain.pool,
+            attn_layer=attention,
+        )
+
+    return {
+        "plain ViT": ours("softmax", plain.num_heads),
+        "V1": ours("diff", plain.num_heads // 2),
+        "V2": ours("diff_v2", plain.num_heads),
+        "timm plain ViT": timms("", plain.num_heads),
+        "timm diff": timms("diff", plain.num_heads // 2),
+    }
+
+
+def training_step(model: nn.Module, config: ModelConfig, batch: int, options: Options) -> Callable[[], None]:
+    """Forward, cross-entropy, backward, AdamW."""
+    device = torch.device(options.device)
+    model = model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    images = torch.randn(batch, config.in_channels, config.image_size, config.image_size, device=device)
+    labels = torch.randint(0, config.num_classes, (batch,), device=device)
+    forward = torch.compile(model) if options.compile else model
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = F.cross_entropy(forward(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def timed(step: Callable[[], None], options: Options) -> float:
+    started = time.perf_counter()
+    step()
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

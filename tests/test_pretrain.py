@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from conftest import with_fields
+from conftest import make_folder, with_fields
 from safetensors.torch import load_file
 
 from diffvit.config import RunConfig, from_json
@@ -56,36 +57,46 @@ def test_a_run_from_start_to_finish(config: RunConfig, capsys: pytest.CaptureFix
         train(dataclasses.replace(config, resume=False))
 
 
-def test_a_killed_worker_costs_nothing_but_time(config: RunConfig) -> None:
+def test_a_killed_worker_costs_nothing_but_time(config: RunConfig, tmp_path: Path) -> None:
     """SIGKILL in mid-epoch: Ray starts the group again and the weights end as if nothing had happened, bit for bit."""
-    config = with_fields(config, optim={"epochs": 40}, checkpoint={"every_steps": 5})
+    images = make_folder(tmp_path / "more", images_per_class=160, val_per_class=5)  # 40 steps an epoch
+    config = with_fields(
+        config, data={"path": str(images)}, optim={"epochs": 2}, model={"drop_path": 0.1}, checkpoint={"every_steps": 5}
+    )
     whole = train(dataclasses.replace(config, name="whole"))
-
-    killed: list[int] = []
-
-    def kill_one() -> None:
-        marker = Path(config.storage) / "cut"
-        while not list(marker.glob("checkpoint_step_*")):
-            time.sleep(0.05)
-        killed.append(train_worker_pid())
-        os.kill(killed[0], signal.SIGKILL)
-
-    thread = threading.Thread(target=kill_one)
-    thread.start()
-    cut = train(dataclasses.replace(config, name="cut"))
-    thread.join()
-    assert cut["last"]["step"] == whole["last"]["step"] == 120
-    assert cut["world_sizes"] == [2, 2]
-    ours = load_file(Path(config.storage) / "cut" / cut["last"]["checkpoint"] / "model.safetensors")
-    theirs = load_file(Path(config.storage) / "whole" / whole["last"]["checkpoint"] / "model.safetensors")
+    cut = dataclasses.replace(config, name="cut")
+    killer = threading.Thread(target=kill_a_worker_after_the_first_checkpoint, args=(cut.folder,))
+    killer.start()
+    results = train(cut)
+    killer.join()
+    assert results["last"]["step"] == whole["last"]["step"] == 80
+    assert results["world_sizes"] == [2, 2]
+    ours = load_file(cut.folder / results["last"]["checkpoint"] / "model.safetensors")
+    theirs = load_file(cut.folder.parent / "whole" / whole["last"]["checkpoint"] / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def train_worker_pid() -> int:
-    from ray.util.state import list_actors
+def kill_a_worker_after_the_first_checkpoint(folder: Path) -> None:
+    while not (pids := own_processes("ray::RayTrainWorker")):
+        time.sleep(0.1)
+    while not any(int(path.name[-8:]) >= 10 for path in folder.glob("checkpoint_step_*")):
+        time.sleep(0.01)  # the second folder appears once Ray Train has taken the first checkpoint in
+    os.kill(pids[0], signal.SIGKILL)
 
-    workers = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
-    return int(workers[0].pid)
+
+def own_processes(title: str) -> list[int]:
+    """Processes of that title among the descendants of this one."""
+    parents: dict[int, int] = {}
+    titles: dict[int, str] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            titles[int(entry.name)] = (entry / "cmdline").read_text()
+
+    def is_own(pid: int) -> bool:
+        return pid == os.getpid() or (pid in parents and is_own(parents[pid]))
+
+    return [pid for pid, found in titles.items() if found.startswith(title) and is_own(pid)]
 
 
 def test_divergence_is_not_tried_again(config: RunConfig) -> None:

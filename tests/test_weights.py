@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,50 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     assert "neither a finished run" in refusal(tmp_path / "empty")
     (tmp_path / "empty" / "results.json").write_text(json.dumps({"best": None, "last": None}))
     assert "has saved no checkpoint" in refusal(tmp_path / "empty")
+
+
+def test_a_run_whose_best_has_no_checkpoint_gives_its_last(tmp_path: Path) -> None:
+    source, target = model(1), model(2)
+    checkpoint = save_checkpoint(tmp_path / "elsewhere", source)
+    results = {"best": {"top1": 0.5, "checkpoint": None}, "last": {"checkpoint": str(checkpoint)}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    load_weights(target, tmp_path)
+    assert same(target, source)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("results.json", '{"best":', "results.json cannot be read"),
+        ("results.json", "[]", "results.json cannot be read"),
+        ("checkpoint.json", '{"format_version":', "checkpoint.json cannot be read"),
+        ("checkpoint.json", '{"format_version": 1}', "checkpoint.json cannot be read"),
+        ("checkpoint.json", '{"format_version": 1, "sha256": {}}', "does not name model.safetensors"),
+    ],
+)
+def test_damaged_json_is_named(tmp_path: Path, file: str, text: str, message: str) -> None:
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_weights(model(), tmp_path)
+    assert not isinstance(caught.value, json.JSONDecodeError)
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        ({"pos_embed": (5,)}, "another shape: pos_embed is 5,"),
+        ({"pos_embed": (1, 1 + 5, 12)}, "another shape: pos_embed is 1 x 6 x 12"),
+        ({"blocks.0.attn.k_proj.weight": (12, 12)}, "unexpected: blocks.0.attn.k_proj.weight"),
+        (
+            {f"blocks.0.attn.{part}_proj.weight": (12, 7 if part == "k" else 12) for part in "qkv"},
+            "unexpected: blocks.0.attn.k_proj.weight (12 x 7)",
+        ),
+    ],
+)
+def test_odd_tensors_are_listed_and_not_dropped(odd: dict[str, tuple[int, ...]], message: str) -> None:
+    weights = {**model(1).state_dict(), **{name: torch.zeros(shape) for name, shape in odd.items()}}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_weights(model(2), weights)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])

@@ -133,11 +133,12 @@ class DiffAttention(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        heads = attend_two_maps(self._heads(x_BND), self.current_lambda())
+        # Laid out by token before the norm, which joining the heads needs in any case: the norm then reads it in order.
+        heads = attend_two_maps(self._heads(x_BND), self.current_lambda()).transpose(1, 2).contiguous()
         # (1 - lambda_init) is multiplied into the norm's weight, which is smaller than the heads.
         weight = self.sub_norm.weight * (1 - self.lambda_init)
         heads = F.rms_norm(heads, self.sub_norm.normalized_shape, weight.to(heads.dtype), self.sub_norm.eps)
-        return _project(self.proj, heads)
+        return _project(self.proj, heads.transpose(1, 2))
 
     def attention_maps(self, x_BND: Tensor) -> AttentionMaps:
         """The maps of `forward` on the same input, before the norm; `weight` is a scalar."""
@@ -210,8 +211,11 @@ def attend_two_maps(maps: TwoMaps, weight: Tensor) -> Tensor:
 
 def subtract_maps(maps: TwoMaps, weight: Tensor) -> Tensor:
     """Subtract the maps, then multiply with the values once: the fewest operations where no fused kernel is at hand."""
-    q1, k1, q2, k2, v = maps
-    return (softmax_map(q1, k1) - weight * softmax_map(q2, k2)).to(v.dtype) @ v
+    B, H, N, _ = maps.v.shape
+    q1, k1, q2, k2, v = (t.flatten(0, 1) for t in maps)  # contiguous, as the products and their gradients want them
+    weight = weight.expand(B, H, N, 1).flatten(0, 1) if weight.ndim else weight
+    combined = torch.addcmul(softmax_map(q1, k1), softmax_map(q2, k2), -weight)
+    return (combined.to(v.dtype) @ v).unflatten(0, (B, H))
 
 
 def subtract_outputs(maps: TwoMaps, weight: Tensor) -> Tensor:
@@ -222,7 +226,7 @@ def subtract_outputs(maps: TwoMaps, weight: Tensor) -> Tensor:
 
 
 def softmax_map(q: Tensor, k: Tensor) -> Tensor:
-    """softmax(q k' / sqrt K), (B, H, N, N), in float32 or better also where autocast gives half-precision scores."""
+    """softmax(q k' / sqrt K), (..., N, N), in float32 or better also where autocast gives half-precision scores."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return _in_full_precision(scores).softmax(dim=-1)
 

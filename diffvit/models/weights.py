@@ -75,57 +75,72 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if path.suffix != ".safetensors":
         hint = "pickled files can run code when read; convert it to safetensors" if path.suffix in _PICKLED else ""
         raise ValueError(f"weights must be a .safetensors file, got {str(path)!r}{'; ' + hint if hint else ''}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+    return _read_safetensors(path)
 
 
 def _read_folder(folder: Path) -> Mapping[str, Tensor]:
-    results = folder / "results.json"
-    if results.is_file():
-        found = json.loads(results.read_text())
-        entry = found.get("best") or found.get("last")
-        if not entry:
-            raise ValueError(f"run {folder} has saved no checkpoint yet")
-        folder = folder / entry["checkpoint"]
+    if (folder / "results.json").is_file():
+        folder = _checkpoint_of_run(folder)
     if not (folder / MANIFEST_NAME).is_file():
         raise ValueError(f"{folder} is neither a finished run (results.json) nor a checkpoint ({MANIFEST_NAME})")
-    read_manifest(folder)
-    return load_file(folder / WEIGHTS_NAME)
+    try:
+        hashed = read_manifest(folder)["sha256"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"checkpoint {folder} is damaged: {MANIFEST_NAME} cannot be read ({error})") from None
+    if WEIGHTS_NAME not in hashed:
+        raise ValueError(f"checkpoint {folder} has no weights: {MANIFEST_NAME} does not name {WEIGHTS_NAME}")
+    return _read_safetensors(folder / WEIGHTS_NAME)
+
+
+def _checkpoint_of_run(run: Path) -> Path:
+    """The best checkpoint's folder, else the last one's; relative to the run or absolute."""
+    try:
+        results = json.loads((run / "results.json").read_text())
+        names = [(results.get(which) or {}).get("checkpoint") for which in ("best", "last")]
+    except (json.JSONDecodeError, AttributeError):
+        raise ValueError(f"run {run} is damaged: results.json cannot be read; give a checkpoint's folder") from None
+    name = names[0] or names[1]
+    if not name:
+        raise ValueError(f"run {run} has saved no checkpoint yet")
+    return Path(run, name)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+    return tensors
 
 
 def join_unilm_projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Turn unilm's `q_proj`, `k_proj`, `v_proj` into our `qkv` and its other names into ours; other layouts pass.
 
     Rows need no reordering: unilm too keeps the two maps of head i at places 2i and 2i + 1, in V1 and in V2.
+    Projections that are not three, or not of one width, pass as they are, to be reported.
     """
     joined: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         module, _, kind = name.rpartition(".")
         parent, _, leaf = module.rpartition(".")
         base = f"{parent}." if parent else ""
-        if leaf == "q_proj":
-            parts = [weights.get(f"{base}{part}.{kind}") for part in ("q_proj", "k_proj", "v_proj")]
-            joined[f"{base}qkv.{kind}"] = torch.cat([part for part in parts if part is not None])
+        parts = [f"{base}{part}.{kind}" for part in ("q_proj", "k_proj", "v_proj")]
+        if name in parts and all(part in weights and weights[part].shape[1:] == tensor.shape[1:] for part in parts):
+            joined[f"{base}qkv.{kind}"] = torch.cat([weights[part] for part in parts])
         elif leaf in _UNILM_NAMES:
             joined[f"{base}{_UNILM_NAMES[leaf]}.{kind}"] = tensor
-        elif leaf not in ("k_proj", "v_proj"):
+        else:
             joined[name] = tensor
     return joined
 
 
 def _resample_positions(weights: dict[str, Tensor], own: dict[str, Tensor], model: VisionTransformer) -> list[str]:
     name = "pos_embed"
-    if name not in weights or name not in own or weights[name].shape == own[name].shape:
+    if name not in weights or name not in own or weights[name].shape == own[name].shape or weights[name].ndim != 3:
         return []
     prefix = own[name].shape[1] - model.grid**2
     patches = weights[name].shape[1] - prefix
-    if (
-        weights[name].ndim != 3
-        or weights[name].shape[2] != own[name].shape[2]
-        or math.isqrt(max(patches, 0)) ** 2 != patches
-    ):
+    if weights[name].shape[2] != own[name].shape[2] or math.isqrt(max(patches, 0)) ** 2 != patches:
         return []  # another width or other tokens: reported as not fitting
     weights[name] = resample_positions(weights[name], prefix, (model.grid, model.grid))
     return [name]
