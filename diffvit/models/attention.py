@@ -215,7 +215,8 @@ def subtract_maps(maps: TwoMaps, weight: Tensor) -> Tensor:
     q1, k1, q2, k2, v = (t.flatten(0, 1) for t in maps)  # contiguous, as the products and their gradients want them
     weight = weight.expand(B, H, N, 1).flatten(0, 1) if weight.ndim else weight
     combined = torch.addcmul(softmax_map(q1, k1), softmax_map(q2, k2), -weight)
-    return (combined.to(v.dtype) @ v).unflatten(0, (B, H))
+    out: Tensor = (combined.to(v.dtype) @ v).unflatten(0, (B, H))
+    return out
 
 
 def subtract_outputs(maps: TwoMaps, weight: Tensor) -> Tensor:
