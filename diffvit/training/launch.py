@@ -160,10 +160,11 @@ def _train_worker(job: dict[str, Any]) -> str | None:
 def _saved_metrics(config: RunConfig) -> dict[str, Any]:
     """What the run's checkpoints say of it: the best, the last, and the speed of the last epoch."""
     try:
-        saved = ray.train.Result.from_path(str(config.folder))
-    except RuntimeError:  # nothing was saved
+        kept = ray.train.Result.from_path(str(config.folder)).best_checkpoints
+    except RuntimeError:  # Ray Train has not written its list of checkpoints yet
+        kept = None
+    if not kept:
         return {"best": None, "last": None}
-    kept = saved.best_checkpoints or []
     entries = [{**metrics, "checkpoint": Path(checkpoint.path).name} for checkpoint, metrics in kept]
     last = max(entries, key=lambda entry: entry["step"])
     evaluated = [entry for entry in entries if "top1" in entry]
