@@ -39,9 +39,8 @@ def decode_image(encoded: bytes, channels: int, max_pixels: int) -> Tensor:
         ImageError: not an image, truncated, or larger than `max_pixels`.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # max_pixels replaces PIL's own bound, and torchvision 0.29 is the one installed
+        # max_pixels replaces PIL's own bound, and torchvision's deprecation concerns us and not the user
+        warnings.simplefilter("ignore")
         try:
             image = Image.open(io.BytesIO(encoded))
         except Image.DecompressionBombError as error:
