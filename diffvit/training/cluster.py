@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -33,6 +35,8 @@ def connect(scale: ScaleConfig) -> None:
             object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
             **quiet,
         )
+        with suppress(OSError):  # Ray writes the token readable for everybody
+            (Path.home() / ".ray" / "auth_token").chmod(0o600)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
 
 
