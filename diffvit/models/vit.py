@@ -236,7 +236,7 @@ class DropPath(nn.Module):
         if not self.training:
             return x
         kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * kept / (1 - self.rate)
+        return x * kept.div_(1 - self.rate)
 
 
 def sincos_positions(grid: int, embed_dim: int, temperature: float = 10_000.0) -> Tensor:

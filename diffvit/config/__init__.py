@@ -1,0 +1,28 @@
+"""What a run is made of: frozen dataclasses, checked when they are built, that round-trip through JSON.
+
+The command line (`diffvit/cli.py`) is generated from these fields and their docstrings; recipes (`diffvit/recipes.py`)
+are values of `RunConfig`. Every check that needs neither files nor a cluster is made here, so that a wrong option
+costs a second and not a cluster start.
+"""
+
+from diffvit.config.data import AugmentConfig, DataConfig
+from diffvit.config.model import MODEL_SIZES, ModelConfig, Variant, model_preset, valid_num_heads
+from diffvit.config.run import RunConfig, differing_fields, from_json, to_json
+from diffvit.config.training import CheckpointConfig, OptimConfig, ScaleConfig
+
+__all__ = [
+    "MODEL_SIZES",
+    "AugmentConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "ScaleConfig",
+    "Variant",
+    "differing_fields",
+    "from_json",
+    "model_preset",
+    "to_json",
+    "valid_num_heads",
+]

@@ -1,0 +1,82 @@
+"""Which images are trained on, and how they are varied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from diffvit.config.checks import STRICT, require, require_fraction
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they become tensors."""
+
+    __pydantic_config__ = STRICT
+
+    path: str = "sample"
+    """'sample' (10,000 + 2,000 Fashion-MNIST images inside the package) or an image folder: train/<class>/* with
+    val/<class>/*, or <class>/* alone, which is split."""
+    val_fraction: float = 0.1
+    """Share of each class held out for validation where the data has no validation set of its own."""
+    split_seed: int = 0
+    """Seed of that split; apart from the run's seed, so that several seeds share one validation set."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Channel means subtracted from pixels in [0, 1]; one value stands for every channel."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Channel standard deviations."""
+    max_pixels: int = 50_000_000
+    """A larger image is skipped as not sane (or hostile)."""
+    max_skipped_fraction: float = 0.01
+    """The run ends when more than this share of the images read cannot be decoded."""
+
+    def __post_init__(self) -> None:
+        require(0.0 < self.val_fraction < 1.0, f"data.val_fraction must be between 0 and 1, got {self.val_fraction}")
+        require(len(self.mean) == len(self.std), f"data.mean and data.std must pair up, got {self.mean}, {self.std}")
+        require(all(s > 0 for s in self.std), f"data.std must be positive, got {self.std}")
+        require(self.max_pixels >= 1, f"data.max_pixels must be at least 1, got {self.max_pixels}")
+        require_fraction("data.max_skipped_fraction", self.max_skipped_fraction)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How a training image is varied; the same (seed, epoch, sample) gives the same variation anywhere."""
+
+    __pydantic_config__ = STRICT
+
+    crop: Literal["inception", "pad", "none"] = "inception"
+    """inception: a random part of the image resized (arXiv 1409.4842); pad: shifted by up to `padding` pixels;
+    none: the evaluation crop."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Share of the image's area that an inception crop may take."""
+    padding: int = 4
+    """Largest shift of a pad crop, in pixels of the model's input."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    rand_augment_layers: int = 0
+    """RandAugment operations on an image (arXiv 1909.13719); 0 for none."""
+    rand_augment_magnitude: int = 9
+    """RandAugment magnitude, 0 to 30."""
+    erasing: float = 0.0
+    """Probability of erasing a random rectangle (arXiv 1708.04896)."""
+    eval_crop_ratio: float = 0.875
+    """Evaluation resizes the shorter side to image_size / this ratio, then crops the centre; 1 for no margin."""
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        require(0.0 < low <= high <= 1.0, f"augment.crop_scale must be 0 < low <= high <= 1, got {self.crop_scale}")
+        require(self.padding >= 0, f"augment.padding must not be negative, got {self.padding}")
+        for name in ("flip", "erasing"):
+            value = getattr(self, name)
+            require(0.0 <= value <= 1.0, f"augment.{name} is a probability in [0, 1], got {value}")
+        require(
+            self.rand_augment_layers >= 0,
+            f"augment.rand_augment_layers must not be negative, got {self.rand_augment_layers}",
+        )
+        require(
+            0 <= self.rand_augment_magnitude <= 30,
+            f"augment.rand_augment_magnitude must be in 0..30, got {self.rand_augment_magnitude}",
+        )
+        require(
+            0.0 < self.eval_crop_ratio <= 1.0, f"augment.eval_crop_ratio must be in (0, 1], got {self.eval_crop_ratio}"
+        )

@@ -1,0 +1,115 @@
+"""One training run: all sections together, and their JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from diffvit.config.checks import STRICT, require
+from diffvit.config.data import AugmentConfig, DataConfig
+from diffvit.config.model import ModelConfig
+from diffvit.config.training import CheckpointConfig, OptimConfig, ScaleConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    __pydantic_config__ = STRICT
+
+    name: str = "run"
+    """The run's folder under `storage`; the same name again continues the run."""
+    storage: str = "runs"
+    """Where runs are kept: a folder that every node sees."""
+    resume: bool = True
+    """Continue a run of that name; with --no-resume a name that exists is refused."""
+    seed: int = 0
+    """Initialisation, order of samples, augmentation and drop path all derive from it."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.name) and Path(self.name).name == self.name and self.name not in (".", ".."),
+            f"name must be a plain folder name, got {self.name!r}",
+        )
+        require(
+            "://" not in self.storage,
+            f"storage must be a local folder or one that every node shares; {self.storage!r} is a URL, "
+            "which is not supported yet",
+        )
+        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        require(
+            len(self.data.mean) in (1, self.model.in_channels),
+            f"data.mean must have 1 or model.in_channels = {self.model.in_channels} values, got {self.data.mean}",
+        )
+        share, rest = divmod(self.optim.batch_size, self.scale.workers)
+        require(
+            rest == 0,
+            f"scale.workers must divide optim.batch_size, got {self.scale.workers} and {self.optim.batch_size}; "
+            f"the nearest batch sizes are {self.scale.workers * share} and {self.scale.workers * (share + 1)}",
+        )
+        micro = self.scale.micro_batch_size
+        require(
+            micro is None or share % micro == 0,
+            f"scale.micro_batch_size must divide a worker's share of the batch "
+            f"({self.optim.batch_size} / {self.scale.workers} = {share}), got {micro}",
+        )
+
+    @property
+    def folder(self) -> Path:
+        """`<storage>/<name>`, absolute: workers have other working directories."""
+        return Path(self.storage).expanduser().absolute() / self.name
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches a worker takes in a step."""
+        share = self.optim.batch_size // self.scale.workers
+        return share // (self.scale.micro_batch_size or share)
+
+
+_ADAPTER = TypeAdapter(RunConfig)
+
+
+def to_json(config: RunConfig) -> str:
+    return _ADAPTER.dump_json(config, indent=2).decode() + "\n"
+
+
+def from_json(text: str | bytes, source: str) -> RunConfig:
+    """The config in `text`; `source` names it in errors.
+
+    Raises:
+        ValueError: unknown or missing fields, wrong types, or values that a check refuses.
+    """
+    try:
+        return _ADAPTER.validate_json(text)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"{source} is not a run config of this version: {problems}") from None
+
+
+_SITTING_FIELDS = ("name", "storage", "resume", "scale", "checkpoint")
+"""What may differ when a run is continued: where it lies, what it runs on, how often it is saved."""
+
+
+def differing_fields(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """`{field: (old, new)}` for every field that decides a run's result."""
+
+    def flat(config: RunConfig) -> dict[str, Any]:
+        sections = {k: v for k, v in dataclasses.asdict(config).items() if k not in _SITTING_FIELDS}
+        return {
+            f"{section}.{name}" if isinstance(value, dict) else section: leaf
+            for section, value in sections.items()
+            for name, leaf in (value.items() if isinstance(value, dict) else [("", value)])
+        }
+
+    before, after = flat(old), flat(new)
+    return {name: (before[name], after[name]) for name in before if before[name] != after[name]}

@@ -1,0 +1,97 @@
+"""The recipe, what a run takes of the cluster, and when it is saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from diffvit.config.checks import STRICT, require, require_fraction
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The recipe: AdamW, linear warm-up and cosine decay per step."""
+
+    __pydantic_config__ = STRICT
+
+    epochs: int = 90
+    """Passes over the training set."""
+    batch_size: int = 1024
+    """Global batch: samples a step over all workers."""
+    lr: float = 1e-3
+    """Peak learning rate, at this batch size (nothing is rescaled behind your back)."""
+    min_lr_ratio: float = 0.0
+    """Learning rate at the end, as a share of the peak."""
+    warmup_epochs: float = 5.0
+    """Epochs of linear warm-up; fractions allowed."""
+    weight_decay: float = 0.05
+    """AdamW's decoupled weight decay; not applied to biases, norms, lambda, LayerScale, tokens and positions."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient average."""
+    beta2: float = 0.999
+    """AdamW's decay of the squared-gradient average."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 for no clipping."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes."""
+    ema_decay: float = 0.0
+    """Decay per step of the weight average that is evaluated and saved; 0 for none."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            require(getattr(self, name) >= 1, f"optim.{name} must be at least 1, got {getattr(self, name)}")
+        require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        require(
+            0.0 <= self.warmup_epochs <= self.epochs,
+            f"optim.warmup_epochs must be between 0 and optim.epochs = {self.epochs}, got {self.warmup_epochs}",
+        )
+        require(0.0 <= self.min_lr_ratio <= 1.0, f"optim.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
+        for name in ("weight_decay", "clip_norm"):
+            require(getattr(self, name) >= 0, f"optim.{name} must not be negative, got {getattr(self, name)}")
+        for name in ("beta1", "beta2", "label_smoothing", "ema_decay"):
+            require_fraction(f"optim.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class ScaleConfig:
+    """What the run takes of the cluster. May change between the sittings of a run."""
+
+    __pydantic_config__ = STRICT
+
+    workers: int = 1
+    """Ray Train workers; must divide optim.batch_size."""
+    gpu: bool = False
+    """One GPU a worker."""
+    cpus_per_worker: float = 0.5
+    """CPUs a worker reserves. Decoding runs in Ray tasks beside the workers, one CPU each, and needs some left."""
+    micro_batch_size: int | None = None
+    """Samples a worker takes through the model at once; the rest of its share is accumulated. None: all at once."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 autocast on a GPU that has it, fp32 otherwise."""
+    max_failures: int = 3
+    """Times a lost worker group is restarted from the last checkpoint."""
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 1, f"scale.workers must be at least 1, got {self.workers}")
+        require(self.cpus_per_worker > 0, f"scale.cpus_per_worker must be positive, got {self.cpus_per_worker}")
+        require(self.max_failures >= 0, f"scale.max_failures must not be negative, got {self.max_failures}")
+        require(
+            self.micro_batch_size is None or self.micro_batch_size >= 1,
+            f"scale.micro_batch_size must be at least 1, got {self.micro_batch_size}",
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved. May change between the sittings of a run."""
+
+    __pydantic_config__ = STRICT
+
+    every_steps: int | None = None
+    """Also save every this many steps; None: at the end of each epoch only."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.every_steps is None or self.every_steps >= 1,
+            f"checkpoint.every_steps must be at least 1, got {self.every_steps}",
+        )
