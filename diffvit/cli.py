@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import tyro
 
 from diffvit.config import RunConfig, from_json
 from diffvit.recipes import DEFAULT_RECIPE, RECIPES
+
+T = TypeVar("T")
 
 
 def parse_run_config(description: str, arguments: list[str] | None = None) -> RunConfig:
@@ -28,6 +30,14 @@ def parse_run_config(description: str, arguments: list[str] | None = None) -> Ru
             description=f"{description}\n\nRecipes, the first argument:\n{_recipe_list()}\n"
             "\nOr --config FILE, the config.json of an earlier run.",
         )
+    except ValueError as error:
+        fail(str(error))
+
+
+def parse_options(kind: type[T], description: str, arguments: list[str] | None = None) -> T:
+    """The options of a job that trains nothing, from `kind`'s fields; ends like `parse_run_config`."""
+    try:
+        return tyro.cli(kind, args=arguments, description=description)
     except ValueError as error:
         fail(str(error))
 

@@ -59,7 +59,7 @@ def tiny_config(tmp_path: Path, folder: Path) -> RunConfig:
             class_token=False,
             pool="avg",
         ),
-        data=DataConfig(path=str(folder)),
+        data=DataConfig(path=str(folder), mean=(0.5,), std=(0.25,)),
         augment=AugmentConfig(crop="inception", crop_scale=(0.5, 1.0)),
         optim=OptimConfig(epochs=2, batch_size=12, lr=3e-3, warmup_epochs=1),
         scale=ScaleConfig(workers=1),

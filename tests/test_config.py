@@ -27,7 +27,7 @@ def test_recipes_are_valid_and_round_trip(recipe: str) -> None:
         ({"model": {"depth": 0}}, "depth must be at least 1"),
         ({"data": {"val_fraction": 1.0}}, "val_fraction must be between 0 and 1"),
         ({"data": {"mean": (0.5, 0.5), "std": (1.0, 1.0)}}, "must have 1 or model.in_channels = 3 values"),
-        ({"data": {"std": (0.0, 0.0, 0.0)}}, "std must be positive"),
+        ({"data": {"std": (0.0,)}}, "std must be positive"),
         ({"augment": {"crop_scale": (0.9, 0.5)}}, "0 < low <= high <= 1"),
         ({"augment": {"flip": 1.5}}, "flip is a probability"),
         ({"optim": {"lr": 0.0}}, "lr must be positive"),

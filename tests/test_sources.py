@@ -18,7 +18,8 @@ def test_embedded_sample_is_balanced_and_readable() -> None:
     assert np.bincount(dataset.train.labels).tolist() == [1000] * 10
     assert np.bincount(dataset.val.labels).tolist() == [200] * 10
     assert len(set(keys(dataset.train) + keys(dataset.val))) == 12_000
-    assert dataset.val.read(1999).startswith(b"\x89PNG")
+    (image,) = dataset.val.read_many(np.array([1999]))
+    assert image.startswith(b"\x89PNG")
 
 
 def test_folder_with_its_own_validation(folder: Path) -> None:
@@ -27,7 +28,10 @@ def test_folder_with_its_own_validation(folder: Path) -> None:
     assert (len(dataset.train), len(dataset.val)) == (36, 15)
     assert dataset.train.key(13) == "train/green/001.png"
     assert dataset.train.labels[13] == 1
-    assert dataset.train.read(13) == (folder / "train/green/001.png").read_bytes()
+    (folder / "train/green/002.png").unlink()
+    there, gone = dataset.train.read_many(np.array([13, 14]))
+    assert there == (folder / "train/green/001.png").read_bytes()
+    assert isinstance(gone, FileNotFoundError)
 
 
 def test_split_is_balanced_seeded_and_disjoint(tmp_path: Path) -> None:

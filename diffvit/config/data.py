@@ -15,16 +15,19 @@ class DataConfig:
     __pydantic_config__ = STRICT
 
     path: str = "sample"
-    """'sample' (10,000 + 2,000 Fashion-MNIST images inside the package) or an image folder: train/<class>/* with
-    val/<class>/*, or <class>/* alone, which is split."""
+    """'sample' (10,000 + 2,000 Fashion-MNIST images inside the package); shards that prepare made (local, s3://, gs://);
+    or an image folder: train/<class>/* with val/<class>/*, or <class>/* alone, which is split."""
     val_fraction: float = 0.1
     """Share of each class held out for validation where the data has no validation set of its own."""
     split_seed: int = 0
     """Seed of that split; apart from the run's seed, so that several seeds share one validation set."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Channel means subtracted from pixels in [0, 1]; one value stands for every channel."""
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """Channel standard deviations."""
+    mean: tuple[float, ...] = ()
+    """Channel means subtracted from pixels in [0, 1]; one value stands for every channel. Empty: those that prepare
+    counted, else ImageNet's."""
+    std: tuple[float, ...] = ()
+    """Channel standard deviations, likewise."""
+    audit: bool = False
+    """Write (epoch, step, rank, position, key) of every sample trained on to audit/."""
     max_pixels: int = 50_000_000
     """A larger image is skipped as not sane (or hostile)."""
     max_skipped_fraction: float = 0.01
@@ -53,12 +56,21 @@ class AugmentConfig:
     """Largest shift of a pad crop, in pixels of the model's input."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    color_jitter: float = 0.0
+    """Largest change of brightness, contrast and saturation, as a share; 0 for none."""
+    auto_augment: Literal["none", "imagenet", "cifar10", "svhn", "trivial"] = "none"
+    """AutoAugment's learned policy (arXiv 1805.09501), or TrivialAugment (arXiv 2103.10158)."""
     rand_augment_layers: int = 0
     """RandAugment operations on an image (arXiv 1909.13719); 0 for none."""
     rand_augment_magnitude: int = 9
     """RandAugment magnitude, 0 to 30."""
     erasing: float = 0.0
     """Probability of erasing a random rectangle (arXiv 1708.04896)."""
+    mixup: float = 0.0
+    """Alpha of mixup (arXiv 1710.09412), the share of two images drawn from Beta(alpha, alpha); 0 for none."""
+    cutmix: float = 0.0
+    """Alpha of CutMix (arXiv 1905.04899), the area of a pasted rectangle likewise; 0 for none. Where both are on, a
+    step takes either with equal probability."""
     eval_crop_ratio: float = 0.875
     """Evaluation resizes the shorter side to image_size / this ratio, then crops the centre; 1 for no margin."""
 
@@ -66,6 +78,13 @@ class AugmentConfig:
         low, high = self.crop_scale
         require(0.0 < low <= high <= 1.0, f"augment.crop_scale must be 0 < low <= high <= 1, got {self.crop_scale}")
         require(self.padding >= 0, f"augment.padding must not be negative, got {self.padding}")
+        for name in ("color_jitter", "mixup", "cutmix"):
+            require(getattr(self, name) >= 0, f"augment.{name} must not be negative, got {getattr(self, name)}")
+        require(
+            self.auto_augment == "none" or not self.rand_augment_layers,
+            "augment.auto_augment and augment.rand_augment_layers exclude each other, "
+            f"got {self.auto_augment!r} and {self.rand_augment_layers}",
+        )
         for name in ("flip", "erasing"):
             value = getattr(self, name)
             require(0.0 <= value <= 1.0, f"augment.{name} is a probability in [0, 1], got {value}")

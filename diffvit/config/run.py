@@ -48,7 +48,7 @@ class RunConfig:
         )
         require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         require(
-            len(self.data.mean) in (1, self.model.in_channels),
+            len(self.data.mean) in (0, 1, self.model.in_channels),
             f"data.mean must have 1 or model.in_channels = {self.model.in_channels} values, got {self.data.mean}",
         )
         share, rest = divmod(self.optim.batch_size, self.scale.workers)
@@ -62,6 +62,11 @@ class RunConfig:
             micro is None or share % micro == 0,
             f"scale.micro_batch_size must divide a worker's share of the batch "
             f"({self.optim.batch_size} / {self.scale.workers} = {share}), got {micro}",
+        )
+        require(
+            not (self.augment.mixup or self.augment.cutmix) or (micro or share) % 2 == 0,
+            "augment.mixup and augment.cutmix mix pairs of images, so a worker's micro-batch must be even, "
+            f"got {micro or share}",
         )
 
     @property

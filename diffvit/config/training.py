@@ -89,9 +89,15 @@ class CheckpointConfig:
 
     every_steps: int | None = None
     """Also save every this many steps; None: at the end of each epoch only."""
+    every_minutes: float | None = None
+    """Also save when so many minutes have gone since the last checkpoint (looked at every few steps)."""
 
     def __post_init__(self) -> None:
         require(
             self.every_steps is None or self.every_steps >= 1,
             f"checkpoint.every_steps must be at least 1, got {self.every_steps}",
+        )
+        require(
+            self.every_minutes is None or self.every_minutes > 0,
+            f"checkpoint.every_minutes must be positive, got {self.every_minutes}",
         )

@@ -6,7 +6,7 @@ Letters: B samples in the micro-batch, C channels, S image side.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -28,6 +28,7 @@ class Batch:
     images: npt.NDArray[np.uint8]  # (B, C, S, S)
     labels: npt.NDArray[np.int64]  # (B,)
     skipped: tuple[str, ...] = ()
+    samples: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # (B,) numbers in the split
 
 
 class Stream(Protocol):
@@ -43,4 +44,8 @@ class Stream(Protocol):
 
     def preview(self, count: int) -> Batch:
         """`count` fixed validation samples, the same on every call."""
+        ...
+
+    def keys(self, samples: npt.NDArray[np.int64]) -> list[str]:
+        """The keys of training samples, by their numbers."""
         ...

@@ -88,6 +88,12 @@ def train_transform(augment: AugmentConfig, image_size: int) -> v2.Transform:
             steps.append(eval_transform(augment, image_size))
     if augment.flip:
         steps.append(v2.RandomHorizontalFlip(augment.flip))
+    if augment.color_jitter:
+        steps.append(v2.ColorJitter(*[augment.color_jitter] * 3))
+    if augment.auto_augment == "trivial":
+        steps.append(v2.TrivialAugmentWide())
+    elif augment.auto_augment != "none":
+        steps.append(v2.AutoAugment(v2.AutoAugmentPolicy(augment.auto_augment)))
     if augment.rand_augment_layers:
         steps.append(v2.RandAugment(augment.rand_augment_layers, augment.rand_augment_magnitude))
     if augment.erasing:

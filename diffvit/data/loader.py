@@ -46,16 +46,18 @@ class BatchLoader:
         images = np.zeros((len(samples), self.channels, self.image_size, self.image_size), np.uint8)
         labels = self.split.labels[samples]
         skipped = []
-        for place, sample in enumerate(samples.tolist()):
+        for place, encoded in enumerate(self.split.read_many(samples)):
             if seeds is not None:
                 torch.default_generator.manual_seed(seeds[place])  # torch.manual_seed costs 0.25 ms: it queues for CUDA
             try:
-                decoded = decode_image(self.split.read(sample), self.channels, self.max_pixels)
+                if isinstance(encoded, OSError):
+                    raise encoded
+                decoded = decode_image(encoded, self.channels, self.max_pixels)
                 images[place] = self.transform(decoded).numpy()
             except (ImageError, OSError) as error:
                 labels[place] = SKIPPED_LABEL
-                skipped.append(f"{self.split.key(sample)}: {error}")
-        return Batch(row, images, labels, tuple(skipped))
+                skipped.append(f"{self.split.key(int(samples[place]))}: {error}")
+        return Batch(row, images, labels, tuple(skipped), samples)
 
 
 class LocalStream:
@@ -77,3 +79,6 @@ class LocalStream:
 
     def preview(self, count: int) -> Batch:
         return self._val.preview(count)
+
+    def keys(self, samples: Indices) -> list[str]:
+        return [self._train.split.key(sample) for sample in samples.tolist()]

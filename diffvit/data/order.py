@@ -18,6 +18,7 @@ import numpy.typing as npt
 Indices = npt.NDArray[np.int64]
 
 _ORDER, _AUGMENT, _MODEL = range(3)
+_MIX = 5  # 3 and 4 are those of splitting.py and layout.py
 """Streams of random numbers that never meet."""
 
 
@@ -41,6 +42,11 @@ def sample_seed(seed: int, epoch: int, sample: int) -> int:
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Seed of what the model draws on one rank in one global step (drop path), in [0, 2^63)."""
     return _seed(seed, _MODEL, step, rank)
+
+
+def mixing_seed(seed: int, step: int) -> int:
+    """Seed of what mixup and CutMix draw in one global step, the same on every rank, in [0, 2^63)."""
+    return _seed(seed, _MIX, step)
 
 
 def _seed(*entropy: int) -> int:

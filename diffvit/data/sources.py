@@ -1,4 +1,4 @@
-"""Where encoded images lie: the embedded sample or an image folder, as numbered, labelled splits.
+"""Where encoded images lie: the embedded sample, prepared shards or an image folder, as numbered, labelled splits.
 
 A split is small to send (columns of paths or row numbers, not images) and reads one image by its number, so any
 process can fetch what the order asks for. Nothing here knows of Ray.
@@ -7,9 +7,8 @@ process can fetch what the order asks for. Nothing here knows of Ray.
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,14 +20,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffvit.config import DataConfig
+from diffvit.data.shards import INFO_NAME, open_shards
+from diffvit.data.splitting import hold_out
+from diffvit.storage import Storage
 
 SAMPLE = "sample"
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 _TRAIN_FOLDER = "train"
 _VAL_FOLDERS = ("val", "validation", "test")
-_SPLIT_STREAM = 3  # apart from the streams of order.py
 
 Labels = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 
 
 class Split(Protocol):
@@ -41,8 +43,8 @@ class Split(Protocol):
 
     def key(self, index: int) -> str: ...
 
-    def read(self, index: int) -> bytes:
-        """The encoded image; OSError when it cannot be read."""
+    def read_many(self, indices: Indices) -> Iterator[bytes | OSError]:
+        """The encoded images, in this order; an OSError in the place of one that cannot be read."""
         ...
 
 
@@ -53,6 +55,9 @@ class Dataset:
     classes: tuple[str, ...]
     train: Split
     val: Split
+    mean: tuple[float, ...] = ()
+    """Of pixels in [0, 1] by channel; empty where nobody counted."""
+    std: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,12 @@ class FolderSplit:
     def key(self, index: int) -> str:
         return str(self.paths[index].as_py())
 
-    def read(self, index: int) -> bytes:
-        return Path(self.root, self.key(index)).read_bytes()
+    def read_many(self, indices: Indices) -> Iterator[bytes | OSError]:
+        for index in indices.tolist():
+            try:
+                yield Path(self.root, self.key(index)).read_bytes()
+            except OSError as error:
+                yield error
 
 
 @dataclass(frozen=True)
@@ -90,9 +99,9 @@ class SampleSplit:
     def key(self, index: int) -> str:
         return str(_sample_table(self.name)["key"][index].as_py())
 
-    def read(self, index: int) -> bytes:
-        encoded: bytes = _sample_table(self.name)["image"][index].as_py()
-        return encoded
+    def read_many(self, indices: Indices) -> Iterator[bytes | OSError]:
+        images = _sample_table(self.name)["image"]
+        return (images[index].as_py() for index in indices.tolist())
 
 
 @lru_cache
@@ -104,18 +113,33 @@ def open_dataset(config: DataConfig) -> Dataset:
     """The data set that `config` names.
 
     Raises:
-        ValueError: no such folder, no class folders, a class without images, or classes that differ between the
-            splits; the message names the folder.
+        ValueError: no such folder, no class folders, a class without images, classes that differ between the
+            splits, or a prepared data set that is not whole; the message names the folder.
+        StorageError: the object store is away.
     """
     if config.path == SAMPLE:
         classes = json.loads(_sample_table("train").schema.metadata[b"classes"])
         return Dataset(tuple(classes), SampleSplit("train"), SampleSplit("test"))
+    if not config.path:
+        raise ValueError(f"data.path is missing: give an image folder or shards (--data.path FOLDER) or '{SAMPLE}'")
+    storage = Storage(config.path)
+    try:
+        return _open_shards(storage)
+    except FileNotFoundError:
+        if storage.is_remote:
+            raise ValueError(
+                f"data.path {config.path!r} holds no {INFO_NAME}; an object store is read as shards: "
+                "ray_jobs/prepare.py makes them"
+            ) from None
     return _open_folder(config)
 
 
+def _open_shards(storage: Storage) -> Dataset:
+    info, splits = open_shards(storage)
+    return Dataset(tuple(info.classes), splits["train"], splits["val"], tuple(info.mean), tuple(info.std))
+
+
 def _open_folder(config: DataConfig) -> Dataset:
-    if not config.path:
-        raise ValueError(f"data.path is missing: give an image folder (--data.path FOLDER) or '{SAMPLE}'")
     root = Path(config.path).expanduser().absolute()
     if not root.is_dir():
         raise ValueError(
@@ -143,17 +167,13 @@ def _open_folder(config: DataConfig) -> Dataset:
 
 def _split_folder(root: Path, config: DataConfig) -> Dataset:
     """Hold `val_fraction` of each class out, the same images for the same `split_seed`."""
-    rng = np.random.default_rng((config.split_seed, _SPLIT_STREAM))
-    train_files, val_files = [], []
     files_by_class = _files_by_class(root)
-    for name, files in files_by_class.items():
-        if len(files) < 2:
-            raise ValueError(f"class folder {root / name} has one image; a split into training and validation needs 2")
-        held_out = min(max(math.floor(len(files) * config.val_fraction + 0.5), 1), len(files) - 1)
-        shuffled = [files[i] for i in rng.permutation(len(files))]
-        val_files.append(sorted(shuffled[:held_out]))
-        train_files.append(sorted(shuffled[held_out:]))
-    return Dataset(tuple(files_by_class), _folder_split(root, train_files), _folder_split(root, val_files))
+    everything = _folder_split(root, list(files_by_class.values()))
+    train, val = (
+        FolderSplit(everything.root, everything.paths.take(pa.array(rows)), everything.labels[rows])
+        for rows in hold_out(everything.labels, config.val_fraction, config.split_seed, tuple(files_by_class))
+    )
+    return Dataset(tuple(files_by_class), train, val)
 
 
 def _folder_split(root: Path, files_by_class: Sequence[Sequence[Path]]) -> FolderSplit:

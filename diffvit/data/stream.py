@@ -23,7 +23,7 @@ import ray.data
 from ray.data import DataContext, DataIterator, ExecutionOptions, ExecutionResources
 
 from diffvit.data.batches import Batch
-from diffvit.data.order import EvalPlan, TrainPlan
+from diffvit.data.order import EvalPlan, Indices, TrainPlan
 
 if TYPE_CHECKING:  # the process that deals the chunks out imports this module, and need not load torch
     from diffvit.data.loader import BatchLoader
@@ -69,6 +69,9 @@ class RayStream:
 
     def preview(self, count: int) -> Batch:
         return self._val.preview(count)
+
+    def keys(self, samples: Indices) -> list[str]:
+        return [self._train.split.key(sample) for sample in samples.tolist()]
 
     def _shared_iterator(self, loader: BatchLoader, rows: range) -> DataIterator:
         splits = _split_chunks(loader, rows, self._workers) if self._rank == 0 else None
@@ -124,13 +127,15 @@ def _pack(loader: BatchLoader, rows: range) -> dict[str, Any]:
     empty = np.zeros((0, loader.channels, loader.image_size, loader.image_size), np.uint8)
     return {
         "images": np.concatenate([empty, *(batch.images for batch in batches)]),
-        "batches": json.dumps([(batch.row, batch.labels.tolist(), batch.skipped) for batch in batches]),
+        "batches": json.dumps(
+            [(batch.row, batch.labels.tolist(), batch.skipped, batch.samples.tolist()) for batch in batches]
+        ),
     }
 
 
 def _unpack(chunk: dict[str, Any]) -> Iterator[Batch]:
     (images,), (batches,) = chunk["images"], chunk["batches"]
     start = 0
-    for row, labels, skipped in json.loads(batches):
-        yield Batch(row, images[start : start + len(labels)], np.array(labels), tuple(skipped))
+    for row, labels, skipped, samples in json.loads(batches):
+        yield Batch(row, images[start : start + len(labels)], np.array(labels), tuple(skipped), np.array(samples))
         start += len(labels)

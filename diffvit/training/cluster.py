@@ -16,8 +16,8 @@ from diffvit.config import ScaleConfig
 _LOCAL_OBJECT_STORE_BYTES = 2 * 2**30
 
 
-def connect(scale: ScaleConfig) -> None:
-    """Connect to the cluster this process runs in, else start a local one that can hold `scale`.
+def connect(scale: ScaleConfig | None = None) -> None:
+    """Connect to the cluster this process runs in, else start a local one that can hold the workers of `scale`.
 
     A local cluster listens on loopback only, has no dashboard and, as Ray does by itself, asks for a token.
     """
@@ -27,7 +27,8 @@ def connect(scale: ScaleConfig) -> None:
     try:
         ray.init(address="auto", **quiet)
     except ConnectionError:
-        logical_cpus = max(os.cpu_count() or 1, math.ceil(scale.workers * scale.cpus_per_worker) + 1)
+        workers_cpus = math.ceil(scale.workers * scale.cpus_per_worker) if scale else 0
+        logical_cpus = max(os.cpu_count() or 1, workers_cpus + 1)
         ray.init(
             address="local",
             num_cpus=logical_cpus,
@@ -37,7 +38,8 @@ def connect(scale: ScaleConfig) -> None:
         )
         with suppress(OSError):  # Ray writes the token readable for everybody
             (Path.home() / ".ray" / "auth_token").chmod(0o600)
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    for library in ("ray.train", "ray.data"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def require_resources(scale: ScaleConfig) -> None:

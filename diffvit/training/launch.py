@@ -29,6 +29,8 @@ from diffvit.training.run_folder import open_run, write_results
 
 __all__ = ["RunStopped", "TrainingFailedError", "train"]
 
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 def train(config: RunConfig) -> dict[str, Any]:
     """Train, or continue, the run that `config` describes; its results, which are also in `results.json`.
@@ -75,13 +77,24 @@ def _resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     found, asked = len(dataset.classes), config.model.num_classes
     if asked not in (0, found):
         raise ValueError(f"model.num_classes must be the number of classes in the data, {found}, or 0; got {asked}")
-    path = config.data.path if config.data.path == SAMPLE else str(Path(config.data.path).expanduser().absolute())
+    path = config.data.path
+    if path != SAMPLE and "://" not in path:
+        path = str(Path(path).expanduser().absolute())
+    mean, std = (config.data.mean, config.data.std) if config.data.mean else _channel_statistics(config, dataset)
     return dataclasses.replace(
         config,
         storage=str(config.folder.parent),
-        data=dataclasses.replace(config.data, path=path),
+        data=dataclasses.replace(config.data, path=path, mean=mean, std=std),
         model=dataclasses.replace(config.model, num_classes=found),
     )
+
+
+def _channel_statistics(config: RunConfig, dataset: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Those counted in the data, else ImageNet's; their average where the model sees grey."""
+    mean, std = (dataset.mean, dataset.std) if dataset.mean else (_IMAGENET_MEAN, _IMAGENET_STD)
+    if len(mean) > config.model.in_channels:
+        mean, std = (round(sum(mean) / 3, 4),), (round(sum(std) / 3, 4),)
+    return mean, std
 
 
 def _plans(config: RunConfig, dataset: Dataset) -> tuple[TrainPlan, EvalPlan]:

@@ -23,9 +23,11 @@ from diffvit.config import RunConfig
 from diffvit.data.batches import Batch, Stream
 from diffvit.data.order import EvalPlan, TrainPlan, step_seed
 from diffvit.models.vit import VisionTransformer
+from diffvit.training.audit import Audit
 from diffvit.training.checkpoint import TrainState, checkpoint_name, load_checkpoint, save_checkpoint
 from diffvit.training.evaluation import autocast, evaluate, to_device
 from diffvit.training.metrics import Sums, summed_cross_entropy
+from diffvit.training.mixing import Targets, mix
 from diffvit.training.optim import build_ema, build_optimizer, build_schedule
 from diffvit.training.tracking import Publish, Tracker
 
@@ -61,9 +63,12 @@ def fit(config: RunConfig, train_plan: TrainPlan, eval_plan: EvalPlan, stream: S
     state = _start(config, train_plan, worker)
     model = _replicate(state.model, worker)
     tracker = Tracker(config, train_plan, state, worker.publish, enabled=worker.rank == 0)
+    audit = Audit(config.folder, train_plan, stream, worker.rank, state.step) if config.data.audit else None
     batches = tracker.timed(_announce_skipped(stream.train(state.step), worker))
+    batches = audit.watch(batches) if audit else batches
     sums = Sums(worker.device)
     grad_norms: list[Tensor] = []
+    every_minutes = config.checkpoint.every_minutes or float("inf")
 
     while state.step < train_plan.total_steps:
         grad_norms.append(_take_step(config, train_plan, model, state, batches, sums, worker))
@@ -71,7 +76,9 @@ def fit(config: RunConfig, train_plan: TrainPlan, eval_plan: EvalPlan, stream: S
         saves = ends_epoch or state.step % (config.checkpoint.every_steps or train_plan.total_steps) == 0
         if saves or state.step % LOG_EVERY_STEPS == 0:
             _require_finite(grad_norms, state.step, tracker.last_saved)
-            tracker.log_steps(sums.read())
+            read = sums.read(vote=worker.rank == 0 and tracker.minutes_since_save >= every_minutes)
+            tracker.log_steps(read)
+            saves = saves or read["votes"] > 0
             _require_usable(tracker.epoch_skipped, train_plan.num_samples, config, "training")
         if ends_epoch:
             evaluation = _announce_skipped(stream.evaluate(), worker)
@@ -79,6 +86,8 @@ def fit(config: RunConfig, train_plan: TrainPlan, eval_plan: EvalPlan, stream: S
             tracker.log_epoch(evaluated, stream)
             _require_usable(evaluated["skipped"], eval_plan.num_samples, config, "validation")
         if saves:
+            if audit:
+                audit.write(state.step)
             _save(config, state, tracker.report(), worker)
             tracker.saved()
     tracker.close()
@@ -126,10 +135,11 @@ def _take_step(
     for micro in range(plan.accumulation_steps):
         images, labels = to_device(next(batches), config.data, worker.device)
         reduces = micro == plan.accumulation_steps - 1
+        images, targets = mix(images, labels, config.augment, config.seed, state.step)
         with nullcontext() if reduces or not isinstance(model, DistributedDataParallel) else model.no_sync():
             with autocast(config, worker.device):
                 logits = model(images)
-            loss_sum = summed_cross_entropy(logits, labels, config.optim.label_smoothing)
+            loss_sum = _summed_loss(logits, targets, config.optim.label_smoothing)
             (loss_sum / share).backward()
         sums.add(loss_sum, logits, labels)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or float("inf"))
@@ -140,6 +150,13 @@ def _take_step(
         state.ema.update_parameters(state.model)
     state.step += 1
     return grad_norm
+
+
+def _summed_loss(logits: Tensor, targets: Targets, smoothing: float) -> Tensor:
+    if targets.partner_labels is None or targets.own_share is None:
+        return summed_cross_entropy(logits, targets.labels, smoothing)
+    own = summed_cross_entropy(logits, targets.labels, smoothing, targets.own_share)
+    return own + summed_cross_entropy(logits, targets.partner_labels, smoothing, 1 - targets.own_share)
 
 
 def _announce_skipped(batches: Iterator[Batch], worker: Worker) -> Iterator[Batch]:

@@ -19,7 +19,7 @@ class Sums:
     """Sums of loss, top-1 hits, top-5 hits, samples used and samples skipped, in float64."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(6, dtype=torch.float64, device=device)
 
     def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
         """`loss_sum`: the loss summed over the used samples; `logits` (B, C); `labels` (B,), SKIPPED_LABEL for none."""
@@ -27,16 +27,17 @@ class Sums:
         top5 = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices
         hits = top5 == labels[:, None]
         parts = (loss_sum.detach(), hits[:, 0].sum(), hits.sum(), used.sum(), (~used).sum())
-        self._sums += torch.stack([part.double() for part in parts])
+        self._sums[:-1] += torch.stack([part.double() for part in parts])
 
-    def read(self) -> dict[str, float]:
-        """Means over all ranks: `loss`, `top1` and `top5` in percent; counts: `images`, `skipped`. Resets the sums.
+    def read(self, vote: bool = False) -> dict[str, float]:
+        """Means over all ranks: `loss`, `top1` and `top5` in percent; counts: `images`, `skipped`, `votes` given.
 
-        A collective: every rank calls it at the same time.
+        Resets the sums. A collective: every rank calls it at the same time.
         """
+        self._sums[-1] = float(vote)
         if dist.is_initialized():
             dist.all_reduce(self._sums)
-        loss, top1, top5, images, skipped = self._sums.tolist()
+        loss, top1, top5, images, skipped, votes = self._sums.tolist()
         self._sums.zero_()
         used = max(images, 1.0)
         return {
@@ -45,11 +46,19 @@ class Sums:
             "top5": 100 * top5 / used,
             "images": images,
             "skipped": skipped,
+            "votes": votes,
         }
 
 
-def summed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy summed over the samples that were not skipped; logits (B, C), labels (B,)."""
-    return F.cross_entropy(
-        logits.float(), labels, reduction="sum", ignore_index=SKIPPED_LABEL, label_smoothing=label_smoothing
+def summed_cross_entropy(
+    logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, weights: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy summed over the samples that were not skipped; logits (B, C), labels (B,), `weights` (B,)."""
+    losses = F.cross_entropy(
+        logits.float(),
+        labels,
+        reduction="sum" if weights is None else "none",
+        ignore_index=SKIPPED_LABEL,
+        label_smoothing=label_smoothing,
     )
+    return losses if weights is None else (weights * losses).sum()

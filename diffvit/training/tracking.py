@@ -38,6 +38,7 @@ class Tracker:
         self.last_saved = state.step or None
         self._seconds_before, self._first_step = state.train_seconds, state.step
         self._started = self._lap_started = time.perf_counter()
+        self._saved_at = self._started
         self._waited = 0.0
         self._evaluated: dict[str, float] = {}
         self._reset_epoch()
@@ -49,6 +50,11 @@ class Tracker:
     def epoch_skipped(self) -> float:
         """Training samples skipped since the epoch began (or since the run was continued), over all ranks."""
         return self._epoch["skipped"]
+
+    @property
+    def minutes_since_save(self) -> float:
+        """Since the last checkpoint, or the start of this sitting."""
+        return (time.perf_counter() - self._saved_at) / 60
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; the time that training waits for them counts as waited."""
@@ -139,7 +145,8 @@ class Tracker:
     def saved(self) -> None:
         """A checkpoint was written; evaluation and writing do not count as training time in images a second."""
         self.last_saved = self._state.step
-        self._lap_started, self._waited = time.perf_counter(), 0.0
+        self._lap_started = self._saved_at = time.perf_counter()
+        self._waited = 0.0
 
     def close(self) -> None:
         if self._writer is not None:

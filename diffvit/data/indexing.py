@@ -1,0 +1,108 @@
+"""Finds out what a source is made of, and goes through any part of it.
+
+A *unit* is a part that one task indexes: a tar, a Parquet file, a split of a torchvision set, or a whole folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pyarrow as pa
+
+from diffvit.config import SourceConfig
+from diffvit.data.originals import ENTRY_SCHEMA, Entry, Kind, Staging, Unit, is_hidden, is_image, split_of_path
+from diffvit.data.parquet_images import index_parquet
+from diffvit.data.sources import IMAGE_EXTENSIONS
+from diffvit.data.tars import index_tar
+from diffvit.data.torchvision_sets import find_splits, index_torchvision
+from diffvit.storage import Storage
+
+TORCHVISION = "torchvision:"
+_TAR_EXTENSIONS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+
+
+def find_units(config: SourceConfig) -> list[Unit]:
+    """The parts of the source.
+
+    Raises:
+        ValueError: nothing there, nothing that holds images, or several kinds at once.
+    """
+    if not config.source:
+        raise ValueError(f"source is missing: a folder, a .tar, a .parquet or {TORCHVISION}NAME")
+    if config.source.startswith(TORCHVISION):
+        name = config.source.removeprefix(TORCHVISION)
+        return [
+            Unit("torchvision", config.root, (f"{name}/{split}",), (size,)) for split, size in find_splits(name, config)
+        ]
+    storage, files = _list(config.source)
+    by_kind: dict[Kind, dict[str, int]] = {"folder": {}, "tar": {}, "parquet": {}}
+    for name, size in files.items():
+        kind = _kind_of(name)
+        if kind is not None:
+            by_kind[kind][name] = size
+    found = [kind for kind, names in by_kind.items() if names]
+    if not found:
+        raise ValueError(
+            f"source {config.source!r} holds no images, tars or Parquet files among its {len(files)} files "
+            f"(images end in {', '.join(sorted(IMAGE_EXTENSIONS))})"
+        )
+    if len(found) > 1:
+        counts = ", ".join(f"{len(by_kind[kind])} {kind} files" for kind in found)
+        raise ValueError(f"source {config.source!r} must be of one kind, it holds {counts}; name a subfolder")
+    (kind,) = found
+    names = by_kind[kind]
+    if kind == "folder":  # listing is all there is to do
+        return [Unit(kind, storage.uri, tuple(names), tuple(names.values()))]
+    return [Unit(kind, storage.uri, (name,), (size,)) for name, size in names.items()]
+
+
+def _list(source: str) -> tuple[Storage, dict[str, int]]:
+    storage = Storage(source)
+    head, mark, query = source.partition("?")
+    if _kind_of(head) is not None:
+        parent, _, name = head.rstrip("/").rpartition("/")
+        folder = Storage((parent or ("" if storage.is_remote else "/" if head.startswith("/") else ".")) + mark + query)
+        size = folder.size(name)
+        if size is not None:
+            return folder, {name: size}
+    files = {name: size for name, size in storage.sizes().items() if not is_hidden(name)}
+    if not files:
+        raise ValueError(f"source {source!r} does not exist or is empty")
+    return storage, files
+
+
+def index_unit(unit: Unit, config: SourceConfig, staging: Staging) -> pa.Table:
+    """The entries of one unit; needs no other unit, so units can be gone through anywhere."""
+    index: Callable[[Unit, SourceConfig, Staging], Iterator[Entry]]
+    match unit.kind:
+        case "folder":
+            index = _index_folder
+        case "tar":
+            index = index_tar
+        case "parquet":
+            index = index_parquet
+        case "torchvision":
+            index = index_torchvision
+    try:
+        entries = list(index(unit, config, staging))
+    finally:
+        staging.close()
+    rows = [{**vars(entry), "location": entry.location or unit.location} for entry in entries]
+    return pa.Table.from_pylist(rows, schema=ENTRY_SCHEMA)
+
+
+def _index_folder(unit: Unit, _: SourceConfig, __: Staging) -> Iterator[Entry]:
+    """`[<split>/]<class>/…/<image>`, as torchvision's ImageFolder reads it."""
+    for name, size in zip(unit.files, unit.sizes, strict=True):
+        split, rest = split_of_path(name)
+        class_name = rest[0] if len(rest) > 1 else None
+        yield Entry(key=name, file=name, length=size, split=split, class_name=class_name)
+
+
+def _kind_of(name: str) -> Kind | None:
+    lower = name.lower()
+    if lower.endswith(_TAR_EXTENSIONS):
+        return "tar"
+    if lower.endswith(".parquet"):
+        return "parquet"
+    return "folder" if is_image(name) else None

@@ -1,0 +1,168 @@
+"""One shard of a prepared data set from its entries: read, check, count, write. Any process can pack any shard.
+
+Letters: C channels.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image, ImageOps
+
+from diffvit.data.images import ImageError, decode_image
+from diffvit.data.shards import INDEX_SCHEMA, ShardInfo, write_shard
+from diffvit.storage import Storage
+
+_READ_THREADS = 16
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an image may be, and whether a smaller copy of it is kept."""
+
+    max_pixels: int
+    max_bytes: int
+    max_side: int | None
+
+
+@dataclass
+class PackedShard:
+    """What packing one shard found; kept beside the shard, so that a shard is never packed twice.
+
+    `sums` and `square_sums`: per channel, of each image's mean and mean square of pixels in [0, 1].
+    """
+
+    shard: ShardInfo | None = None
+    quarantined: list[tuple[str, str]] = field(default_factory=list)
+    sums: list[float] = field(default_factory=lambda: [0.0] * 3)
+    square_sums: list[float] = field(default_factory=lambda: [0.0] * 3)
+    all_grey: bool = True
+    width: tuple[int, int, int] = (2**31, 0, 0)
+    """Smallest, sum, largest."""
+    height: tuple[int, int, int] = (2**31, 0, 0)
+
+
+def pack_shard(entries: pa.Table, labels: list[int], storage: Storage, name: str, limits: Limits) -> PackedShard:
+    """Write the shard `name` with the entries that are good images.
+
+    Raises:
+        StorageError: the source or the target is away.
+    """
+    packed = PackedShard()
+    images, kept_labels, keys = [], [], []
+    for key, label, content in zip(entries["key"].to_pylist(), labels, read_entries_content(entries), strict=True):
+        try:
+            image = _checked(content, limits, packed)
+        except ImageError as error:
+            packed.quarantined.append((key, str(error)))
+            continue
+        images.append(image)
+        kept_labels.append(label)
+        keys.append(key)
+    if images:
+        packed.shard, offsets = write_shard(storage, name, images, kept_labels, keys)
+        lengths = [len(image) for image in images]
+        zeros = np.zeros(len(images), np.int32)
+        index = pa.table([zeros, offsets, pa.array(lengths, pa.int32()), kept_labels, keys], schema=INDEX_SCHEMA)
+        sink = pa.BufferOutputStream()
+        pq.write_table(index, sink)
+        storage.write(_index_part(name), sink.getvalue())
+    storage.write(_summary(name), json.dumps(asdict(packed)).encode())
+    return packed
+
+
+def read_packed(storage: Storage, name: str) -> PackedShard | None:
+    """What an earlier attempt found in the shard `name`; None where it has yet to be packed."""
+    try:
+        fields: dict[str, Any] = json.loads(storage.read(_summary(name)))
+    except FileNotFoundError:
+        return None
+    shard = ShardInfo(**fields["shard"]) if fields["shard"] else None
+    if shard is not None and storage.size(name) != shard.bytes:
+        return None
+    return PackedShard(**{**fields, "shard": shard})
+
+
+def read_index_part(storage: Storage, name: str) -> pa.Table:
+    """The rows of INDEX_SCHEMA of one shard, its number left at 0."""
+    return pq.read_table(pa.BufferReader(storage.read(_index_part(name))), schema=INDEX_SCHEMA)
+
+
+def read_entries_content(entries: pa.Table) -> Iterator[bytes | ImageError]:
+    """The encoded image of each entry, in order; an ImageError where there is no such file or it is shorter."""
+
+    def read(row: dict[str, Any]) -> bytes | ImageError:
+        storage = Storage(row["location"])
+        try:
+            content = storage.read_range(row["file"], row["offset"], row["length"])
+        except OSError as error:
+            return ImageError(f"cannot be read: {error.strerror or error}")
+        return content if len(content) == row["length"] else ImageError("its file is cut short")
+
+    rows = entries.select(["location", "file", "offset", "length"]).to_pylist()
+    if any("://" in row["location"] for row in rows):
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
+            yield from pool.map(read, rows)
+    else:
+        yield from map(read, rows)
+
+
+def _checked(content: bytes | ImageError, limits: Limits, packed: PackedShard) -> bytes:
+    """The image to keep, after it was decoded once and counted.
+
+    Raises:
+        ImageError: it cannot be used.
+    """
+    if isinstance(content, ImageError):
+        raise content
+    if len(content) > limits.max_bytes:
+        raise ImageError(f"{len(content)} bytes, more than max_image_bytes = {limits.max_bytes}")
+    decoded = decode_image(content, 3, limits.max_pixels)
+    if limits.max_side is not None and max(decoded.shape[1:]) > limits.max_side:
+        content = _smaller(content, limits.max_side)
+        decoded = decode_image(content, 3, limits.max_pixels)
+    _count(decoded, packed)
+    return content
+
+
+def _smaller(content: bytes, max_side: int) -> bytes:
+    """The image with its longer side at `max_side`, upright; JPEG at quality 95, and lossless where it was."""
+    opened = Image.open(io.BytesIO(content))
+    lossless = opened.format != "JPEG"
+    image = ImageOps.exif_transpose(opened)
+    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    smaller = io.BytesIO()
+    if lossless:
+        image.save(smaller, "PNG")
+    else:
+        image.save(smaller, "JPEG", quality=95)
+    return smaller.getvalue()
+
+
+def _count(decoded: torch.Tensor, packed: PackedShard) -> None:
+    """Add one image (3, height, width) to the statistics."""
+    pixels = decoded.flatten(1).float() / 255
+    for channel, (mean, square) in enumerate(zip(pixels.mean(1).tolist(), (pixels**2).mean(1).tolist(), strict=True)):
+        packed.sums[channel] += mean
+        packed.square_sums[channel] += square
+    packed.all_grey = packed.all_grey and bool((decoded[0] == decoded[1]).all() and (decoded[0] == decoded[2]).all())
+    height, width = decoded.shape[1:]
+    packed.width = (min(packed.width[0], width), packed.width[1] + width, max(packed.width[2], width))
+    packed.height = (min(packed.height[0], height), packed.height[1] + height, max(packed.height[2], height))
+
+
+def _index_part(name: str) -> str:
+    return f".staging/shards/{name}.index"
+
+
+def _summary(name: str) -> str:
+    return f".staging/shards/{name}.json"

@@ -1,0 +1,100 @@
+"""Images in a Parquet column, as Hugging Face stores them: a struct of `bytes` and `path`, or plain binary.
+
+Class names come from the `huggingface` metadata of the file where it has them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffvit.config import SourceConfig
+from diffvit.data.originals import Entry, Staging, Unit, split_of_file
+from diffvit.storage import Storage
+
+_IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class")
+_BATCH_ROWS = 64
+
+
+def index_parquet(unit: Unit, config: SourceConfig, staging: Staging) -> Iterator[Entry]:
+    """Entries of one file; every image is copied to staging, because Parquet may compress or split it."""
+    (name,) = unit.files
+    with Storage(unit.location).open(name) as file:
+        parquet = pq.ParquetFile(file)
+        schema = parquet.schema_arrow
+        image, label = _columns(schema, config, name)
+        classes = _class_names(schema, label)
+        own_key = "key" in schema.names and pa.types.is_string(schema.field("key").type)
+        columns = [image, *([label] if label else []), *(["key"] if own_key else [])]
+        number = 0
+        for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
+            for row in batch.to_pylist():
+                content, path = _image_of(row[image])
+                key = (
+                    row["key"] if own_key else f"{name}/{number:07d}" + (f"/{PurePosixPath(path).name}" if path else "")
+                )
+                number += 1
+                class_name = _class_of(row[label], classes) if label else None
+                if content is None:
+                    yield Entry(key, name, reason="no image bytes")
+                    continue
+                yield Entry(
+                    key=key,
+                    file=staging.name,
+                    offset=staging.add(content),
+                    length=len(content),
+                    split=split_of_file(name),
+                    class_name=class_name,
+                    location=staging.location,
+                )
+
+
+def _columns(schema: pa.Schema, config: SourceConfig, name: str) -> tuple[str, str | None]:
+    def holds_images(field: pa.Field) -> bool:
+        if pa.types.is_struct(field.type):
+            return bool(field.type.get_field_index("bytes") >= 0)
+        return bool(pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type))
+
+    for option, asked in (("image_column", config.image_column), ("label_column", config.label_column)):
+        if asked and asked not in schema.names:
+            raise ValueError(f"{option} must be a column of {name}, got {asked!r}; there are {', '.join(schema.names)}")
+    candidates = [field.name for field in schema if holds_images(field)]
+    named = [column for column in _IMAGE_COLUMNS if column in candidates]
+    image = config.image_column or (candidates[0] if len(candidates) == 1 else next(iter(named), ""))
+    if not image:
+        raise ValueError(
+            f"{name} must have a column of encoded images (binary, or a struct with 'bytes'); it has "
+            f"{', '.join(schema.names)}; name it with --image-column"
+        )
+    label = config.label_column or next((column for column in _LABEL_COLUMNS if column in schema.names), None)
+    return image, label
+
+
+def _class_names(schema: pa.Schema, label: str | None) -> list[str] | None:
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        names: list[str] = features[label]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return names
+
+
+def _class_of(label: object, classes: list[str] | None) -> str | None:
+    """Hugging Face marks unlabelled images with -1."""
+    if label is None or label == -1:
+        return None
+    if classes is not None and isinstance(label, int) and label < len(classes):
+        return classes[label]
+    return str(label)
+
+
+def _image_of(value: bytes | dict[str, object] | None) -> tuple[bytes | None, str]:
+    if isinstance(value, dict):
+        content = value.get("bytes")
+        return (content if isinstance(content, bytes) else None), str(value.get("path") or "")
+    return value, ""

@@ -1,0 +1,239 @@
+"""From any source of images to shards, as a Ray Data job: index the source, plan the layout, pack the shards.
+
+Each step leaves its result beside the data set (`.staging/`) when it is whole, and skips what is there, so the same
+call goes on where an earlier one was cut. `dataset.json` comes last and `.staging/` then goes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+from ray.data import DataContext
+
+from diffvit.config import PrepareConfig, SourceConfig
+from diffvit.data.indexing import find_units, index_unit
+from diffvit.data.layout import Layout, plan_layout
+from diffvit.data.originals import (
+    Staging,
+    Unit,
+    read_entries,
+    write_entries,
+)
+from diffvit.data.packing import Limits, PackedShard, pack_shard, read_index_part, read_packed
+from diffvit.data.shards import (
+    FORMAT_VERSION,
+    INDEX_SCHEMA,
+    QUARANTINE_NAME,
+    DatasetInfo,
+    SplitInfo,
+    index_name,
+    read_info,
+    write_info,
+)
+from diffvit.storage import Storage
+
+_STAGING = ".staging"
+_PLAN_NAME = f"{_STAGING}/source.json"
+
+Progress = Callable[[str, int, int], None]
+"""(what is being done, images done, images in all)."""
+
+
+def prepare(config: PrepareConfig, progress: Progress) -> DatasetInfo:
+    """Write the data set that `config` asks for, on the connected cluster; its description.
+
+    Raises:
+        ValueError: the source is not usable, or `out` holds something else.
+        StorageError: a store stayed away; the same call goes on from there.
+    """
+    target = Storage(config.out)
+    units = find_units(config)
+    identity = _identity(config, units)
+    finished = _claim(target, identity)
+    if finished is not None:
+        return finished
+    entries = collect_entries(units, config, target.child(_STAGING), progress)
+    layout = plan_layout(
+        entries, val_fraction=config.val_fraction, seed=config.seed, shard_bytes=int(config.shard_mib * 2**20)
+    )
+    limits = Limits(config.max_pixels, config.max_image_bytes, config.max_side)
+    packed = _pack_all(layout, target, limits, progress)
+    info = _finish(config, identity, layout, packed, target)
+    target.delete_folder(_STAGING)
+    return info
+
+
+def _identity(config: PrepareConfig, units: list[Unit]) -> dict[str, Any]:
+    """What must be the same for a preparation to go on: source, options, and every file's name and size."""
+    options = {k: v for k, v in asdict(config).items() if k not in ("source", "out", "download")}
+    listing = json.dumps([(unit.files, unit.sizes) for unit in units])
+    return {"source": config.source, **options, "listing_sha256": hashlib.sha256(listing.encode()).hexdigest()}
+
+
+def _claim(target: Storage, identity: dict[str, Any]) -> DatasetInfo | None:
+    """The finished data set of the same identity, or None once `target` is ours to fill.
+
+    Raises:
+        ValueError: it holds another data set, or files that are none.
+    """
+    try:
+        info = read_info(target)
+    except FileNotFoundError:
+        info = None
+    if info is not None:
+        _require_same({"source": info.source, **info.options}, identity, f"out = {target.uri!r} holds a data set")
+        return info
+    try:
+        begun = json.loads(target.read(_PLAN_NAME))
+    except FileNotFoundError:
+        others = [name for name in target.sizes() if not name.startswith(".")]
+        if others:
+            raise ValueError(
+                f"out must be an empty folder, {target.uri!r} holds {len(others)} files, among them {others[0]}"
+            ) from None
+        target.write(_PLAN_NAME, json.dumps(identity, indent=2).encode())
+        return None
+    _require_same(begun, identity, f"out = {target.uri!r} holds an unfinished data set")
+    return None
+
+
+def _require_same(there: dict[str, Any], now: dict[str, Any], what: str) -> None:
+    differing = [name for name in {**there, **now} if there.get(name) != now.get(name)]
+    if differing:
+        lines = "".join(f"\n  {name}: {there.get(name)!r} there, {now.get(name)!r} now" for name in differing)
+        raise ValueError(f"{what} of another source or with other options; choose another --out, or delete it:{lines}")
+
+
+def collect_entries(units: list[Unit], config: SourceConfig, staging: Storage, progress: Progress) -> pa.Table:
+    """The entries of every unit, in order; each unit is indexed once, anywhere in the cluster.
+
+    Raises:
+        ValueError: a unit cannot be read at all.
+    """
+    names = [f"index/{number:06d}.parquet" for number in range(len(units))]
+    there = staging.sizes("index")
+    todo = [number for number, name in enumerate(names) if name not in there]
+    done = len(units) - len(todo)
+    progress("indexing", done, len(units))
+
+    def index(number: int) -> str:
+        try:
+            table = index_unit(units[number], config, Staging(staging, f"images/{number:06d}.bin"))
+        except (ValueError, OSError) as error:  # pyarrow's errors are ValueErrors
+            return f"{', '.join(units[number].files[:1])}: {error}"
+        write_entries(staging, names[number], table)
+        return ""
+
+    # a torchvision set lies on this machine, which the tasks' need not share
+    local = [number for number in todo if units[number].kind == "torchvision"]
+    for error in (*map(index, local), *map_anywhere(index, [n for n in todo if n not in set(local)])):
+        if error:
+            raise ValueError(f"the source cannot be read: {error}")
+        done += 1
+        progress("indexing", done, len(units))
+    return pa.concat_tables(read_entries(staging, name) for name in names)
+
+
+def map_anywhere(work: Callable[[int], str], numbers: list[int]) -> Iterator[str]:
+    """`work(number)` for each number, one Ray Data task each, in whatever order they end."""
+    if not numbers:
+        return
+    DataContext.get_current().enable_progress_bars = False
+
+    def call(row: dict[str, Any]) -> dict[str, Any]:
+        return {"result": work(int(row["item"]))}
+
+    results = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map(call)
+    for row in results.iter_rows():
+        yield str(row["result"])
+
+
+def _pack_all(layout: Layout, target: Storage, limits: Limits, progress: Progress) -> list[PackedShard]:
+    """Every shard packed; those of an earlier attempt are taken as they are."""
+    packed = {number: read_packed(target, name) for number, (name, _, _) in enumerate(layout.shards)}
+    sizes = [end - first for _, first, end in layout.shards]
+    todo = [number for number, shard in packed.items() if shard is None]
+    done = sum(sizes) - sum(sizes[number] for number in todo)
+    progress("packing", done, sum(sizes))
+    reference = ray.put(layout)
+
+    def pack(number: int) -> str:
+        plan: Layout = ray.get(reference)
+        name, first, end = plan.shards[number]
+        pack_shard(plan.entries[first:end], plan.labels[first:end].tolist(), target, name, limits)
+        return str(number)
+
+    for result in map_anywhere(pack, todo):
+        done += sizes[int(result)]
+        progress("packing", done, sum(sizes))
+    return [packed[n] or _require(read_packed(target, name)) for n, (name, _, _) in enumerate(layout.shards)]
+
+
+def _require(packed: PackedShard | None) -> PackedShard:
+    assert packed is not None, "a packed shard must be there"
+    return packed
+
+
+def _finish(
+    config: PrepareConfig, identity: dict[str, Any], layout: Layout, packed: list[PackedShard], target: Storage
+) -> DatasetInfo:
+    splits: dict[str, SplitInfo] = {}
+    for split in dict.fromkeys(name.split("/")[0] for name, _, _ in layout.shards):
+        shards = [shard.shard for shard in packed if shard.shard and shard.shard.name.startswith(f"{split}/")]
+        parts = [read_index_part(target, shard.name) for shard in shards]
+        numbered = [
+            part.set_column(0, "shard", pa.array(np.full(part.num_rows, number, np.int32)))
+            for number, part in enumerate(parts)
+        ]
+        index = pa.concat_tables(numbered) if numbered else INDEX_SCHEMA.empty_table()
+        if not index.num_rows:
+            raise ValueError(f"no image of the {split} split can be used; {QUARANTINE_NAME} would name all of them")
+        sink = pa.BufferOutputStream()
+        pq.write_table(index, sink)
+        target.write(index_name(split), sink.getvalue())
+        counts = np.bincount(index["label"].to_numpy(), minlength=len(layout.classes))
+        splits[split] = SplitInfo(index.num_rows, counts.tolist(), shards)
+    quarantined = [*layout.quarantined, *(bad for shard in packed for bad in shard.quarantined)]
+    keys, reasons = [key for key, _ in quarantined], [reason for _, reason in quarantined]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"key": pa.array(keys, pa.string()), "reason": pa.array(reasons, pa.string())}), sink)
+    target.write(QUARANTINE_NAME, sink.getvalue())
+    mean, std = _channel_statistics(layout, packed, splits["train"].images)
+    info = DatasetInfo(
+        format_version=FORMAT_VERSION,
+        source=config.source,
+        options={name: value for name, value in identity.items() if name != "source"},
+        classes=list(layout.classes),
+        splits=splits,
+        mean=mean,
+        std=std,
+        width=_range([shard.width for shard in packed], splits),
+        height=_range([shard.height for shard in packed], splits),
+        quarantined=len(quarantined),
+    )
+    write_info(target, info)
+    return info
+
+
+def _channel_statistics(layout: Layout, packed: list[PackedShard], images: int) -> tuple[list[float], list[float]]:
+    train = [shard for (name, _, _), shard in zip(layout.shards, packed, strict=True) if name.startswith("train/")]
+    channels = 1 if all(shard.all_grey for shard in packed) else 3
+    mean = np.sum([shard.sums for shard in train], axis=0)[:channels] / images
+    square = np.sum([shard.square_sums for shard in train], axis=0)[:channels] / images
+    std = np.sqrt(np.maximum(square - mean**2, 1e-6))  # a data set of one flat colour still divides
+    return mean.round(4).tolist(), std.round(4).tolist()
+
+
+def _range(parts: list[tuple[int, int, int]], splits: dict[str, SplitInfo]) -> tuple[int, float, int]:
+    images = sum(split.images for split in splits.values())
+    smallest, total, largest = (list(column) for column in zip(*parts, strict=True))
+    return min(smallest), round(sum(total) / images, 1), max(largest)

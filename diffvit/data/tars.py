@@ -1,0 +1,143 @@
+"""Images inside tars: plain ones, WebDataset shards, and ImageNet's tar of class tars.
+
+Nothing is extracted: an uncompressed tar is read in place (an entry is a range of it), a compressed one goes through
+staging. A member's path is therefore never used as a path.
+
+Source of the WebDataset layout: files that share a name up to the first dot are one sample; `.cls` holds its class.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
+from typing import Any
+
+from diffvit.config import SourceConfig
+from diffvit.data.originals import (
+    Entry,
+    Staging,
+    Unit,
+    is_image,
+    read_labels,
+    split_of_file,
+    split_of_path,
+)
+from diffvit.storage import Storage
+
+_MAX_LABEL_BYTES = 2**20
+_READ_AHEAD_BYTES = 8 * 2**20
+"""An object store is read in such pieces; asking it for each header would take a round trip an image."""
+
+
+def index_tar(unit: Unit, config: SourceConfig, staging: Staging) -> Iterator[Entry]:
+    """Entries of the images in one tar, in its order."""
+    (name,) = unit.files
+    labels = read_labels(config.labels)
+    own_class = PurePosixPath(name).name.split(".")[0] if config.tar_is_class else None
+    storage = Storage(unit.location)
+    with storage.open(name) as opened:
+        file = io.BufferedReader(opened, _READ_AHEAD_BYTES) if storage.is_remote else opened
+        walk = _Walk(name, None if _is_plain(file) else staging)
+        try:
+            walk.tar(file, name, 0, own_class)
+        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+            # what came before is good; that something is missing must show
+            walk.sample(name).images.append(Entry(f"{name}/…", name, reason=f"the tar is damaged from here: {error}"))
+    for sample in walk.samples.values():
+        for entry in sample.images:
+            found = sample.class_name or entry.class_name or labels.get(PurePosixPath(entry.key).stem)
+            yield replace(entry, class_name=found, split=entry.split or split_of_file(name))
+
+
+@dataclass
+class _Sample:
+    """What the files that share a name say."""
+
+    images: list[Entry] = field(default_factory=list)
+    class_name: str | None = None
+
+
+@dataclass
+class _Walk:
+    """Goes through the tar `file_name` and the tars in it. `staging` receives the images of a compressed one."""
+
+    file_name: str
+    staging: Staging | None
+    samples: dict[str, _Sample] = field(default_factory=dict)
+
+    def sample(self, name: str) -> _Sample:
+        return self.samples.setdefault(name, _Sample())
+
+    def tar(self, file: Any, name: str, start: int, own_class: str | None) -> None:
+        """`file` is the tar called `name`; it begins at byte `start` of the outermost file."""
+        with tarfile.open(fileobj=file, mode="r:" if self.staging is None else "r|*") as tar:
+            for member in tar:
+                if not member.isdir():
+                    self._member(tar, member, name, start, own_class)
+
+    def _member(
+        self, tar: tarfile.TarFile, member: tarfile.TarInfo, name: str, start: int, own_class: str | None
+    ) -> None:
+        path, key = PurePosixPath(member.name), f"{name}/{member.name}"
+        sample_name = f"{name}/{path.parent}/{path.name.split('.')[0]}"
+        if path.is_absolute() or ".." in path.parts:
+            self.sample(key).images.append(Entry(key, self.file_name, reason="its path leaves the archive"))
+        elif not member.isfile():
+            self.sample(key).images.append(Entry(key, self.file_name, reason="a link or device, not a file"))
+        elif path.suffix == ".tar":
+            inner: Any = tar.extractfile(member)
+            if self.staging is not None:  # a stream cannot go back, as reading a tar may have to
+                inner = io.BytesIO(inner.read())
+            self.tar(inner, key, start + member.offset_data, path.stem)
+        elif is_image(path.name):
+            split, rest = split_of_path(_below_root(member.name))
+            class_name = rest[-2] if len(rest) > 1 else own_class
+            entry = Entry(key, self.file_name, start + member.offset_data, member.size, split, class_name)
+            self.sample(sample_name).images.append(self._staged(entry, tar, member))
+        elif path.suffix in (".cls", ".json") and member.size <= _MAX_LABEL_BYTES:
+            sample = self.sample(sample_name)
+            sample.class_name = sample.class_name or _label_of(path.suffix, _content(tar, member))
+
+    def _staged(self, entry: Entry, tar: tarfile.TarFile, member: tarfile.TarInfo) -> Entry:
+        if self.staging is None:
+            return entry
+        offset = self.staging.add(_content(tar, member))
+        return replace(entry, location=self.staging.location, file=self.staging.name, offset=offset)
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None
+    return file.read()
+
+
+def _is_plain(file: Any) -> bool:
+    """A tar has its magic at byte 257; a compressed one has not."""
+    file.seek(257)
+    magic = file.read(5)
+    file.seek(0)
+    return bool(magic == b"ustar")
+
+
+def _below_root(name: str) -> str:
+    """Without the folder that many tars wrap around everything, where a split's folder follows it."""
+    parts = PurePosixPath(name).parts
+    below = "/".join(parts[1:])
+    return below if len(parts) > 2 and split_of_path(below)[0] else "/".join(parts)
+
+
+def _label_of(suffix: str, content: bytes) -> str | None:
+    try:
+        if suffix == ".cls":
+            return content.decode().strip() or None
+        fields = json.loads(content)
+    except ValueError:
+        return None
+    if not isinstance(fields, dict):
+        return None
+    found = next((fields[name] for name in ("label", "cls", "class") if name in fields), None)
+    return str(found) if isinstance(found, int | str) else None

@@ -1,0 +1,104 @@
+"""Image classification sets by their torchvision name: CIFAR10, FashionMNIST, Flowers102, ImageNet, …
+
+Images that lie in files are taken as they are; those that torchvision holds as arrays are encoded as PNG, which loses
+nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torchvision import datasets
+
+from diffvit.config import SourceConfig
+from diffvit.data.originals import Entry, Staging, Unit
+from diffvit.storage import Storage
+
+_SPLIT_ARGUMENTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "train": ({"train": True}, {"split": "train"}),
+    "val": ({"split": "val"}, {"split": "valid"}),
+    "test": ({"train": False}, {"split": "test"}),
+}
+
+
+def find_splits(name: str, config: SourceConfig) -> list[tuple[str, int]]:
+    """(split, images) of every split that the set has.
+
+    Raises:
+        ValueError: no such set, not one of labelled images, or neither a local copy nor `download`.
+    """
+    found = [(split, len(dataset)) for split in _SPLIT_ARGUMENTS if (dataset := _open(name, split, config)) is not None]
+    if not found:
+        raise ValueError(f"torchvision:{name} has no train, val or test split; give its files as a folder")
+    return found
+
+
+def index_torchvision(unit: Unit, config: SourceConfig, staging: Staging) -> Iterator[Entry]:
+    """Entries of one split."""
+    name, split = unit.files[0].split("/")
+    dataset = _open(name, split, config)
+    files = _files(dataset)
+    classes = [c if isinstance(c, str) else c[0] for c in getattr(dataset, "classes", [])]  # ImageNet: synonyms
+    for number in range(len(dataset)):
+        if files is not None:
+            path, label = files[number]
+            size = path.stat().st_size
+            place: dict[str, Any] = {"file": path.name, "length": size, "location": str(path.parent)}
+        else:
+            image, label = dataset[number]
+            encoded = io.BytesIO()
+            image.save(encoded, "PNG")
+            content = encoded.getvalue()
+            place = {"offset": staging.add(content), "length": len(content)}
+            place |= {"file": staging.name, "location": staging.location}
+        key = f"{split}/{number:07d}"
+        yield Entry(key=key, split=split, class_name=classes[label] if classes else str(label), **place)
+
+
+def _open(name: str, split: str, config: SourceConfig) -> Any:
+    """The set, or None where it has no such split."""
+    kind = getattr(datasets, name, None)
+    known = [n for n in datasets.__all__ if inspect.isclass(getattr(datasets, n)) and n not in ("FakeData",)]
+    if kind is None or name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"torchvision has no data set {name!r}{hint}")
+    parameters = inspect.signature(kind).parameters
+    if not config.root:
+        raise ValueError(
+            f"root is missing: the folder that holds torchvision's {name}, or receives it with --download "
+            "(--root FOLDER)"
+        )
+    root = Path(Storage(config.root).path())
+    download = {"download": True} if config.download and "download" in parameters else {}
+    refusals = []
+    for arguments in _SPLIT_ARGUMENTS[split]:
+        if not arguments.keys() <= parameters.keys():
+            continue
+        try:
+            return kind(root, **arguments, **download)
+        except ValueError as error:  # no such split
+            refusals.append(str(error))
+        except (RuntimeError, FileNotFoundError, OSError) as error:
+            raise ValueError(
+                f"torchvision's {name} is not in {root}: {error}. Copy it there"
+                + ("" if config.download or "download" not in parameters else ", or add --download to fetch it")
+            ) from None
+    return None
+
+
+def _files(dataset: Any) -> list[tuple[Path, int]] | None:
+    """(path, label) of every image, for the sets that keep files; None for those that hold arrays."""
+    for attribute in ("samples", "_samples"):
+        samples = getattr(dataset, attribute, None)
+        if samples:
+            return [(Path(path), int(label)) for path, label in samples]
+    images, labels = getattr(dataset, "_image_files", None), getattr(dataset, "_labels", None)
+    if images and labels is not None:
+        return [(Path(path), int(label)) for path, label in zip(images, labels, strict=True)]
+    return None

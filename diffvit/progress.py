@@ -1,0 +1,70 @@
+"""What the jobs that only go through images show in the terminal: a bar, and what came out."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+import rich.console
+import rich.progress
+from rich.table import Table
+
+from diffvit.data.shards import INFO_NAME, QUARANTINE_NAME, DatasetInfo
+
+_LINE_EVERY_SECONDS = 10.0
+"""Between lines where the terminal cannot redraw one."""
+
+
+class Progress:
+    """A bar for each thing that is done; lines now and then where the terminal cannot redraw."""
+
+    def __init__(self) -> None:
+        self._console = rich.console.Console(highlight=False, soft_wrap=True)
+        self._bars = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description:<10}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._tasks: dict[str, rich.progress.TaskID] = {}
+        self._last_line = 0.0
+
+    def __enter__(self) -> Progress:
+        if self._console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` parts of `what`."""
+        if self._console.is_terminal:
+            if what not in self._tasks:
+                self._tasks[what] = self._bars.add_task(what, total=total)
+            self._bars.update(self._tasks[what], completed=done)
+        elif done == total or time.monotonic() - self._last_line >= _LINE_EVERY_SECONDS:
+            self._last_line = time.monotonic()
+            self._console.print(f"{what:<10} {done:,} of {total:,}")
+
+
+def print_dataset(out: str, info: DatasetInfo, seconds: float) -> None:
+    """What a prepared data set holds, and what was left out."""
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    images = sum(split.images for split in info.splits.values())
+    shards = [shard for split in info.splits.values() for shard in split.shards]
+    table = Table(show_header=False, box=None)
+    rows = {
+        "data set": f"{out.rstrip('/')}/{INFO_NAME}",
+        "images": f"{images:,}: " + ", ".join(f"{split.images:,} {name}" for name, split in info.splits.items()),
+        "classes": f"{len(info.classes):,}",
+        "size": f"{sum(shard.bytes for shard in shards) / 2**20:,.1f} MiB in {len(shards)} shards",
+        "quarantined": f"{info.quarantined:,}" + (f" ({QUARANTINE_NAME} says why)" if info.quarantined else ""),
+        "took": f"{seconds:,.0f} s, {(images + info.quarantined) / seconds:,.0f} images/s",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value, style="yellow" if name == "quarantined" and info.quarantined else "")
+    console.print(table)

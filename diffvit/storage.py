@@ -1,0 +1,201 @@
+"""A folder on a local disk, s3:// or gs://, with the few operations that data sets and runs need. Nothing of Ray.
+
+A reader never sees half a file: local files are written beside and renamed, objects appear when they are whole.
+When a store is away, operations are tried again with back-off, for about `RETRY_SECONDS` in all, before they fail.
+
+Credentials come from where the SDKs look for them (environment, profile, instance role), never from the URI.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+from pyarrow import fs
+
+_REMOTE_SCHEMES = ("s3", "gs", "gcs")
+RETRY_SECONDS = 60.0
+_FIRST_DELAY_SECONDS = 0.5
+_PERMANENT = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "NoSuchBucket", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class StorageError(RuntimeError):
+    """A store that stayed away, or refused; not the fault of a single image."""
+
+
+def _retried(operation: Callable[P, T]) -> Callable[P, T]:
+    """Try a method of `Storage` again while a remote store is away.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        StorageError: the store refused, or stayed away for `RETRY_SECONDS`.
+    """
+
+    @wraps(operation)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        storage: Any = args[0]
+        deadline, delay = time.monotonic() + RETRY_SECONDS, _FIRST_DELAY_SECONDS
+        while True:
+            try:
+                return operation(*args, **kwargs)
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                if not storage.is_remote:
+                    raise
+                if any(word in str(error) for word in _PERMANENT):
+                    raise StorageError(f"{storage.uri} refuses: {error}") from None
+                if time.monotonic() + delay > deadline:
+                    raise StorageError(f"{storage.uri} is away, tried for {RETRY_SECONDS:.0f} s: {error}") from None
+            time.sleep(delay)
+            delay *= 2
+
+    return call
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A folder; names are relative to it, with `/`.
+
+    Raises:
+        ValueError: the URI has another scheme, or credentials in it.
+    """
+
+    uri: str
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.uri) if "://" in self.uri else None
+        if parts is None:
+            return
+        if parts.scheme not in _REMOTE_SCHEMES:
+            raise ValueError(
+                f"a location must be a path or a URI of {', '.join(f'{s}://' for s in _REMOTE_SCHEMES)}; "
+                f"got {parts.scheme}://"
+            )
+        if parts.username or parts.password or "secret_key" in parts.query or "access_key" in parts.query:
+            raise ValueError(
+                f"{parts.scheme}://…/{parts.path.lstrip('/')} carries credentials; leave them to the environment "
+                "(AWS_ACCESS_KEY_ID, a profile, an instance role), where they reach no log and no checkpoint"
+            )
+        if not parts.netloc:
+            raise ValueError(f"{self.uri!r} names no bucket")
+
+    @property
+    def is_remote(self) -> bool:
+        return "://" in self.uri
+
+    def child(self, name: str) -> Storage:
+        """The folder `name` below this one."""
+        head, mark, query = self.uri.partition("?")
+        return Storage(f"{head.rstrip('/')}/{name}{mark}{query}")
+
+    def path(self, name: str = "") -> str:
+        """What pyarrow calls `name`; on a local disk an absolute path."""
+        root = _filesystem(self.uri)[1]
+        return f"{root}/{name}" if name else root
+
+    @property
+    def filesystem(self) -> fs.FileSystem:
+        return _filesystem(self.uri)[0]
+
+    @_retried
+    def read(self, name: str) -> bytes:
+        with self.filesystem.open_input_file(self.path(name)) as file:
+            content: bytes = file.read()
+        return content
+
+    @_retried
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        """`length` bytes of a file from `offset` on; fewer where the file ends. Safe to call from many threads."""
+        if self.is_remote:
+            content: bytes = _opened(self.uri, name).read_at(length, offset)
+            return content
+        with open(self.path(name), "rb", buffering=0) as file:  # noqa: PTH123, the plain call is twice as fast
+            return os.pread(file.fileno(), length, offset)
+
+    @_retried
+    def write(self, name: str, content: bytes | pa.Buffer) -> None:
+        path = self.path(name)
+        if self.is_remote:
+            with self.filesystem.open_output_stream(path) as file:
+                file.write(content)
+            return
+        _write_local(Path(path), content)
+
+    @_retried
+    def open(self, name: str) -> pa.NativeFile:
+        """A seekable file, open for reading."""
+        return self.filesystem.open_input_file(self.path(name))
+
+    def open_for_writing(self, name: str) -> pa.NativeFile:
+        """A file to append to, for content that is too large for `write`. It may be seen before it is whole."""
+        if not self.is_remote:
+            Path(self.path(name)).parent.mkdir(parents=True, exist_ok=True)
+        return self.filesystem.open_output_stream(self.path(name))
+
+    @_retried
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+        info = self.filesystem.get_file_info(self.path(name))
+        return int(info.size) if info.type == fs.FileType.File else None
+
+    @_retried
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """`{name: bytes}` of every file below `folder`, sorted by name."""
+        root = self.path()
+        selector = fs.FileSelector(self.path(folder), recursive=True, allow_not_found=True)
+        infos = self.filesystem.get_file_info(selector)
+        files = {info.path[len(root) + 1 :]: int(info.size) for info in infos if info.type == fs.FileType.File}
+        return dict(sorted(files.items()))
+
+    @_retried
+    def delete_folder(self, name: str) -> None:
+        """Delete `name` with all that is below; a folder that is not there is no error."""
+        if self.filesystem.get_file_info(self.path(name)).type == fs.FileType.Directory:
+            self.filesystem.delete_dir(self.path(name))
+
+
+def _write_local(path: Path, content: bytes | pa.Buffer) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno == errno.ENOSPC:
+            raise StorageError(f"the disk of {path.parent} is full: {path.name} was not written") from None
+        raise
+
+
+@lru_cache
+def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """File system of pyarrow, and the folder's path in it."""
+    if "://" not in uri:
+        return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    try:
+        filesystem, path = fs.FileSystem.from_uri(uri)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StorageError(f"{uri} cannot be opened: {error}") from None
+    return filesystem, path.rstrip("/")
+
+
+@lru_cache(maxsize=256)
+def _opened(uri: str, name: str) -> pa.NativeFile:
+    """Kept open, because opening an object asks the store for its size."""
+    filesystem, root = _filesystem(uri)
+    return filesystem.open_input_file(f"{root}/{name}")

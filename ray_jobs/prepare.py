@@ -1,0 +1,34 @@
+"""Turn images (a folder, tars, Parquet, a torchvision data set) into shards that any number of workers can stream."""
+
+from __future__ import annotations
+
+import time
+
+from diffvit.cli import fail, parse_options
+from diffvit.config import PrepareConfig
+
+
+def main() -> None:
+    config = parse_options(PrepareConfig, __doc__ or "")
+
+    from diffvit.data.prepare import prepare  # after the options are found good: these imports take seconds
+    from diffvit.progress import Progress, print_dataset
+    from diffvit.storage import StorageError
+    from diffvit.training.cluster import connect
+
+    started = time.perf_counter()
+    try:
+        connect()
+        with Progress() as progress:
+            info = prepare(config, progress.show)
+    except ValueError as error:
+        fail(str(error), status=2)
+    except (StorageError, OSError) as error:
+        fail(f"{error}; the same command goes on from here", status=1)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from here", status=130)
+    print_dataset(config.out, info, time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()
