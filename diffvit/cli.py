@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import sys
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 import tyro
 
 from diffvit.config import RunConfig, from_json
 from diffvit.recipes import DEFAULT_RECIPE, RECIPES
+from diffvit.search.config import SearchConfig, SweepConfig
+from diffvit.search.space import Space
 
 T = TypeVar("T")
 
@@ -23,13 +25,26 @@ def parse_run_config(description: str, arguments: list[str] | None = None) -> Ru
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return tyro.cli(
-            RunConfig,
-            default=_take_default(arguments),
-            args=arguments,
-            description=f"{description}\n\nRecipes, the first argument:\n{_recipe_list()}\n"
-            "\nOr --config FILE, the config.json of an earlier run.",
-        )
+        default = _take_default(arguments)
+        return tyro.cli(RunConfig, default=default, args=arguments, description=_described(description))
+    except ValueError as error:
+        fail(str(error))
+
+
+def parse_sweep_config(description: str, arguments: list[str] | None = None) -> SweepConfig:
+    """The sweep that the command line asks for: as `parse_run_config`, with the sections `search` and `space` too."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        default = _take_default(arguments)
+
+        def sweep(
+            run: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
+            search: SearchConfig = SearchConfig(),  # noqa: B008 - frozen
+            space: Space = Space(),  # noqa: B008 - frozen
+        ) -> SweepConfig:
+            return SweepConfig(run, search, space)
+
+        return tyro.cli(sweep, args=arguments, description=_described(description))
     except ValueError as error:
         fail(str(error))
 
@@ -68,6 +83,13 @@ def _take_default(arguments: list[str]) -> RunConfig:
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"unknown recipe {recipe!r}{hint} (there are {', '.join(RECIPES)})")
     return RECIPES[recipe]()
+
+
+def _described(description: str) -> str:
+    return (
+        f"{description}\n\nRecipes, the first argument:\n{_recipe_list()}\n"
+        "\nOr --config FILE, the config.json of an earlier run."
+    )
 
 
 def _recipe_list() -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train import TrainingFailedError
+from ray.train import TrainingFailedError, UserCallback
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.queue import Queue
@@ -27,7 +27,7 @@ from diffvit.training.cluster import connect, require_resources
 from diffvit.training.loop import RunStopped, Worker, fit
 from diffvit.training.run_folder import open_run, write_results
 
-__all__ = ["RunStopped", "TrainingFailedError", "train"]
+__all__ = ["RunStopped", "TrainingFailedError", "resolve", "train", "train_group"]
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -43,7 +43,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     dataset = open_dataset(config.data)
-    config = _resolve(config, dataset)
+    config = resolve(config, dataset)
     train_plan, _ = _plans(config, dataset)
     earlier = open_run(config)
     if earlier is not None and earlier["status"] == "finished":
@@ -72,7 +72,20 @@ def train(config: RunConfig) -> dict[str, Any]:
     return results
 
 
-def _resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
+def train_group(config: RunConfig, dataset: Dataset, callbacks: list[UserCallback]) -> str | None:
+    """Train as part of something larger, such as a Tune trial: `callbacks` hear what the workers report.
+
+    Returns:
+        Why the run stopped early, or None.
+
+    Raises:
+        ray.train.TrainingFailedError: workers were lost more often than `scale.max_failures` allows.
+    """
+    reason: str | None = _trainer(config, dataset, None, callbacks).fit().return_value
+    return reason
+
+
+def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     """Fill in what the data decides, and make paths hold in the workers' own working directories."""
     found, asked = len(dataset.classes), config.model.num_classes
     if asked not in (0, found):
@@ -109,7 +122,9 @@ def _plans(config: RunConfig, dataset: Dataset) -> tuple[TrainPlan, EvalPlan]:
     return train_plan, EvalPlan(len(dataset.val), EVAL_BATCH_SIZE)
 
 
-def _trainer(config: RunConfig, dataset: Dataset, progress: Queue) -> TorchTrainer:
+def _trainer(
+    config: RunConfig, dataset: Dataset, progress: Queue | None, callbacks: list[UserCallback] | None = None
+) -> TorchTrainer:
     resources = {"CPU": config.scale.cpus_per_worker} | ({"GPU": 1} if config.scale.gpu else {})
     return TorchTrainer(
         _train_worker,
@@ -124,6 +139,7 @@ def _trainer(config: RunConfig, dataset: Dataset, progress: Queue) -> TorchTrain
             # the best and, always, the last
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="top1"),
             failure_config=ray.train.FailureConfig(max_failures=config.scale.max_failures),
+            callbacks=callbacks,
         ),
     )
 
@@ -152,7 +168,8 @@ def _train_worker(job: dict[str, Any]) -> str | None:
         ray.train.report(metrics, checkpoint, checkpoint_dir_name=checkpoint_name(metrics["step"]))
 
     def publish(kind: str, fields: dict[str, Any]) -> None:
-        progress.actor.put_nowait.remote((kind, fields))  # not waited for
+        if progress is not None:
+            progress.actor.put_nowait.remote((kind, fields))  # not waited for
 
     saved = ray.train.get_checkpoint()
     worker = Worker(

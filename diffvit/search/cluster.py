@@ -1,0 +1,67 @@
+"""What a sweep takes of the cluster, checked before the first trial: Ray would wait for ever for what never comes."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+
+import ray
+
+from diffvit.search.config import SweepConfig
+from diffvit.training.cluster import connect
+
+_DRIVER_CPUS = 0.1
+"""Of a trial that trains in a worker group: it only waits. (Ray Tune refuses none at all.)"""
+
+_TUNE_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # records and curves are our own
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the sweep as it ends any Python program
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the table shows the reason
+    "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0 the other one still prints a box
+}
+
+
+def share_of_trial(sweep: SweepConfig, *, alone: bool = False) -> dict[str, float]:
+    """Resources of the process that Ray Tune starts for a trial; with `alone`, of one that trains by itself."""
+    search = sweep.search
+    if search.workers_per_trial > 1 and not alone:
+        return {"CPU": _DRIVER_CPUS}
+    return {"CPU": search.cpus_per_trial} | ({"GPU": search.gpus_per_trial} if sweep.run.scale.gpu else {})
+
+
+def connect_for(sweep: SweepConfig) -> None:
+    """Connect to the cluster, or start a local one, that can hold all concurrent trials with everything they start.
+
+    Raises:
+        ValueError: it cannot; says what there is.
+    """
+    for name, value in _TUNE_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    search, scale = sweep.search, sweep.run.scale
+    grouped = search.workers_per_trial > 1
+    # a CPU beside a group's workers decodes its images
+    cpus = _DRIVER_CPUS + search.workers_per_trial * scale.cpus_per_worker + 1 if grouped else search.cpus_per_trial
+    connect(dataclasses.replace(scale, workers=search.concurrent, cpus_per_worker=cpus))
+    for name in ("ray.tune", "ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if grouped:
+        each = {"CPU": scale.cpus_per_worker} | ({"GPU": 1.0} if scale.gpu else {})
+        room = min(_places(nodes, each) // search.workers_per_trial, int(sum(n.get("CPU", 0) for n in nodes) / cpus))
+        wanted = f"{cpus:g} CPUs" + (f" and {search.workers_per_trial} GPUs" if scale.gpu else "")
+    else:
+        each = share_of_trial(sweep)
+        room = _places(nodes, each)
+        wanted = " and ".join(f"{amount:g} {name}s" for name, amount in each.items())
+    if room < search.concurrent:
+        total = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
+        raise ValueError(
+            f"search.concurrent = {search.concurrent} trials need {wanted} each; the cluster has {len(nodes)} node(s) "
+            f"with {total['CPU']:g} CPUs and {total['GPU']:g} GPUs in all, room for {room}"
+        )
+
+
+def _places(nodes: list[dict[str, float]], each: dict[str, float]) -> int:
+    """How many bundles of resources fit on the nodes, none of them across two."""
+    return sum(min(int(node.get(name, 0) / amount + 1e-9) for name, amount in each.items()) for node in nodes)

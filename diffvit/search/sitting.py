@@ -1,0 +1,209 @@
+"""One sitting of a sweep: Ray Tune runs what the journal does not hold yet. The only place that builds a `Tuner`."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.trial import Trial
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from diffvit.config import RunConfig, from_json, to_json
+from diffvit.data.sources import Dataset
+from diffvit.search.cluster import share_of_trial
+from diffvit.search.config import DIRECTIONS, SweepConfig
+from diffvit.search.console import SweepTable
+from diffvit.search.folder import write_atomically
+from diffvit.search.hparams import write_experiment, write_trial
+from diffvit.search.progress import Progress
+from diffvit.search.records import Candidate, Journal, Record, Role, candidates, ranked, to_csv
+from diffvit.search.trial import METRIC, Job, score, train_trial
+
+_TUNE_FOLDER = "tune"
+"""Ray Tune's own notes, which nothing here reads."""
+
+
+class SweepFailed(RuntimeError):
+    """No trial, or no finalist, came to its end."""
+
+
+class Sitting:
+    """One go at a sweep: what the journal holds is not done again."""
+
+    def __init__(self, sweep: SweepConfig, dataset: Dataset) -> None:
+        self.sweep, self.dataset = sweep, dataset
+        self.folder = sweep.run.folder
+        directions = [DIRECTIONS[name] for name in sweep.search.objective]
+        self.journal = Journal(self.folder, sweep.run.name, directions)
+        self._fresh = not self.journal.study.get_trials(deepcopy=False)
+        self._unfinished = self.journal.recover(sweep.run.optim.epochs)
+        self._remove_cut_runs()
+        self._in_group = sweep.search.workers_per_trial > 1
+        write_experiment(self.folder, sweep.space, sweep.run, with_latency="latency" in sweep.search.objective)
+
+    def search(self) -> None:
+        """Run the trials that are left."""
+        search, space = self.sweep.search, self.sweep.space
+        left = search.trials - len(self.journal.records("trial"))
+        with SweepTable(self.sweep, self.journal.records("trial")) as table:
+            table.print_header(len(self.dataset.train), len(self.dataset.val), max(left, 0))
+            if left <= 0:
+                return
+            points = self._unfinished
+            if self._fresh:
+                recipe_point, outside = space.parameters(self.sweep.run)
+                points = [] if outside else [recipe_point]
+            tune_config = tune.TuneConfig(
+                num_samples=left,
+                max_concurrent_trials=search.concurrent,
+                search_alg=OptunaSearch(
+                    space=partial(_propose, self.sweep),
+                    metric=[METRIC, "latency_ms"] if len(search.objective) > 1 else METRIC,
+                    mode=[DIRECTIONS[name] for name in search.objective] if len(search.objective) > 1 else "max",
+                    points_to_evaluate=points,
+                    sampler=self._sampler(),
+                    study_name=self.journal.study_name,
+                    storage=self.journal.storage,
+                ),
+                scheduler=self._scheduler(),
+            )
+            self._run("trial", tune_config, {}, table.changed)
+
+    def compare_finalists(self) -> list[Candidate]:
+        """Train the best configurations with seeds that their trials did not have; the winner first."""
+        search = self.sweep.search
+        best = ranked(self.journal.records("trial"), search.objective)[: search.finalists]
+        if not best:
+            failed = [record for record in self.journal.records("trial") if record.status == "failed"]
+            raise SweepFailed(f"no trial came to its end; the last one failed: {failed[-1].reason if failed else '?'}")
+        done = {(record.number, record.seed) for record in self.journal.records("finalist")}
+        jobs = []
+        for record in best:
+            config = from_json(record.config, record.name)
+            for seed in range(config.seed + 1, config.seed + 1 + search.seeds):
+                if (record.number, seed) not in done:
+                    placed = _placed(dataclasses.replace(config, seed=seed), self.folder, "finalists", record.number)
+                    jobs.append(Job(record.number, to_json(placed), keep=True))
+        if jobs:
+            with SweepTable(self.sweep, self.journal.records("finalist")) as table:
+                param_space = tune.grid_search([job.pack()["job"] for job in jobs])
+                tune_config = tune.TuneConfig(max_concurrent_trials=search.concurrent)
+                self._run("finalist", tune_config, {"job": param_space}, table.changed)
+        numbers = {record.number for record in best}
+        found = candidates(record for record in self.journal.records("finalist") if record.number in numbers)
+        if not found:
+            raise SweepFailed(f"no finalist came to its end; {self.folder / 'trials.csv'} says why")
+        return found
+
+    def score_once(self, winner: Candidate, dataset: Dataset) -> list[dict[str, float]]:
+        """The winner's runs on the recipe's own validation split; kept, so that it is looked at once."""
+        known = self.journal.score(winner.number)
+        if known is not None:
+            return list(known["runs"])
+        share = share_of_trial(self.sweep, alone=True)
+        remote = ray.remote(num_cpus=share["CPU"], num_gpus=share.get("GPU", 0))(score)
+        runs = [run for run in winner.runs if run.status == "finished"]
+        pending = [remote.remote(run.config, dataset, str(self.folder / run.name)) for run in runs]
+        scores: list[dict[str, float]] = ray.get(pending)
+        self.journal.save_score(winner.number, {"runs": scores})
+        return scores
+
+    def write_csv(self) -> None:
+        """`trials.csv`, from the journal."""
+        records = [*self.journal.records("trial"), *self.journal.records("finalist")]
+        write_atomically(self.folder / "trials.csv", to_csv(records, self.sweep.space.varied(self.sweep.run)))
+
+    def _remove_cut_runs(self) -> None:
+        """What a killed driver left half done is done again, and its curve would be in the way."""
+        known = {run.name for run in (*self.journal.records("trial"), *self.journal.records("finalist"))}
+        for folder in (*self.folder.glob("trials/*/"), *self.folder.glob("finalists/*/")):
+            if f"{folder.parent.name}/{folder.name}" not in known:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _run(
+        self, role: Role, tune_config: tune.TuneConfig, param_space: dict[str, Any], show: Callable[[Record], None]
+    ) -> None:
+        def changed(record: Record) -> None:
+            show(record)
+            if record.status == "running":
+                return
+            write_atomically(self.folder / record.name / "config.json", record.config)
+            if record.role == "trial":
+                write_trial(self.folder, record)
+                for checkpoint in (self.folder / record.name).glob("checkpoint_step_*"):  # a worker group keeps some
+                    shutil.rmtree(checkpoint, ignore_errors=True)
+            self.write_csv()
+
+        tune_config.reuse_actors = not self._in_group  # importing torch again takes longer than a small trial
+        tune_config.trial_dirname_creator = tune_config.trial_name_creator = lambda trial: str(trial.trial_id)
+        trainable = tune.with_parameters(
+            train_trial,
+            dataset=self.dataset,
+            time_latency="latency" in self.sweep.search.objective,
+            threads=max(int(self.sweep.search.cpus_per_trial), 1),
+        )
+        progress = Progress(self.journal, self.sweep.space, role, changed)
+        shutil.rmtree(self.folder / _TUNE_FOLDER, ignore_errors=True)
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, share_of_trial(self.sweep)),
+            param_space=param_space,
+            tune_config=tune_config,
+            run_config=tune.RunConfig(
+                name=_TUNE_FOLDER, storage_path=str(self.folder), callbacks=[progress], verbose=0
+            ),
+        )
+        tuner.fit()
+        shutil.rmtree(self.folder / _TUNE_FOLDER, ignore_errors=True)
+
+    def _sampler(self) -> BaseSampler:
+        # a sampler that starts anew must not draw what it drew in an earlier sitting
+        seed = self.sweep.search.seed + 1_000_003 * len(self.journal.study.get_trials(deepcopy=False))
+        return TPESampler(seed=seed) if self.sweep.search.sampler == "tpe" else RandomSampler(seed=seed)
+
+    def _scheduler(self) -> Any:
+        search = self.sweep.search
+        if search.scheduler == "none":
+            return FIFOScheduler()
+        scheduler = AsyncHyperBandScheduler(
+            time_attr="epoch",
+            metric=METRIC,
+            mode="max",
+            max_t=self.sweep.run.optim.epochs,
+            grace_period=search.grace_epochs,
+            reduction_factor=search.reduction,
+            stop_last_trials=False,  # its end ends a trial
+        )
+        remind(scheduler, self.journal.records("trial"))
+        return scheduler
+
+
+def remind(scheduler: AsyncHyperBandScheduler, records: Iterable[Record]) -> None:
+    """Tell a new ASHA of what earlier sittings trained, or it would judge the first trials by themselves alone."""
+    (bracket,) = scheduler._brackets
+    for record in records:
+        for count, entry in enumerate(record.history, start=1):
+            best = max(earlier["top1"] for earlier in record.history[:count])
+            bracket.on_result(SimpleNamespace(trial_id=record.name), entry["epoch"], best)
+
+
+def _propose(sweep: SweepConfig, trial: Trial) -> dict[str, Any]:
+    """Called by OptunaSearch for every trial: draws a point, and packs the run that it stands for."""
+    scale = dataclasses.replace(sweep.run.scale, workers=sweep.search.workers_per_trial)
+    recipe = dataclasses.replace(sweep.run, scale=scale)
+    config = _placed(sweep.space.propose(trial, recipe), sweep.run.folder, "trials", trial.number)
+    return Job(trial.number, to_json(config)).pack()
+
+
+def _placed(config: RunConfig, folder: Path, where: str, number: int) -> RunConfig:
+    """The run in a folder of its own below the sweep's."""
+    name = f"{number:04d}" if where == "trials" else f"{number:04d}-seed-{config.seed}"
+    return dataclasses.replace(config, storage=str(folder / where), name=name, resume=True)

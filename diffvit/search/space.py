@@ -1,0 +1,229 @@
+"""What a sweep varies: the fields of a recipe, their ranges, and the points that can exist.
+
+The space is walked define-by-run, so that the head counts on offer are those that fit the variant drawn before and
+lambda_init is drawn for V1 alone: a model that cannot be built is never proposed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from diffvit.config import RunConfig, Variant, valid_num_heads
+from diffvit.config.checks import STRICT, require
+
+MAX_LAMBDA = 0.95
+"""Above it (1 - lambda_init), the scale of V1's heads, all but vanishes."""
+
+_SECTIONS = {
+    "variant": "model",
+    "num_heads": "model",
+    "lambda_init": "model",
+    "patch_size": "model",
+    "drop_path": "model",
+    "lr": "optim",
+    "weight_decay": "optim",
+}
+"""Where the fields of `Space` lie in a `RunConfig`, in the order of the tables."""
+
+Values = dict[str, Any]
+"""The varied fields of a configuration, by name: `{"num_heads": 2, "lambda_init": "depth", "lr": 1e-3}`."""
+
+
+class Suggest(Protocol):
+    """What `Space.propose` needs of an Optuna trial."""
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Space:
+    """The fields that a sweep varies. What is left empty or None keeps the recipe's value."""
+
+    __pydantic_config__ = STRICT
+
+    lambda_init: tuple[float, float] | None = (0.0, MAX_LAMBDA)
+    """V1 only: lowest and highest constant; None for no constants."""
+    depth_schedule: bool = True
+    """V1 only: also try the depth schedule of lambda_init."""
+    num_heads: tuple[int, ...] | None = ()
+    """Head counts to try; without a value, every one that fits the width and the variant; None for the recipe's."""
+    lr: tuple[float, float] | None = (1e-4, 1e-2)
+    """Lowest and highest peak learning rate, on a log scale."""
+    variant: tuple[Variant, ...] = ()
+    """Attention variants to try: softmax, diff, diff_v2."""
+    weight_decay: tuple[float, float] | None = None
+    """Lowest and highest weight decay, on a log scale."""
+    drop_path: tuple[float, float] | None = None
+    """Lowest and highest drop path rate."""
+    patch_size: tuple[int, ...] = ()
+    """Patch sides to try, in pixels; each must divide the image's."""
+
+    def __post_init__(self) -> None:
+        for name in ("lambda_init", "lr", "weight_decay", "drop_path"):
+            bounds = getattr(self, name)
+            require(bounds is None or bounds[0] <= bounds[1], f"space.{name} must be LOW HIGH, got {bounds}")
+        for name in ("lr", "weight_decay"):
+            bounds = getattr(self, name)
+            require(bounds is None or bounds[0] > 0, f"space.{name} is on a log scale: LOW must be positive: {bounds}")
+        for name in ("lambda_init", "drop_path"):
+            bounds = getattr(self, name)
+            require(bounds is None or 0 <= bounds[0] <= bounds[1] < 1, f"space.{name} must lie in [0, 1), got {bounds}")
+        for name in ("num_heads", "variant", "patch_size"):
+            choices = getattr(self, name) or ()
+            require(len(set(choices)) == len(choices), f"space.{name} must not name a value twice, got {choices}")
+
+    def check(self, recipe: RunConfig) -> None:
+        """Make sure that every point of the space, laid over `recipe`, is a model that can be built.
+
+        Raises:
+            ValueError: a head count or patch side that fits no model, nothing left to vary, or (for V1) no
+                lambda_init to choose from.
+        """
+        model = recipe.model
+        for variant in self._variants(recipe):
+            offered = self._heads(recipe, variant)
+            maps = 2 if variant == "diff" else 1
+            require(
+                bool(offered) and all(heads >= 1 and model.embed_dim % (maps * heads) == 0 for heads in offered),
+                f"space.num_heads must fit model.embed_dim = {model.embed_dim} for variant {variant!r}, "
+                f"got {list(offered)}; what fits: {valid_num_heads(model.embed_dim, variant)}",
+            )
+        odd_patches = [size for size in self.patch_size if size < 1 or model.image_size % size]
+        require(
+            not odd_patches,
+            f"space.patch_size must divide model.image_size = {model.image_size}, got {odd_patches}",
+        )
+        require(
+            bool(self.varied(recipe)),
+            "the space has nothing to vary: give a range to space.lr, space.lambda_init or another of its fields",
+        )
+
+    def varied(self, recipe: RunConfig) -> list[str]:
+        """Names of the fields that may differ between trials, in the order of the tables."""
+        several_heads = any(len(self._heads(recipe, variant)) > 1 for variant in self._variants(recipe))
+        differs = {
+            "variant": len(self.variant) > 0,
+            "num_heads": several_heads or len(self.variant) > 0 or bool(self.num_heads),
+            "lambda_init": "diff" in self._variants(recipe) and self._varies_lambda,
+            "patch_size": len(self.patch_size) > 0,
+            "drop_path": self.drop_path is not None,
+            "lr": self.lr is not None,
+            "weight_decay": self.weight_decay is not None,
+        }
+        return [name for name in _SECTIONS if differs[name]]
+
+    def propose(self, trial: Suggest, recipe: RunConfig) -> RunConfig:
+        """The recipe with a point of the space laid over it, drawn from an Optuna trial."""
+        model: dict[str, Any] = {}
+        optim: dict[str, Any] = {}
+        variant = trial.suggest_categorical("variant", self.variant) if self.variant else recipe.model.variant
+        model["variant"] = variant
+        model["num_heads"] = trial.suggest_categorical(self._heads_name(variant), self._heads(recipe, variant))
+        if variant == "diff" and self._varies_lambda:
+            model["lambda_init"] = self._propose_lambda(trial)
+        if self.patch_size:
+            model["patch_size"] = trial.suggest_categorical("patch_size", self.patch_size)
+        if self.drop_path:
+            model["drop_path"] = trial.suggest_float("drop_path", *self.drop_path)
+        if self.lr:
+            optim["lr"] = trial.suggest_float("lr", *self.lr, log=True)
+        if self.weight_decay:
+            optim["weight_decay"] = trial.suggest_float("weight_decay", *self.weight_decay, log=True)
+        return dataclasses.replace(
+            recipe,
+            model=dataclasses.replace(recipe.model, **model),
+            optim=dataclasses.replace(recipe.optim, **optim),
+        )
+
+    def values(self, config: RunConfig) -> Values:
+        """The varied fields of a configuration; lambda_init only where the variant has one."""
+        return {
+            name: getattr(getattr(config, _SECTIONS[name]), name)
+            for name in self.varied(config)
+            if name != "lambda_init" or config.model.variant == "diff"
+        }
+
+    def parameters(self, config: RunConfig) -> tuple[dict[str, Any], list[str]]:
+        """What an Optuna trial of exactly this configuration holds, and the fields that lie outside of the space."""
+        asker = _Recogniser(config)
+        proposed, own = self.values(self.propose(asker, config)), self.values(config)
+        return asker.parameters, [name for name in own if name in asker.outside or proposed[name] != own[name]]
+
+    def describe(self, recipe: RunConfig) -> dict[str, str]:
+        """The space in words, field by field."""
+        words = {name: self._describe(name, recipe) for name in self.varied(recipe)}
+        _, outside = self.parameters(recipe)
+        words["first trial"] = (
+            f"drawn, because the recipe's own {', '.join(outside)} lies outside" if outside else "the recipe itself"
+        )
+        return words
+
+    @property
+    def _varies_lambda(self) -> bool:
+        return self.lambda_init is not None or self.depth_schedule
+
+    def _variants(self, recipe: RunConfig) -> tuple[Variant, ...]:
+        return self.variant or (recipe.model.variant,)
+
+    def _heads(self, recipe: RunConfig, variant: Variant) -> tuple[int, ...]:
+        if self.num_heads is None:
+            return (recipe.model.num_heads,)
+        return self.num_heads or tuple(valid_num_heads(recipe.model.embed_dim, variant))
+
+    def _heads_name(self, variant: Variant) -> str:
+        """Optuna wants the same choices whenever it meets a name."""
+        return f"num_heads_{variant}" if self.variant else "num_heads"
+
+    def _propose_lambda(self, trial: Suggest) -> Any:
+        if self.lambda_init is None:
+            return "depth"
+        if self.depth_schedule and trial.suggest_categorical("lambda_schedule", ("depth", "constant")) == "depth":
+            return "depth"
+        return trial.suggest_float("lambda_init", *self.lambda_init)
+
+    def _describe(self, name: str, recipe: RunConfig) -> str:
+        if name == "num_heads":
+            counts = {variant: self._heads(recipe, variant) for variant in self._variants(recipe)}
+            listed = {variant: ", ".join(map(str, heads)) for variant, heads in counts.items()}
+            if len(set(listed.values())) == 1:
+                return next(iter(listed.values()))
+            return "; ".join(f"{heads} ({variant})" for variant, heads in listed.items())
+        bounds = getattr(self, name)
+        if name == "lambda_init":
+            constant = f"a constant in [{bounds[0]:g}, {bounds[1]:g}]" if bounds else ""
+            return " or ".join(filter(None, ["the depth schedule" if self.depth_schedule else "", constant]))
+        if name in ("variant", "patch_size"):
+            return ", ".join(map(str, bounds))
+        return f"{bounds[0]:g} to {bounds[1]:g}" + (", log scale" if name in ("lr", "weight_decay") else "")
+
+
+class _Recogniser:
+    """Stands in for an Optuna trial and answers with what a given configuration has."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self.parameters: dict[str, Any] = {}
+        self.outside: set[str] = set()
+
+    def _take(self, name: str, field: str, value: Any, inside: bool) -> Any:
+        self.parameters[name] = value
+        if not inside:
+            self.outside.add(field)
+        return value
+
+    def suggest_float(self, name: str, low: float, high: float, **_: bool) -> Any:
+        found = getattr(getattr(self._config, _SECTIONS[name]), name)
+        return self._take(name, name, found, not isinstance(found, str) and low <= found <= high)
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        if name == "lambda_schedule":
+            found = "depth" if self._config.model.lambda_init == "depth" else "constant"
+            return self._take(name, "lambda_init", found, True)
+        field = "num_heads" if name.startswith("num_heads") else name
+        found = getattr(getattr(self._config, _SECTIONS[field]), field)
+        return self._take(name, field, found, found in choices)

@@ -1,0 +1,106 @@
+"""A sweep from its first trial to its answer: `run_sweep`, read top to bottom.
+
+Trials are judged on images held out of the training set; the best configurations are trained again with new seeds and
+compared on the same images; the winner alone is then scored, once, on the recipe's own validation split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from diffvit.config import RunConfig, from_json, to_json
+from diffvit.data.sources import open_dataset
+from diffvit.data.subset import parted_for_search
+from diffvit.search.cluster import connect_for
+from diffvit.search.config import SweepConfig
+from diffvit.search.folder import held, open_sweep, write_atomically
+from diffvit.search.records import Candidate, Journal, Record, ranked
+from diffvit.search.report import write_report
+from diffvit.search.sitting import Sitting, SweepFailed
+from diffvit.training.launch import resolve
+from diffvit.training.run_folder import write_results
+
+__all__ = ["SweepFailed", "run_sweep"]
+
+
+def run_sweep(sweep: SweepConfig) -> dict[str, Any]:
+    """Run, or continue, a sweep; its results, which are also in `results.json`.
+
+    Raises:
+        ValueError: data, name or cluster do not fit the sweep; found before the first trial.
+        SweepFailed: no trial came to its end; says why the last one did not.
+        KeyboardInterrupt: the user ended the sweep; the same call continues it.
+    """
+    started = time.monotonic()
+    dataset = open_dataset(sweep.run.data)
+    sweep = dataclasses.replace(sweep, run=resolve(sweep.run, dataset))
+    parted = parted_for_search(dataset, sweep.search.holdout, sweep.search.seed)
+    if len(parted.train) < sweep.run.optim.batch_size:
+        raise ValueError(
+            f"optim.batch_size must not exceed the {len(parted.train)} training images that search.holdout = "
+            f"{sweep.search.holdout} leaves, got {sweep.run.optim.batch_size}"
+        )
+    connect_for(sweep)
+    open_sweep(sweep)
+    folder = sweep.run.folder
+    with held(folder):
+        sitting = Sitting(sweep, parted)
+        sitting.search()
+        write_report(sweep, sitting.journal)
+        finalists = sitting.compare_finalists()
+        winner = finalists[0]
+        write_atomically(folder / "best.json", to_json(as_recipe(sweep, winner.runs[0])))
+        val = sitting.score_once(winner, dataset)
+        results = {"status": "finished", **summary(sweep, sitting.journal, finalists, val)}
+        results["wall_seconds"] = round(time.monotonic() - started, 1)
+        write_results(folder, results)
+        sitting.write_csv()
+        write_report(sweep, sitting.journal, results)
+    return results
+
+
+def as_recipe(sweep: SweepConfig, run: Record) -> RunConfig:
+    """The sweep's own recipe with the values of one of its runs."""
+    chosen = from_json(run.config, run.name)
+    return dataclasses.replace(sweep.run, name=f"{sweep.run.name}-best", model=chosen.model, optim=chosen.optim)
+
+
+def summary(
+    sweep: SweepConfig, journal: Journal, finalists: Sequence[Candidate], val: Sequence[dict[str, float]]
+) -> dict[str, Any]:
+    """What the sweep found, for `results.json`; `val` are the winner's scores on the validation split."""
+    trials = journal.records("trial")
+    winner = finalists[0]
+    return {
+        "winner": {
+            **_described(winner),
+            "val_top1": _spread([run["top1"] for run in val]),
+            "val_loss": _spread([run["loss"] for run in val]),
+        },
+        "finalists": [_described(finalist) for finalist in finalists],
+        "pareto_front": [
+            {"number": run.number, "values": run.values, "top1": run.best_top1, "latency_ms": run.latency_ms}
+            for run in ranked(trials, sweep.search.objective)
+        ]
+        if len(sweep.search.objective) > 1
+        else None,
+        "trials": dict(Counter(run.status for run in trials)),
+        "epochs_trained": {
+            "trials": sum(run.epochs for run in trials),
+            "finalists": sum(run.epochs for run in journal.records("finalist")),
+        },
+    }
+
+
+def _described(finalist: Candidate) -> dict[str, Any]:
+    return {"number": finalist.number, "values": finalist.values, "search_top1": _spread(finalist.top1)}
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std, "seeds": len(values), "values": list(values)}

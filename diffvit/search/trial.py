@@ -1,0 +1,162 @@
+"""What happens in a trial: a real training run that tells Ray Tune how each epoch ended.
+
+One worker trains in the trial's own process, which decodes its images too, so that a small trial pays for no worker
+group; several go through Ray Train.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import torch
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from diffvit.config import RunConfig, from_json
+from diffvit.data.loader import EVAL_BATCH_SIZE, BatchLoader, LocalStream
+from diffvit.data.order import EvalPlan, TrainPlan
+from diffvit.data.sources import Dataset
+from diffvit.models.vit import VisionTransformer
+from diffvit.models.weights import load_weights
+from diffvit.training.checkpoint import checkpoint_name
+from diffvit.training.evaluation import evaluate
+from diffvit.training.loop import RunStopped, Worker, fit
+
+METRIC = "best_top1"
+"""What trials are compared by. The best and not the last value, because Optuna keeps what a trial reported last."""
+
+_REPORTED = ("epoch", "top1", "top5", "loss", "train_loss", "train_seconds")
+_TIMED_IMAGES = 20
+
+
+class Reports:
+    """Turns the metrics of a run into what Ray Tune is told: one report an epoch, the best top-1 so far in each."""
+
+    def __init__(self, extra: dict[str, float]) -> None:
+        self._extra = extra
+        self._best = 0.0
+
+    def of(self, metrics: dict[str, Any]) -> dict[str, Any] | None:
+        """The report, or None for a checkpoint in mid-epoch, which was not evaluated."""
+        if "top1" not in metrics:
+            return None
+        self._best = max(self._best, metrics["top1"])
+        return {name: metrics[name] for name in _REPORTED} | {METRIC: self._best, "at": time.time()} | self._extra
+
+
+class ReportEpochs(TuneReportCallback):  # type: ignore[misc]  # Ray ships no types
+    """Passes on what the workers of a group report."""
+
+    def __init__(self, reports: Reports) -> None:
+        super().__init__()
+        self._reports = reports
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        del checkpoint  # Tune has no use for it
+        report = self._reports.of(metrics[0])
+        if report is not None:
+            super().after_report(run_context, [report], None)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run as Ray Tune carries it to where it trains."""
+
+    number: int
+    """Of the configuration."""
+    config: str
+    """`RunConfig` as JSON."""
+    keep: bool = False
+    """Whether the last checkpoint stays in the run's folder."""
+
+    def pack(self) -> dict[str, Any]:
+        """As a Tune config; one string, because Tune takes structures apart."""
+        return {"job": json.dumps(dataclasses.asdict(self))}
+
+    @staticmethod
+    def unpack(tune_config: dict[str, Any]) -> Job:
+        return Job(**json.loads(tune_config["job"]))
+
+
+def train_trial(tune_config: dict[str, Any], *, dataset: Dataset, time_latency: bool, threads: int) -> None:
+    """The function that Ray Tune calls in every trial.
+
+    Raises:
+        RunStopped: the run cannot go on; Ray Tune takes the trial as failed.
+    """
+    job = Job.unpack(tune_config)
+    config = from_json(job.config, "trial")
+    torch.set_num_threads(threads)
+    reports = Reports({"latency_ms": latency_ms(config)} if time_latency else {})
+    if config.scale.workers == 1:
+        _train_here(config, dataset, reports, keep=job.keep)
+        return
+    from diffvit.training.launch import train_group  # imports Ray Train, which the other path need not wait for
+
+    reason = train_group(config, dataset, [ReportEpochs(reports)])
+    if reason is not None:
+        raise RunStopped(reason)
+
+
+def _train_here(config: RunConfig, dataset: Dataset, reports: Reports, *, keep: bool) -> None:
+    plan = TrainPlan(
+        num_samples=len(dataset.train),
+        seed=config.seed,
+        epochs=config.optim.epochs,
+        batch_size=config.optim.batch_size,
+        accumulation_steps=config.accumulation_steps,
+    )
+    eval_plan = EvalPlan(len(dataset.val), EVAL_BATCH_SIZE)
+    stream = LocalStream(BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, eval_plan))
+
+    def report(metrics: dict[str, Any], folder: Path | None) -> None:
+        if keep and folder is not None and metrics["step"] == plan.total_steps:
+            copytree(folder, config.folder / checkpoint_name(metrics["step"]), dirs_exist_ok=True)
+        told = reports.of(metrics)
+        if told is not None:
+            tune.report(told)
+
+    def publish(kind: str, fields: dict[str, Any]) -> None:
+        if kind == "skipped":
+            with (config.folder / "skipped.txt").open("a") as file:
+                file.writelines(image + "\n" for image in fields["images"])
+
+    fit(config, plan, eval_plan, stream, Worker(_device(config), report, publish))
+
+
+def latency_ms(config: RunConfig) -> float:
+    """Median time of one image through the model of `config`, in milliseconds, on the device that it trains on."""
+    device = _device(config)
+    model = VisionTransformer(config.model).to(device).eval()
+    image = torch.zeros(1, config.model.in_channels, config.model.image_size, config.model.image_size, device=device)
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(_TIMED_IMAGES + 3):
+            started = time.perf_counter()
+            model(image).sum().item()  # waits for the device
+            seconds.append(time.perf_counter() - started)
+    return 1000 * statistics.median(seconds[3:])  # the first ones warm up
+
+
+def score(config_json: str, dataset: Dataset, folder: str) -> dict[str, float]:
+    """`top1`, `top5` and `loss` of the run's last checkpoint on the whole of `dataset.val`, each image once."""
+    config = from_json(config_json, folder)
+    last = max(Path(folder).glob("checkpoint_step_*"))
+    device = _device(config)
+    model = VisionTransformer(config.model).to(device)
+    load_weights(model, last)
+    plan = EvalPlan(len(dataset.val), EVAL_BATCH_SIZE)
+    loader = BatchLoader(config, dataset.val, plan)
+    found = evaluate(model, map(loader, range(plan.num_rows)), plan.num_samples, config, device)
+    return {name: found[name] for name in ("top1", "top5", "loss")}
+
+
+def _device(config: RunConfig) -> torch.device:
+    return torch.device("cuda" if config.scale.gpu else "cpu")

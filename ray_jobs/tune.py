@@ -1,0 +1,26 @@
+"""Search for a better recipe: Ray Tune with Optuna and ASHA over lambda_init, heads and learning rate."""
+
+from __future__ import annotations
+
+from diffvit.cli import fail, parse_sweep_config
+
+
+def main() -> None:
+    sweep = parse_sweep_config(__doc__ or "")
+
+    from diffvit.search.console import print_sweep  # after the options are found good: these imports take seconds
+    from diffvit.search.sweep import SweepFailed, run_sweep
+
+    try:
+        results = run_sweep(sweep)
+    except ValueError as error:
+        fail(str(error), status=2)
+    except SweepFailed as error:
+        fail(str(error), status=1)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on with the trials that are left", status=130)
+    print_sweep(sweep.run.folder, results)
+
+
+if __name__ == "__main__":
+    main()
