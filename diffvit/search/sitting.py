@@ -136,6 +136,7 @@ class Sitting:
             show(record)
             if record.status == "running":
                 return
+            (self.folder / record.name).mkdir(parents=True, exist_ok=True)  # its process may have died before
             write_atomically(self.folder / record.name / "config.json", record.config)
             if record.role == "trial":
                 write_trial(self.folder, record)
