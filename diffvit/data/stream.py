@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class RayStream:
         self._train, self._val, self._rank, self._workers, self._broadcast = train, val, rank, workers, broadcast
         self._val_iterator: DataIterator | None = None
 
-    def train(self, first_step: int) -> Iterator[Batch]:
+    def train(self, first_step: int) -> Generator[Batch]:
         plan = self._train.plan
         assert isinstance(plan, TrainPlan)
         end = plan.total_steps * plan.rows_per_step

@@ -77,6 +77,8 @@ def _resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     found, asked = len(dataset.classes), config.model.num_classes
     if asked not in (0, found):
         raise ValueError(f"model.num_classes must be the number of classes in the data, {found}, or 0; got {asked}")
+    if config.data.classes not in ((), dataset.classes):
+        raise ValueError(f"data.classes must be those of the data, {dataset.classes}; got {config.data.classes}")
     path = config.data.path
     if path != SAMPLE and "://" not in path:
         path = str(Path(path).expanduser().absolute())
@@ -84,7 +86,7 @@ def _resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     return dataclasses.replace(
         config,
         storage=str(config.folder.parent),
-        data=dataclasses.replace(config.data, path=path, mean=mean, std=std),
+        data=dataclasses.replace(config.data, path=path, mean=mean, std=std, classes=dataset.classes),
         model=dataclasses.replace(config.model, num_classes=found),
     )
 
