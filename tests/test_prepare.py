@@ -178,8 +178,8 @@ def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "out is missing"),
-        (["--out", "x", "--shard-mib", "0"], "shard_mib must be positive"),
+        (["--source", "x"], "out is missing"),
+        (["--source", "x", "--out", "x", "--shard-mib", "0"], "shard_mib must be positive"),
         (["--out", "x", "--sead", "1"], "--seed"),
     ],
 )

@@ -166,36 +166,36 @@ def audit_of(
 
 def test_a_lost_reader_changes_nothing(tiny_config: RunConfig, tmp_path: Path) -> None:
     """The process of a task is killed while it reads; Ray runs the task again."""
+
+    @dataclass(frozen=True)
+    class KillsItsReaderOnce:
+        split: Split
+        marker: str
+
+        @property
+        def labels(self) -> Any:
+            return self.split.labels
+
+        def __len__(self) -> int:
+            return len(self.split)
+
+        def key(self, index: int) -> str:
+            return self.split.key(index)
+
+        def read_many(self, indices: Any) -> Iterator[bytes | OSError]:
+            try:
+                Path(self.marker).open("x").close()
+            except FileExistsError:
+                return self.split.read_many(indices)
+            os.kill(os.getpid(), signal.SIGKILL)
+            raise AssertionError("unreachable")
+
     train, val = loaders(tiny_config, 1)
     reference = list(LocalStream(train, val).train(0))
     lethal = BatchLoader(tiny_config, KillsItsReaderOnce(train.split, str(tmp_path / "killed")), train.plan)
     stream = RayStream(lethal, val, 0, 1, lambda value: value)
     assert_same([copied(batch) for batch in stream.train(0)], iter(reference))
     assert (tmp_path / "killed").exists()
-
-
-@dataclass(frozen=True)
-class KillsItsReaderOnce:
-    split: Split
-    marker: str
-
-    @property
-    def labels(self) -> Any:
-        return self.split.labels
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def key(self, index: int) -> str:
-        return self.split.key(index)
-
-    def read_many(self, indices: Any) -> Iterator[bytes | OSError]:
-        try:
-            Path(self.marker).open("x").close()
-        except FileExistsError:
-            return self.split.read_many(indices)
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError("unreachable")
 
 
 def test_shards_in_a_bucket_with_an_outage(tiny_config: RunConfig, object_store: ObjectStore, tmp_path: Path) -> None:

@@ -112,13 +112,26 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
         os.setpriority(os.PRIO_PROCESS, 0, 19)  # where decoding and training share CPUs, decoding yields
         number, rank = divmod(int(row["id"]), workers)
         mine = rows[rank::workers][number * size : (number + 1) * size]
-        return _pack(ray.get(reference), mine)
+        return _pack(_fetch(reference), mine)
 
     chunks_per_rank = -(-len(rows[::workers]) // size)
     chunks = chunks_per_rank * workers
     dataset = ray.data.range(chunks, override_num_blocks=chunks).map(load_chunk)
     splits: list[DataIterator] = dataset.streaming_split(workers, equal=False)
     return splits
+
+
+def _fetch(reference: Any) -> BatchLoader:
+    """What the driver put there.
+
+    Raises:
+        RuntimeError: this node cannot unpack it. As it comes from Ray, Ray Data would try again for ever, and silently.
+    """
+    try:
+        loader: BatchLoader = ray.get(reference)
+    except ray.exceptions.RaySystemError as error:
+        raise RuntimeError(f"a node lacks what the images' reader needs: {error}") from None
+    return loader
 
 
 def _pack(loader: BatchLoader, rows: range) -> dict[str, Any]:
