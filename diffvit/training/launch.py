@@ -25,7 +25,7 @@ from diffvit.data.stream import RayStream
 from diffvit.training.checkpoint import checkpoint_name
 from diffvit.training.cluster import connect, require_resources
 from diffvit.training.loop import RunStopped, Worker, fit
-from diffvit.training.run_folder import open_run, write_results
+from diffvit.training.run_folder import open_run, summarise, write_results
 
 __all__ = ["RunStopped", "TrainingFailedError", "train"]
 
@@ -178,16 +178,4 @@ def _saved_metrics(config: RunConfig) -> dict[str, Any]:
         kept = ray.train.Result.from_path(str(config.folder)).best_checkpoints
     except RuntimeError:  # Ray Train has not written its list of checkpoints yet
         kept = None
-    if not kept:
-        return {"best": None, "last": None}
-    entries = [{**metrics, "checkpoint": Path(checkpoint.path).name} for checkpoint, metrics in kept]
-    last = max(entries, key=lambda entry: entry["step"])
-    evaluated = [entry for entry in entries if "top1" in entry]
-    best = max(evaluated, key=lambda entry: entry["top1"], default=None)
-    names = ("epoch", "step", "top1", "top5", "loss", "checkpoint")
-    whole_run = ("images_per_second", "data_wait_fraction", "train_seconds", "skipped_images", "world_sizes")
-    return {
-        "best": best and {name: best[name] for name in names},
-        "last": {name: last.get(name) for name in names},
-        **{name: last[name] for name in whole_run},
-    }
+    return summarise([(Path(checkpoint.path), metrics) for checkpoint, metrics in kept or []])
