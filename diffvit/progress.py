@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from diffvit.data.shards import INFO_NAME, QUARANTINE_NAME, DatasetInfo
 
+_CLASSES_SHOWN = 20
 _LINE_EVERY_SECONDS = 10.0
 """Between lines where the terminal cannot redraw one."""
 
@@ -68,3 +70,24 @@ def print_dataset(out: str, info: DatasetInfo, seconds: float) -> None:
     for name, value in rows.items():
         table.add_row(name, value, style="yellow" if name == "quarantined" and info.quarantined else "")
     console.print(table)
+
+
+def print_predictions(out: str, results: dict[str, Any]) -> None:
+    """How many images were predicted and, where the truth is known, how well."""
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    console.print(f"[bold]{results['images']:,} images predicted[/], in {out.rstrip('/')}/predictions")
+    if results["skipped"]:
+        console.print(f"{results['skipped']:,} of them cannot be used; `reason` says why", style="yellow")
+    if not results["labelled"]:
+        return
+    accuracy = f"top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %"
+    console.print(f"{accuracy} of {results['labelled']:,} with a class")
+    table = Table("class", "images", "top-1", "precision", "most taken for", box=None)
+    ranked = sorted(results["classes"], key=lambda row: float(row["top1"]))
+    for row in ranked[:_CLASSES_SHOWN]:
+        precision = "" if row["precision"] is None else f"{row['precision']:.1f} %"
+        cells = (f"{row['images']:,}", f"{row['top1']:.1f} %", precision, row["most_taken_for"] or "")
+        table.add_row(row["class"], *cells)
+    console.print(table)
+    if len(ranked) > _CLASSES_SHOWN:
+        console.print(f"the {_CLASSES_SHOWN} weakest of {len(ranked)} classes; predictions.json has all of them")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,14 @@ import numpy as np
 import pytest
 import ray
 import torch
+from moto.server import ThreadedMotoServer
 from PIL import Image
+from pyarrow import fs
 
 from diffvit.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, ScaleConfig
+
+# before any Ray starts, whose workers inherit them: the store on loopback needs some, and no test may use real ones
+os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
 
 torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
 
@@ -70,6 +76,35 @@ def with_fields(config: RunConfig, **sections: dict[str, object]) -> RunConfig:
     """`with_fields(config, optim={"lr": 1.0})`: the config with some fields of some sections replaced."""
     changed = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
     return dataclasses.replace(config, **changed)
+
+
+class ObjectStore:
+    """An S3 server on loopback that can be away for a while; what it holds outlives that."""
+
+    def __init__(self) -> None:
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self._port = 0
+        self.start()
+        bucket = fs.S3FileSystem(endpoint_override=f"127.0.0.1:{self._port}", scheme="http", allow_bucket_creation=True)
+        bucket.create_dir("bucket")
+
+    def start(self) -> None:
+        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self._port, verbose=False)
+        self._server.start()
+        self._port = self._server.get_host_and_port()[1]
+
+    def stop(self) -> None:
+        self._server.stop()
+
+    def uri(self, folder: str) -> str:
+        return f"s3://bucket/{folder}?endpoint_override=127.0.0.1:{self._port}&scheme=http"
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[ObjectStore]:
+    store = ObjectStore()
+    yield store
+    store.stop()
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import with_fields
@@ -15,8 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from diffvit.config import RunConfig
 from diffvit.data.loader import BatchLoader, LocalStream
-from diffvit.data.order import EvalPlan, TrainPlan
+from diffvit.data.order import EvalPlan, TrainPlan, epoch_permutation
 from diffvit.data.sources import open_dataset
+from diffvit.training import loop
 from diffvit.training.loop import RunStopped, Worker, fit
 
 
@@ -161,3 +164,52 @@ def test_checkpoint_describes_itself(tiny_config: RunConfig, tmp_path: Path) -> 
     assert manifest["metrics"]["top1"] == run.reports[-1]["top1"]
     assert sorted(manifest["sha256"]) == ["model.safetensors", "training.pt"]
     assert [r["step"] for r in run.reports] == [2, 3, 4, 6]
+
+
+def audited(config: RunConfig) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(config.folder / "audit").to_pylist()
+    return sorted(rows, key=lambda row: (row["epoch"], row["position"]))
+
+
+def test_audit_names_every_sample_of_the_order(tiny_config: RunConfig, tmp_path: Path) -> None:
+    config = with_fields(tiny_config, data={"audit": True}, scale={"micro_batch_size": 4})
+    Run(config, tmp_path)
+    train = open_dataset(config.data).train
+    rows = audited(config)
+    for epoch in (1, 2):
+        order = epoch_permutation(36, config.seed, epoch - 1)
+        mine = [row for row in rows if row["epoch"] == epoch]
+        assert [row["key"] for row in mine] == [train.key(sample) for sample in order]
+        assert [row["step"] for row in mine] == [3 * (epoch - 1) + p // 12 + 1 for p in range(36)]
+        assert [row["position"] for row in mine] == list(range(36))
+    assert {row["rank"] for row in rows} == {0}
+
+
+def test_audit_of_a_cut_run_is_that_of_the_uncut_one(tiny_config: RunConfig, tmp_path: Path) -> None:
+    uncut = with_fields(tiny_config, data={"audit": True}, checkpoint={"every_steps": 2})
+    Run(uncut, tmp_path / "uncut")
+    cut = dataclasses.replace(uncut, name="cut")
+    with pytest.raises(KeyboardInterrupt):
+        Run(cut, tmp_path / "cut", stop_after=4)
+    # the last checkpoint is lost, so the run goes on from the one before, and what was audited after it goes
+    Run(cut, tmp_path / "resumed", start=tmp_path / "cut/step-2")
+    assert audited(cut) == audited(uncut)
+
+
+def test_checkpoints_by_the_clock(tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "LOG_EVERY_STEPS", 1)
+    run = Run(with_fields(tiny_config, checkpoint={"every_minutes": 1e-6}), tmp_path)
+    assert [report["step"] for report in run.reports] == [1, 2, 3, 4, 5, 6]
+    run = Run(
+        dataclasses.replace(with_fields(tiny_config, checkpoint={"every_minutes": 60.0}), name="b"), tmp_path / "b"
+    )
+    assert [report["step"] for report in run.reports] == [3, 6]
+
+
+def test_mixing_trains(tiny_config: RunConfig, tmp_path: Path) -> None:
+    plain = Run(tiny_config, tmp_path / "plain").reports[-1]
+    config = dataclasses.replace(with_fields(tiny_config, augment={"mixup": 0.8, "cutmix": 1.0}), name="mixed")
+    mixed = Run(config, tmp_path / "mixed").reports[-1]
+    assert mixed["train_loss"] != plain["train_loss"]
+    again = dataclasses.replace(with_fields(config, scale={"micro_batch_size": 4}), name="again")
+    assert Run(again, tmp_path / "again").reports[-1]["train_loss"] == pytest.approx(mixed["train_loss"], rel=1e-4)

@@ -25,6 +25,7 @@ def test_sums_by_hand_and_over_batches() -> None:
         "top5": pytest.approx(200 / 3),
         "images": 3,
         "skipped": 1,
+        "votes": 0,
     }
     assert sums.read()["images"] == 0
 

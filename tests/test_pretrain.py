@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
@@ -61,7 +62,11 @@ def test_a_killed_worker_costs_nothing_but_time(config: RunConfig, tmp_path: Pat
     """SIGKILL in mid-epoch: Ray starts the group again and the weights end as if nothing had happened, bit for bit."""
     images = make_folder(tmp_path / "more", images_per_class=160, val_per_class=5)  # 40 steps an epoch
     config = with_fields(
-        config, data={"path": str(images)}, optim={"epochs": 2}, model={"drop_path": 0.1}, checkpoint={"every_steps": 5}
+        config,
+        data={"path": str(images), "audit": True},
+        optim={"epochs": 2},
+        model={"drop_path": 0.1},
+        checkpoint={"every_steps": 5},
     )
     whole = train(dataclasses.replace(config, name="whole"))
     cut = dataclasses.replace(config, name="cut")
@@ -74,6 +79,10 @@ def test_a_killed_worker_costs_nothing_but_time(config: RunConfig, tmp_path: Pat
     ours = load_file(cut.folder / results["last"]["checkpoint"] / "model.safetensors")
     theirs = load_file(cut.folder.parent / "whole" / whole["last"]["checkpoint"] / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    audits = [pq.read_table(run / "audit").sort_by([("epoch", "ascending"), ("position", "ascending")])
+              for run in (cut.folder, cut.folder.parent / "whole")]  # fmt: skip
+    assert audits[0].equals(audits[1])
+    assert audits[0].num_rows == 2 * 480
 
 
 def kill_a_worker_after_the_first_checkpoint(folder: Path) -> None:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
-from conftest import with_fields
+from conftest import ObjectStore, make_folder, with_fields
 
-from diffvit.config import RunConfig
+from diffvit.config import PrepareConfig, RunConfig
 from diffvit.data import stream as stream_module
-from diffvit.data.batches import Batch
+from diffvit.data.batches import Batch, Stream
 from diffvit.data.loader import BatchLoader, LocalStream
 from diffvit.data.order import EvalPlan, TrainPlan
-from diffvit.data.sources import open_dataset
+from diffvit.data.prepare import prepare
+from diffvit.data.sources import Split, open_dataset
 from diffvit.data.stream import RayStream
+from diffvit.training.audit import Audit
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -111,6 +119,105 @@ def test_bad_images_keep_their_place(tiny_config: RunConfig) -> None:
     assert skipped == [file.key(7)] * 2  # once an epoch
     assert sum((batch.labels == -100).sum() for batch in batches) == 2
     assert {len(batch.labels) for batch in batches} == {12}
+
+
+def test_cut_anywhere_the_audit_is_that_of_an_uncut_run(tiny_config: RunConfig, tmp_path: Path) -> None:
+    """Sittings of 1 to 4 workers end at random steps, each going on from the last saved one."""
+    total, saves_every = 6, 2
+    local = loaders(tiny_config, 1)
+    uncut = audit_of(tmp_path / "uncut", [(LocalStream(*local), local[0].plan)], 0, total, saves_every)
+    rng = np.random.default_rng(7)
+    step, sittings = 0, 0
+    while step < total:
+        workers, lost = int(rng.integers(1, 5)), int(rng.integers(step + 1, total + 1))
+        train, val = loaders(tiny_config, workers)
+        broadcast = Broadcast(workers)
+        ranks = [(RayStream(train, val, r, workers, partial(broadcast, r)), train.plan) for r in range(workers)]
+        rows = audit_of(tmp_path / "cut", ranks, step, lost, saves_every)
+        step = lost - lost % saves_every
+        sittings += 1
+    assert sittings > 1
+    columns = ["epoch", "step", "position", "key"]  # the ranks differ, of course
+    assert rows.select(columns).equals(uncut.select(columns))
+    for epoch in (1, 2):
+        keys = rows.filter(pc.equal(rows["epoch"], epoch))["key"].to_pylist()
+        assert len(keys) == len(set(keys)) == 36
+
+
+def audit_of(
+    folder: Path, ranks: list[tuple[Stream, TrainPlan]], first_step: int, end: int, saves_every: int
+) -> pa.Table:
+    """What the ranks' audits say after they trained to step `end` and were lost there."""
+    audits = [Audit(folder, plan, stream, rank, first_step) for rank, (stream, plan) in enumerate(ranks)]
+
+    def sit(rank: int) -> None:
+        batches = audits[rank].watch(ranks[rank][0].train(first_step))
+        for step in range(first_step + 1, end + 1):
+            next(batches)
+            if step % saves_every == 0:
+                audits[rank].write(step)
+        batches.close()
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        list(pool.map(sit, range(len(ranks))))
+    files = list((folder / "audit").glob("*.parquet"))
+    return pq.read_table(files).sort_by([("epoch", "ascending"), ("position", "ascending")]) if files else pa.table({})
+
+
+def test_a_lost_reader_changes_nothing(tiny_config: RunConfig, tmp_path: Path) -> None:
+    """The process of a task is killed while it reads; Ray runs the task again."""
+
+    @dataclass(frozen=True)
+    class KillsItsReaderOnce:
+        split: Split
+        marker: str
+
+        @property
+        def labels(self) -> Any:
+            return self.split.labels
+
+        def __len__(self) -> int:
+            return len(self.split)
+
+        def key(self, index: int) -> str:
+            return self.split.key(index)
+
+        def read_many(self, indices: Any) -> Iterator[bytes | OSError]:
+            try:
+                Path(self.marker).open("x").close()
+            except FileExistsError:
+                return self.split.read_many(indices)
+            os.kill(os.getpid(), signal.SIGKILL)
+            raise AssertionError("unreachable")
+
+    train, val = loaders(tiny_config, 1)
+    reference = list(LocalStream(train, val).train(0))
+    lethal = BatchLoader(tiny_config, KillsItsReaderOnce(train.split, str(tmp_path / "killed")), train.plan)
+    stream = RayStream(lethal, val, 0, 1, lambda value: value)
+    assert_same([copied(batch) for batch in stream.train(0)], iter(reference))
+    assert (tmp_path / "killed").exists()
+
+
+def test_shards_in_a_bucket_with_an_outage(tiny_config: RunConfig, object_store: ObjectStore, tmp_path: Path) -> None:
+    """The batches are those of a local copy, though the store goes away in the middle."""
+    images = make_folder(tmp_path / "more", images_per_class=40, val_per_class=2)
+    uri = object_store.uri(f"stream-{tmp_path.name}")
+    streams = {}
+    for out in (str(tmp_path / "copy"), uri):
+        prepare(PrepareConfig(source=str(images), out=out, shard_mib=0.01), lambda *_: None)
+        config = with_fields(tiny_config, data={"path": out})
+        train, val = loaders(config, 1)
+        streams[out] = (train, val)
+    expected = LocalStream(*streams[str(tmp_path / "copy")]).train(0)
+    batches = RayStream(*streams[uri], 0, 1, lambda value: value).train(0)
+    received = [copied(next(batches))]
+    object_store.stop()
+    back = threading.Timer(3.0, object_store.start)
+    back.start()
+    received += [copied(batch) for batch in batches]
+    back.join()
+    assert len(received) == 20
+    assert_same(received, expected)
 
 
 def test_closing_early_leaves_no_stream_behind(tiny_config: RunConfig) -> None:

@@ -8,7 +8,7 @@ costs a second and not a cluster start.
 from diffvit.config.data import AugmentConfig, DataConfig
 from diffvit.config.model import MODEL_SIZES, ModelConfig, Variant, model_preset, valid_num_heads
 from diffvit.config.run import RunConfig, differing_fields, from_json, to_json
-from diffvit.config.source import PrepareConfig, SourceConfig
+from diffvit.config.source import PredictConfig, PrepareConfig, SourceOptions
 from diffvit.config.training import CheckpointConfig, OptimConfig, ScaleConfig
 
 __all__ = [
@@ -18,10 +18,11 @@ __all__ = [
     "DataConfig",
     "ModelConfig",
     "OptimConfig",
+    "PredictConfig",
     "PrepareConfig",
     "RunConfig",
     "ScaleConfig",
-    "SourceConfig",
+    "SourceOptions",
     "Variant",
     "differing_fields",
     "from_json",

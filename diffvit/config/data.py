@@ -26,6 +26,8 @@ class DataConfig:
     counted, else ImageNet's."""
     std: tuple[float, ...] = ()
     """Channel standard deviations, likewise."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes in the order of their labels; empty: those of the data, which others must equal."""
     audit: bool = False
     """Write (epoch, step, rank, position, key) of every sample trained on to audit/."""
     max_pixels: int = 50_000_000

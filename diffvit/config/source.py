@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diffvit.config.checks import require
+
 
 @dataclass(frozen=True)
-class SourceConfig:
-    """Images to be read, and how their classes are found."""
+class SourceOptions:
+    """How images are found in a source, and their classes."""
 
-    source: str = ""
-    """An image folder, tar or WebDataset files, Parquet files (a folder or one file; local, s3:// or gs://), or
-    torchvision:NAME."""
     labels: str = ""
     """File of `image name,class` lines, for images whose place says no class (ImageNet's validation tar)."""
     tar_is_class: bool = False
@@ -27,9 +26,12 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class PrepareConfig(SourceConfig):
+class PrepareConfig(SourceOptions):
     """Images to shards."""
 
+    source: str = ""
+    """An image folder, tar or WebDataset files, Parquet files (a folder or one file; local, s3:// or gs://), or
+    torchvision:NAME."""
     out: str = ""
     """Where the data set goes: an empty folder, or one that an interrupted preparation left; local, s3:// or gs://."""
     val_fraction: float = 0.1
@@ -46,12 +48,43 @@ class PrepareConfig(SourceConfig):
     """An image of more bytes goes to quarantine."""
 
     def __post_init__(self) -> None:
-        if not self.out:
-            raise ValueError("out is missing: the folder that receives the data set (--out FOLDER)")
-        if not 0.0 < self.val_fraction < 1.0:
-            raise ValueError(f"val_fraction must be between 0 and 1, got {self.val_fraction}")
+        require(bool(self.source), "source is missing: the images to prepare (--source FOLDER)")
+        require(bool(self.out), "out is missing: the folder that receives the data set (--out FOLDER)")
+        require(0.0 < self.val_fraction < 1.0, f"val_fraction must be between 0 and 1, got {self.val_fraction}")
         for name in ("shard_mib", "max_pixels", "max_image_bytes"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.max_side is not None and self.max_side < 1:
-            raise ValueError(f"max_side must be at least 1, got {self.max_side}")
+            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        require(self.max_side is None or self.max_side >= 1, f"max_side must be at least 1, got {self.max_side}")
+
+
+@dataclass(frozen=True)
+class PredictConfig(SourceOptions):
+    """What a trained model says of images."""
+
+    checkpoint: str = ""
+    """A run's folder (its best checkpoint) or a checkpoint's."""
+    images: str = ""
+    """Prepared shards, 'sample', or any source that prepare takes: an image folder, tars, Parquet, torchvision:NAME."""
+    out: str = ""
+    """Where the predictions go: an empty folder, or one that an interrupted prediction left; local, s3:// or gs://."""
+    split: str = ""
+    """Only the images of this split: train, val or test; empty for all."""
+    top_k: int = 5
+    """Classes named for each image, the most probable first."""
+    workers: int = 1
+    """Copies of the model that predict side by side."""
+    gpu: bool = False
+    """One GPU for each of them."""
+    batch_size: int = 256
+    """Images a copy takes through the model at once."""
+    max_pixels: int = 50_000_000
+    """A larger image is not read."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.checkpoint), "checkpoint is missing: a run's folder or a checkpoint's (--checkpoint FOLDER)")
+        require(bool(self.images), "images are missing: the images to predict (--images FOLDER)")
+        require(bool(self.out), "out is missing: the folder that receives the predictions (--out FOLDER)")
+        require(
+            self.split in ("", "train", "val", "test"), f"split must be train, val, test or empty, got {self.split!r}"
+        )
+        for name in ("top_k", "workers", "batch_size", "max_pixels"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 
 import pyarrow as pa
 
-from diffvit.config import SourceConfig
+from diffvit.config import SourceOptions
 from diffvit.data.originals import ENTRY_SCHEMA, Entry, Kind, Staging, Unit, is_hidden, is_image, split_of_path
 from diffvit.data.parquet_images import index_parquet
-from diffvit.data.sources import IMAGE_EXTENSIONS
+from diffvit.data.shards import INFO_NAME, open_shards, read_info
+from diffvit.data.sources import IMAGE_EXTENSIONS, SAMPLE, SAMPLE_FOLDER
 from diffvit.data.tars import index_tar
 from diffvit.data.torchvision_sets import find_splits, index_torchvision
 from diffvit.storage import Storage
@@ -21,20 +22,25 @@ TORCHVISION = "torchvision:"
 _TAR_EXTENSIONS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
-def find_units(config: SourceConfig) -> list[Unit]:
+def find_units(source: str, options: SourceOptions) -> list[Unit]:
     """The parts of the source.
 
     Raises:
         ValueError: nothing there, nothing that holds images, or several kinds at once.
     """
-    if not config.source:
-        raise ValueError(f"source is missing: a folder, a .tar, a .parquet or {TORCHVISION}NAME")
-    if config.source.startswith(TORCHVISION):
-        name = config.source.removeprefix(TORCHVISION)
+    if source == SAMPLE:
+        source = str(SAMPLE_FOLDER)
+    if source.startswith(TORCHVISION):
+        name = source.removeprefix(TORCHVISION)
         return [
-            Unit("torchvision", config.root, (f"{name}/{split}",), (size,)) for split, size in find_splits(name, config)
+            Unit("torchvision", options.root, (f"{name}/{split}",), (size,))
+            for split, size in find_splits(name, options)
         ]
-    storage, files = _list(config.source)
+    storage, files = _list(source)
+    if INFO_NAME in files:
+        return [
+            Unit("shards", storage.uri, (split,), (info.images,)) for split, info in read_info(storage).splits.items()
+        ]
     by_kind: dict[Kind, dict[str, int]] = {"folder": {}, "tar": {}, "parquet": {}}
     for name, size in files.items():
         kind = _kind_of(name)
@@ -43,12 +49,12 @@ def find_units(config: SourceConfig) -> list[Unit]:
     found = [kind for kind, names in by_kind.items() if names]
     if not found:
         raise ValueError(
-            f"source {config.source!r} holds no images, tars or Parquet files among its {len(files)} files "
+            f"source {source!r} holds no images, tars or Parquet files among its {len(files)} files "
             f"(images end in {', '.join(sorted(IMAGE_EXTENSIONS))})"
         )
     if len(found) > 1:
         counts = ", ".join(f"{len(by_kind[kind])} {kind} files" for kind in found)
-        raise ValueError(f"source {config.source!r} must be of one kind, it holds {counts}; name a subfolder")
+        raise ValueError(f"source {source!r} must be of one kind, it holds {counts}; name a subfolder")
     (kind,) = found
     names = by_kind[kind]
     if kind == "folder":  # listing is all there is to do
@@ -71,9 +77,9 @@ def _list(source: str) -> tuple[Storage, dict[str, int]]:
     return storage, files
 
 
-def index_unit(unit: Unit, config: SourceConfig, staging: Staging) -> pa.Table:
+def index_unit(unit: Unit, options: SourceOptions, staging: Staging) -> pa.Table:
     """The entries of one unit; needs no other unit, so units can be gone through anywhere."""
-    index: Callable[[Unit, SourceConfig, Staging], Iterator[Entry]]
+    index: Callable[[Unit, SourceOptions, Staging], Iterator[Entry]]
     match unit.kind:
         case "folder":
             index = _index_folder
@@ -81,22 +87,40 @@ def index_unit(unit: Unit, config: SourceConfig, staging: Staging) -> pa.Table:
             index = index_tar
         case "parquet":
             index = index_parquet
+        case "shards":
+            index = _index_shards
         case "torchvision":
             index = index_torchvision
     try:
-        entries = list(index(unit, config, staging))
+        entries = list(index(unit, options, staging))
     finally:
         staging.close()
     rows = [{**vars(entry), "location": entry.location or unit.location} for entry in entries]
     return pa.Table.from_pylist(rows, schema=ENTRY_SCHEMA)
 
 
-def _index_folder(unit: Unit, _: SourceConfig, __: Staging) -> Iterator[Entry]:
+def _index_folder(unit: Unit, _: SourceOptions, __: Staging) -> Iterator[Entry]:
     """`[<split>/]<class>/…/<image>`, as torchvision's ImageFolder reads it."""
     for name, size in zip(unit.files, unit.sizes, strict=True):
         split, rest = split_of_path(name)
         class_name = rest[0] if len(rest) > 1 else None
         yield Entry(key=name, file=name, length=size, split=split, class_name=class_name)
+
+
+def _index_shards(unit: Unit, _: SourceOptions, __: Staging) -> Iterator[Entry]:
+    """A prepared data set as a source: its images lie in the shards as in a tar."""
+    info, splits = open_shards(Storage(unit.location))
+    (name,) = unit.files
+    split = splits[name]
+    for number in range(len(split)):
+        yield Entry(
+            key=split.key(number),
+            file=split.shards[split.shard[number]],
+            offset=int(split.offset[number]),
+            length=int(split.length[number]),
+            split=name,
+            class_name=info.classes[split.labels[number]],
+        )
 
 
 def _kind_of(name: str) -> Kind | None:

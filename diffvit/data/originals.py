@@ -10,8 +10,11 @@ Splits are recognised by folder or file names: `train`, and `val`, `valid`, `val
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -37,7 +40,7 @@ ENTRY_SCHEMA = pa.schema(
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _SPLIT_IN_NAME = re.compile(r"(?<![a-z])(train|validation|valid|val|test)(?![a-z])")
 
-Kind = Literal["folder", "tar", "parquet", "torchvision"]
+Kind = Literal["folder", "tar", "parquet", "shards", "torchvision"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,12 @@ class Entry:
     class_name: str | None = None
     location: str | None = None
     reason: str | None = None
+
+
+def listing_digest(units: Sequence[Unit]) -> str:
+    """One number for the names and sizes of all files of a source."""
+    listing = json.dumps([(unit.files, unit.sizes) for unit in units])
+    return hashlib.sha256(listing.encode()).hexdigest()
 
 
 class Staging:

@@ -6,10 +6,9 @@ Letters: C channels.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageOps
+from pydantic import TypeAdapter
 
 from diffvit.data.images import ImageError, decode_image
 from diffvit.data.shards import INDEX_SCHEMA, ShardInfo, write_shard
@@ -51,6 +51,9 @@ class PackedShard:
     height: tuple[int, int, int] = (2**31, 0, 0)
 
 
+_PACKED = TypeAdapter(PackedShard)
+
+
 def pack_shard(entries: pa.Table, labels: list[int], storage: Storage, name: str, limits: Limits) -> PackedShard:
     """Write the shard `name` with the entries that are good images.
 
@@ -76,20 +79,19 @@ def pack_shard(entries: pa.Table, labels: list[int], storage: Storage, name: str
         sink = pa.BufferOutputStream()
         pq.write_table(index, sink)
         storage.write(_index_part(name), sink.getvalue())
-    storage.write(_summary(name), json.dumps(asdict(packed)).encode())
+    storage.write(_summary(name), _PACKED.dump_json(packed))
     return packed
 
 
 def read_packed(storage: Storage, name: str) -> PackedShard | None:
     """What an earlier attempt found in the shard `name`; None where it has yet to be packed."""
     try:
-        fields: dict[str, Any] = json.loads(storage.read(_summary(name)))
+        packed = _PACKED.validate_json(storage.read(_summary(name)))
     except FileNotFoundError:
         return None
-    shard = ShardInfo(**fields["shard"]) if fields["shard"] else None
-    if shard is not None and storage.size(name) != shard.bytes:
+    if packed.shard is not None and storage.size(name) != packed.shard.bytes:
         return None
-    return PackedShard(**{**fields, "shard": shard})
+    return packed
 
 
 def read_index_part(storage: Storage, name: str) -> pa.Table:

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffvit.config import SourceConfig
+from diffvit.config import SourceOptions
 from diffvit.data.originals import Entry, Staging, Unit, split_of_file
 from diffvit.storage import Storage
 
@@ -21,13 +21,13 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class")
 _BATCH_ROWS = 64
 
 
-def index_parquet(unit: Unit, config: SourceConfig, staging: Staging) -> Iterator[Entry]:
+def index_parquet(unit: Unit, options: SourceOptions, staging: Staging) -> Iterator[Entry]:
     """Entries of one file; every image is copied to staging, because Parquet may compress or split it."""
     (name,) = unit.files
     with Storage(unit.location).open(name) as file:
         parquet = pq.ParquetFile(file)
         schema = parquet.schema_arrow
-        image, label = _columns(schema, config, name)
+        image, label = _columns(schema, options, name)
         classes = _class_names(schema, label)
         own_key = "key" in schema.names and pa.types.is_string(schema.field("key").type)
         columns = [image, *([label] if label else []), *(["key"] if own_key else [])]
@@ -54,31 +54,34 @@ def index_parquet(unit: Unit, config: SourceConfig, staging: Staging) -> Iterato
                 )
 
 
-def _columns(schema: pa.Schema, config: SourceConfig, name: str) -> tuple[str, str | None]:
+def _columns(schema: pa.Schema, options: SourceOptions, name: str) -> tuple[str, str | None]:
     def holds_images(field: pa.Field) -> bool:
         if pa.types.is_struct(field.type):
             return bool(field.type.get_field_index("bytes") >= 0)
         return bool(pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type))
 
-    for option, asked in (("image_column", config.image_column), ("label_column", config.label_column)):
+    for option, asked in (("image_column", options.image_column), ("label_column", options.label_column)):
         if asked and asked not in schema.names:
             raise ValueError(f"{option} must be a column of {name}, got {asked!r}; there are {', '.join(schema.names)}")
     candidates = [field.name for field in schema if holds_images(field)]
     named = [column for column in _IMAGE_COLUMNS if column in candidates]
-    image = config.image_column or (candidates[0] if len(candidates) == 1 else next(iter(named), ""))
+    image = options.image_column or (candidates[0] if len(candidates) == 1 else next(iter(named), ""))
     if not image:
         raise ValueError(
             f"{name} must have a column of encoded images (binary, or a struct with 'bytes'); it has "
             f"{', '.join(schema.names)}; name it with --image-column"
         )
-    label = config.label_column or next((column for column in _LABEL_COLUMNS if column in schema.names), None)
+    label = options.label_column or next((column for column in _LABEL_COLUMNS if column in schema.names), None)
     return image, label
 
 
 def _class_names(schema: pa.Schema, label: str | None) -> list[str] | None:
+    if b"classes" in (schema.metadata or {}):  # the embedded sample's
+        names: list[str] = json.loads(schema.metadata[b"classes"])
+        return names
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        names: list[str] = features[label]["names"]
+        names = features[label]["names"]
     except (KeyError, TypeError, ValueError):
         return None
     return names

@@ -6,8 +6,6 @@ call goes on where an earlier one was cut. `dataset.json` comes last and `.stagi
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -19,7 +17,8 @@ import ray
 import ray.data
 from ray.data import DataContext
 
-from diffvit.config import PrepareConfig, SourceConfig
+from diffvit.config import PrepareConfig, SourceOptions
+from diffvit.data.claim import STAGING, claim, identity_of, release, require_same
 from diffvit.data.indexing import find_units, index_unit
 from diffvit.data.layout import Layout, plan_layout
 from diffvit.data.originals import (
@@ -41,9 +40,6 @@ from diffvit.data.shards import (
 )
 from diffvit.storage import Storage
 
-_STAGING = ".staging"
-_PLAN_NAME = f"{_STAGING}/source.json"
-
 Progress = Callable[[str, int, int], None]
 """(what is being done, images done, images in all)."""
 
@@ -56,64 +52,37 @@ def prepare(config: PrepareConfig, progress: Progress) -> DatasetInfo:
         StorageError: a store stayed away; the same call goes on from there.
     """
     target = Storage(config.out)
-    units = find_units(config)
-    identity = _identity(config, units)
-    finished = _claim(target, identity)
+    units = find_units(config.source, config)
+    if units[0].kind == "shards":
+        raise ValueError(f"source {config.source!r} is prepared already; train on it with --data.path")
+    options = {name: value for name, value in asdict(config).items() if name not in ("out", "download")}
+    identity = identity_of(options, units)
+    finished = _finished(target, identity)
     if finished is not None:
         return finished
-    entries = collect_entries(units, config, target.child(_STAGING), progress)
+    claim(target, identity)
+    entries = collect_entries(units, config, target.child(STAGING), progress)
     layout = plan_layout(
         entries, val_fraction=config.val_fraction, seed=config.seed, shard_bytes=int(config.shard_mib * 2**20)
     )
     limits = Limits(config.max_pixels, config.max_image_bytes, config.max_side)
     packed = _pack_all(layout, target, limits, progress)
     info = _finish(config, identity, layout, packed, target)
-    target.delete_folder(_STAGING)
+    release(target)
     return info
 
 
-def _identity(config: PrepareConfig, units: list[Unit]) -> dict[str, Any]:
-    """What must be the same for a preparation to go on: source, options, and every file's name and size."""
-    options = {k: v for k, v in asdict(config).items() if k not in ("source", "out", "download")}
-    listing = json.dumps([(unit.files, unit.sizes) for unit in units])
-    return {"source": config.source, **options, "listing_sha256": hashlib.sha256(listing.encode()).hexdigest()}
-
-
-def _claim(target: Storage, identity: dict[str, Any]) -> DatasetInfo | None:
-    """The finished data set of the same identity, or None once `target` is ours to fill.
-
-    Raises:
-        ValueError: it holds another data set, or files that are none.
-    """
+def _finished(target: Storage, identity: dict[str, Any]) -> DatasetInfo | None:
+    """The data set that an earlier call with the same options made."""
     try:
         info = read_info(target)
     except FileNotFoundError:
-        info = None
-    if info is not None:
-        _require_same({"source": info.source, **info.options}, identity, f"out = {target.uri!r} holds a data set")
-        return info
-    try:
-        begun = json.loads(target.read(_PLAN_NAME))
-    except FileNotFoundError:
-        others = [name for name in target.sizes() if not name.startswith(".")]
-        if others:
-            raise ValueError(
-                f"out must be an empty folder, {target.uri!r} holds {len(others)} files, among them {others[0]}"
-            ) from None
-        target.write(_PLAN_NAME, json.dumps(identity, indent=2).encode())
         return None
-    _require_same(begun, identity, f"out = {target.uri!r} holds an unfinished data set")
-    return None
+    require_same({"source": info.source, **info.options}, identity, f"out = {target.uri!r} holds a data set made")
+    return info
 
 
-def _require_same(there: dict[str, Any], now: dict[str, Any], what: str) -> None:
-    differing = [name for name in {**there, **now} if there.get(name) != now.get(name)]
-    if differing:
-        lines = "".join(f"\n  {name}: {there.get(name)!r} there, {now.get(name)!r} now" for name in differing)
-        raise ValueError(f"{what} of another source or with other options; choose another --out, or delete it:{lines}")
-
-
-def collect_entries(units: list[Unit], config: SourceConfig, staging: Storage, progress: Progress) -> pa.Table:
+def collect_entries(units: list[Unit], options: SourceOptions, staging: Storage, progress: Progress) -> pa.Table:
     """The entries of every unit, in order; each unit is indexed once, anywhere in the cluster.
 
     Raises:
@@ -127,7 +96,7 @@ def collect_entries(units: list[Unit], config: SourceConfig, staging: Storage, p
 
     def index(number: int) -> str:
         try:
-            table = index_unit(units[number], config, Staging(staging, f"images/{number:06d}.bin"))
+            table = index_unit(units[number], options, Staging(staging, f"images/{number:06d}.bin"))
         except (ValueError, OSError) as error:  # pyarrow's errors are ValueErrors
             return f"{', '.join(units[number].files[:1])}: {error}"
         write_entries(staging, names[number], table)

@@ -25,6 +25,7 @@ from diffvit.data.splitting import hold_out
 from diffvit.storage import Storage
 
 SAMPLE = "sample"
+SAMPLE_FOLDER = Path(__file__).parent / SAMPLE
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 _TRAIN_FOLDER = "train"
 _VAL_FOLDERS = ("val", "validation", "test")
@@ -106,7 +107,7 @@ class SampleSplit:
 
 @lru_cache
 def _sample_table(name: str) -> pa.Table:
-    return pq.read_table(Path(__file__).parent / SAMPLE / f"{name}.parquet").combine_chunks()
+    return pq.read_table(SAMPLE_FOLDER / f"{name}.parquet").combine_chunks()
 
 
 def open_dataset(config: DataConfig) -> Dataset:
@@ -125,7 +126,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     storage = Storage(config.path)
     try:
         return _open_shards(storage)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if storage.is_remote:
             raise ValueError(
                 f"data.path {config.path!r} holds no {INFO_NAME}; an object store is read as shards: "

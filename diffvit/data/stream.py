@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class RayStream:
         self._train, self._val, self._rank, self._workers, self._broadcast = train, val, rank, workers, broadcast
         self._val_iterator: DataIterator | None = None
 
-    def train(self, first_step: int) -> Iterator[Batch]:
+    def train(self, first_step: int) -> Generator[Batch]:
         plan = self._train.plan
         assert isinstance(plan, TrainPlan)
         end = plan.total_steps * plan.rows_per_step
@@ -112,13 +112,26 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
         os.setpriority(os.PRIO_PROCESS, 0, 19)  # where decoding and training share CPUs, decoding yields
         number, rank = divmod(int(row["id"]), workers)
         mine = rows[rank::workers][number * size : (number + 1) * size]
-        return _pack(ray.get(reference), mine)
+        return _pack(_fetch(reference), mine)
 
     chunks_per_rank = -(-len(rows[::workers]) // size)
     chunks = chunks_per_rank * workers
     dataset = ray.data.range(chunks, override_num_blocks=chunks).map(load_chunk)
     splits: list[DataIterator] = dataset.streaming_split(workers, equal=False)
     return splits
+
+
+def _fetch(reference: Any) -> BatchLoader:
+    """What the driver put there.
+
+    Raises:
+        RuntimeError: this node cannot unpack it. As it comes from Ray, Ray Data would try again for ever, and silently.
+    """
+    try:
+        loader: BatchLoader = ray.get(reference)
+    except ray.exceptions.RaySystemError as error:
+        raise RuntimeError(f"a node lacks what the images' reader needs: {error}") from None
+    return loader
 
 
 def _pack(loader: BatchLoader, rows: range) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from diffvit.config import SourceConfig
+from diffvit.config import SourceOptions
 from diffvit.data.originals import (
     Entry,
     Staging,
@@ -33,11 +33,11 @@ _READ_AHEAD_BYTES = 8 * 2**20
 """An object store is read in such pieces; asking it for each header would take a round trip an image."""
 
 
-def index_tar(unit: Unit, config: SourceConfig, staging: Staging) -> Iterator[Entry]:
+def index_tar(unit: Unit, options: SourceOptions, staging: Staging) -> Iterator[Entry]:
     """Entries of the images in one tar, in its order."""
     (name,) = unit.files
-    labels = read_labels(config.labels)
-    own_class = PurePosixPath(name).name.split(".")[0] if config.tar_is_class else None
+    labels = read_labels(options.labels)
+    own_class = PurePosixPath(name).name.split(".")[0] if options.tar_is_class else None
     storage = Storage(unit.location)
     with storage.open(name) as opened:
         file = io.BufferedReader(opened, _READ_AHEAD_BYTES) if storage.is_remote else opened

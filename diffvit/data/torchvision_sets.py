@@ -15,7 +15,7 @@ from typing import Any
 
 from torchvision import datasets
 
-from diffvit.config import SourceConfig
+from diffvit.config import SourceOptions
 from diffvit.data.originals import Entry, Staging, Unit
 from diffvit.storage import Storage
 
@@ -26,22 +26,24 @@ _SPLIT_ARGUMENTS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
-def find_splits(name: str, config: SourceConfig) -> list[tuple[str, int]]:
+def find_splits(name: str, options: SourceOptions) -> list[tuple[str, int]]:
     """(split, images) of every split that the set has.
 
     Raises:
         ValueError: no such set, not one of labelled images, or neither a local copy nor `download`.
     """
-    found = [(split, len(dataset)) for split in _SPLIT_ARGUMENTS if (dataset := _open(name, split, config)) is not None]
+    found = [
+        (split, len(dataset)) for split in _SPLIT_ARGUMENTS if (dataset := _open(name, split, options)) is not None
+    ]
     if not found:
         raise ValueError(f"torchvision:{name} has no train, val or test split; give its files as a folder")
     return found
 
 
-def index_torchvision(unit: Unit, config: SourceConfig, staging: Staging) -> Iterator[Entry]:
+def index_torchvision(unit: Unit, options: SourceOptions, staging: Staging) -> Iterator[Entry]:
     """Entries of one split."""
     name, split = unit.files[0].split("/")
-    dataset = _open(name, split, config)
+    dataset = _open(name, split, options)
     files = _files(dataset)
     classes = [c if isinstance(c, str) else c[0] for c in getattr(dataset, "classes", [])]  # ImageNet: synonyms
     for number in range(len(dataset)):
@@ -60,7 +62,7 @@ def index_torchvision(unit: Unit, config: SourceConfig, staging: Staging) -> Ite
         yield Entry(key=key, split=split, class_name=classes[label] if classes else str(label), **place)
 
 
-def _open(name: str, split: str, config: SourceConfig) -> Any:
+def _open(name: str, split: str, options: SourceOptions) -> Any:
     """The set, or None where it has no such split."""
     kind = getattr(datasets, name, None)
     known = [n for n in datasets.__all__ if inspect.isclass(getattr(datasets, n)) and n not in ("FakeData",)]
@@ -69,13 +71,13 @@ def _open(name: str, split: str, config: SourceConfig) -> Any:
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"torchvision has no data set {name!r}{hint}")
     parameters = inspect.signature(kind).parameters
-    if not config.root:
+    if not options.root:
         raise ValueError(
             f"root is missing: the folder that holds torchvision's {name}, or receives it with --download "
             "(--root FOLDER)"
         )
-    root = Path(Storage(config.root).path())
-    download = {"download": True} if config.download and "download" in parameters else {}
+    root = Path(Storage(options.root).path())
+    download = {"download": True} if options.download and "download" in parameters else {}
     refusals = []
     for arguments in _SPLIT_ARGUMENTS[split]:
         if not arguments.keys() <= parameters.keys():
@@ -87,7 +89,7 @@ def _open(name: str, split: str, config: SourceConfig) -> Any:
         except (RuntimeError, FileNotFoundError, OSError) as error:
             raise ValueError(
                 f"torchvision's {name} is not in {root}: {error}. Copy it there"
-                + ("" if config.download or "download" not in parameters else ", or add --download to fetch it")
+                + ("" if options.download or "download" not in parameters else ", or add --download to fetch it")
             ) from None
     return None
 

@@ -78,11 +78,21 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return _read_safetensors(path)
 
 
-def _read_folder(folder: Path) -> Mapping[str, Tensor]:
+def find_checkpoint(folder: Path) -> Path:
+    """The checkpoint that `folder` is, or the best one of the run that it is.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if (folder / "results.json").is_file():
         folder = _checkpoint_of_run(folder)
     if not (folder / MANIFEST_NAME).is_file():
         raise ValueError(f"{folder} is neither a finished run (results.json) nor a checkpoint ({MANIFEST_NAME})")
+    return folder
+
+
+def _read_folder(folder: Path) -> Mapping[str, Tensor]:
+    folder = find_checkpoint(folder)
     try:
         hashed = read_manifest(folder)["sha256"]
     except (json.JSONDecodeError, KeyError) as error:

@@ -74,7 +74,12 @@ def save_checkpoint(folder: Path, state: TrainState, config: RunConfig, metrics:
         folder,
         {
             "model": dataclasses.asdict(config.model),
-            "data": {"mean": config.data.mean, "std": config.data.std},
+            "data": {
+                "classes": config.data.classes,
+                "mean": config.data.mean,
+                "std": config.data.std,
+                "eval_crop_ratio": config.augment.eval_crop_ratio,
+            },
             "step": state.step,
             "seed": config.seed,
             "metrics": metrics,

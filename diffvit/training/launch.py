@@ -25,7 +25,7 @@ from diffvit.data.stream import RayStream
 from diffvit.training.checkpoint import checkpoint_name
 from diffvit.training.cluster import connect, require_resources
 from diffvit.training.loop import RunStopped, Worker, fit
-from diffvit.training.run_folder import open_run, write_results
+from diffvit.training.run_folder import open_run, summarise, write_results
 
 __all__ = ["RunStopped", "TrainingFailedError", "resolve", "train", "train_group"]
 
@@ -90,6 +90,8 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     found, asked = len(dataset.classes), config.model.num_classes
     if asked not in (0, found):
         raise ValueError(f"model.num_classes must be the number of classes in the data, {found}, or 0; got {asked}")
+    if config.data.classes not in ((), dataset.classes):
+        raise ValueError(f"data.classes must be those of the data, {dataset.classes}; got {config.data.classes}")
     path = config.data.path
     if path != SAMPLE and "://" not in path:
         path = str(Path(path).expanduser().absolute())
@@ -97,7 +99,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     return dataclasses.replace(
         config,
         storage=str(config.folder.parent),
-        data=dataclasses.replace(config.data, path=path, mean=mean, std=std),
+        data=dataclasses.replace(config.data, path=path, mean=mean, std=std, classes=dataset.classes),
         model=dataclasses.replace(config.model, num_classes=found),
     )
 
@@ -193,16 +195,4 @@ def _saved_metrics(config: RunConfig) -> dict[str, Any]:
         kept = ray.train.Result.from_path(str(config.folder)).best_checkpoints
     except RuntimeError:  # Ray Train has not written its list of checkpoints yet
         kept = None
-    if not kept:
-        return {"best": None, "last": None}
-    entries = [{**metrics, "checkpoint": Path(checkpoint.path).name} for checkpoint, metrics in kept]
-    last = max(entries, key=lambda entry: entry["step"])
-    evaluated = [entry for entry in entries if "top1" in entry]
-    best = max(evaluated, key=lambda entry: entry["top1"], default=None)
-    names = ("epoch", "step", "top1", "top5", "loss", "checkpoint")
-    whole_run = ("images_per_second", "data_wait_fraction", "train_seconds", "skipped_images", "world_sizes")
-    return {
-        "best": best and {name: best[name] for name in names},
-        "last": {name: last.get(name) for name in names},
-        **{name: last[name] for name in whole_run},
-    }
+    return summarise([(Path(checkpoint.path), metrics) for checkpoint, metrics in kept or []])

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -51,6 +52,23 @@ def open_run(config: RunConfig) -> dict[str, Any] | None:
 def write_results(folder: Path, results: dict[str, Any]) -> None:
     """Write `results.json`; the command, versions and commit that made them are added."""
     _write_atomically(folder / RESULTS_NAME, json.dumps({**results, **_provenance()}, indent=2) + "\n")
+
+
+def summarise(checkpoints: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+    """The best and the last checkpoint, given as (folder, metrics), and the speed of the last epoch."""
+    if not checkpoints:
+        return {"best": None, "last": None}
+    entries = [{**metrics, "checkpoint": path.name} for path, metrics in checkpoints]
+    last = max(entries, key=lambda entry: entry["step"])
+    evaluated = [entry for entry in entries if "top1" in entry]
+    best = max(evaluated, key=lambda entry: entry["top1"], default=None)
+    names = ("epoch", "step", "top1", "top5", "loss", "checkpoint")
+    whole_run = ("images_per_second", "data_wait_fraction", "train_seconds", "skipped_images", "world_sizes")
+    return {
+        "best": best and {name: best[name] for name in names},
+        "last": {name: last.get(name) for name in names},
+        **{name: last[name] for name in whole_run},
+    }
 
 
 def _require_same_run(existing: Path, config: RunConfig) -> None:

@@ -1,0 +1,53 @@
+"""A folder that a job fills over several sittings: begun by one set of options, and continued by no other.
+
+`.staging/` holds what the job leaves for its own continuation, and goes when the result is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from diffvit.data.originals import Unit, listing_digest
+from diffvit.storage import Storage
+
+STAGING = ".staging"
+_IDENTITY_NAME = f"{STAGING}/identity.json"
+
+
+def identity_of(options: dict[str, Any], units: Sequence[Unit]) -> dict[str, Any]:
+    """What must be the same for a job to go on: its options, and the name and size of every file it reads."""
+    return {**options, "listing_sha256": listing_digest(units)}
+
+
+def claim(target: Storage, identity: dict[str, Any]) -> None:
+    """Make `target` ours to fill, or find that it is already.
+
+    Raises:
+        ValueError: it holds something else, or what was begun with other options.
+    """
+    try:
+        begun = json.loads(target.read(_IDENTITY_NAME))
+    except (FileNotFoundError, NotADirectoryError):
+        others = [name for name in target.sizes() if not name.startswith(".")]
+        if others:
+            raise ValueError(
+                f"out must be an empty folder, {target.uri!r} holds {len(others)} files, among them {others[0]}"
+            ) from None
+        target.write(_IDENTITY_NAME, json.dumps(identity, indent=2).encode())
+        return
+    require_same(begun, identity, f"out = {target.uri!r} was begun")
+
+
+def require_same(there: dict[str, Any], now: dict[str, Any], what: str) -> None:
+    """Raises ValueError where the two identities differ, with every difference."""
+    differing = [name for name in {**there, **now} if there.get(name) != now.get(name)]
+    if differing:
+        lines = "".join(f"\n  {name}: {there.get(name)!r} there, {now.get(name)!r} now" for name in differing)
+        raise ValueError(f"{what} from other images or with other options; choose another --out, or delete it:{lines}")
+
+
+def release(target: Storage) -> None:
+    """The result is whole."""
+    target.delete_folder(STAGING)

@@ -1,0 +1,79 @@
+"""A run without Ray leaves what a run through Ray leaves, and goes on where it was cut, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import with_fields
+from safetensors.torch import load_file
+
+from diffvit.config import RunConfig
+from diffvit.data.sources import Dataset, open_dataset
+from diffvit.training import alone
+from diffvit.training.alone import train_alone
+from diffvit.training.loop import RunStopped
+
+
+@pytest.fixture
+def dataset(tiny_config: RunConfig) -> Dataset:
+    return open_dataset(tiny_config.data)
+
+
+@pytest.fixture
+def config(tiny_config: RunConfig, dataset: Dataset) -> RunConfig:
+    return with_fields(tiny_config, model={"num_classes": 3}, data={"classes": dataset.classes}, optim={"epochs": 4})
+
+
+def test_leaves_what_a_run_leaves(config: RunConfig, dataset: Dataset) -> None:
+    results = train_alone(config, dataset)
+    assert json.loads((config.folder / "results.json").read_text()).items() >= results.items()
+    assert results["status"] == "finished"
+    assert (results["last"]["epoch"], results["last"]["step"]) == (4, 12)
+    kept = {path.name for path in config.folder.glob("checkpoint_step_*")}
+    assert kept == {results["best"]["checkpoint"], results["last"]["checkpoint"]}
+    assert list((config.folder / "tensorboard").glob("events.*"))
+    assert not list(config.folder.glob(".checkpoint*"))
+    finished = (config.folder / "results.json").stat().st_mtime_ns
+    train_alone(config, dataset)
+    assert (config.folder / "results.json").stat().st_mtime_ns == finished
+    with pytest.raises(ValueError, match="with another config"):
+        train_alone(with_fields(config, optim={"lr": 1.0}), dataset)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_cut_it_goes_on(config: RunConfig, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
+    whole = train_alone(dataclasses.replace(config, name="whole"), dataset)
+    cut = dataclasses.replace(config, name="cut")
+    keep = alone._keep
+
+    def keep_and_die(folder: Path, name: Path) -> None:
+        keep(folder, name)
+        if name.name.endswith("6"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(alone, "_keep", keep_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train_alone(cut, dataset)
+    assert json.loads((cut.folder / "results.json").read_text())["status"] == "failed"
+    monkeypatch.setattr(alone, "_keep", keep)
+    if damaged:
+        last = cut.folder / "checkpoint_step_00000006/training.pt"
+        last.write_bytes(last.read_bytes()[:-1])
+    results = train_alone(cut, dataset)
+    assert results["last"]["step"] == 12
+    ours = load_file(cut.folder / results["last"]["checkpoint"] / "model.safetensors")
+    theirs = load_file(cut.folder.parent / "whole" / whole["last"]["checkpoint"] / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_divergence_says_why(config: RunConfig, dataset: Dataset) -> None:
+    config = with_fields(config, optim={"lr": 1e30, "warmup_epochs": 0.0, "clip_norm": 0.0})
+    with pytest.raises(RunStopped, match="not finite"):
+        train_alone(config, dataset)
+    results = json.loads((config.folder / "results.json").read_text())
+    assert results["status"] == "stopped"
+    assert "not finite" in results["reason"]

@@ -1,0 +1,259 @@
+"""Every kind of source gives the same entries: key, class, split, and a place where the bytes really lie."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ObjectStore, make_folder
+from PIL import Image
+from torchvision import datasets
+
+from diffvit.config import SourceOptions
+from diffvit.data.indexing import find_units, index_unit
+from diffvit.data.originals import Staging
+from diffvit.data.packing import read_entries_content
+from diffvit.storage import Storage
+
+
+def index(source: Path | str, staging: Path, **options: object) -> dict[str, dict[str, object]]:
+    """`{key: entry with its content}` of a whole source."""
+    config = SourceOptions(**options)
+    entries = {}
+    for number, unit in enumerate(find_units(str(source), config)):
+        table = index_unit(unit, config, Staging(Storage(str(staging)), f"{number}.bin"))
+        contents = read_entries_content(table)
+        for row, content in zip(table.to_pylist(), contents, strict=True):
+            assert row["key"] not in entries
+            entries[row["key"]] = {**row, "content": content}
+    return entries
+
+
+def picture(shade: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (5, 3), (shade, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def make_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:
+        for name, content in files.items():
+            add(tar, name, content)
+    return path
+
+
+def test_folder_with_splits(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "a", images_per_class=2, val_per_class=1)
+    (root / "val").rename(root / "Validation")
+    entries = index(root, tmp_path / "s")
+    assert len(entries) == 9
+    entry = entries["Validation/red/000.png"]
+    assert (entry["split"], entry["class_name"]) == ("val", "red")
+    assert entry["content"] == (root / "Validation/red/000.png").read_bytes()
+
+
+def test_folder_without_splits_and_images_without_class(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "a", images_per_class=1)
+    (root / "lost.png").write_bytes(picture(1))
+    (root / ".hidden.png").write_bytes(picture(1))
+    (root / "README.txt").write_text("no image")
+    entries = index(root, tmp_path / "s")
+    assert {key: e["class_name"] for key, e in entries.items()} == {
+        "blue/000.png": "blue",
+        "green/000.png": "green",
+        "red/000.png": "red",
+        "lost.png": None,
+    }
+    assert {e["split"] for e in entries.values()} == {None}
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_tar_in_place_and_through_staging(tmp_path: Path, mode: str) -> None:
+    files = {f"set/train/{c}/{i}.png": picture(10 * i + len(c)) for c in ("cat", "horse") for i in range(3)}
+    name = "images.tar" if mode == "w" else "images.tar.gz"
+    path = make_tar(tmp_path / name, files, mode)
+    entries = index(path, tmp_path / "s")
+    assert {key: e["content"] for key, e in entries.items()} == {f"{name}/{k}": v for k, v in files.items()}
+    assert {(e["split"], e["class_name"]) for e in entries.values()} == {("train", "cat"), ("train", "horse")}
+    assert (tmp_path / "s").exists() == (mode != "w")
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_imagenets_tar_of_tars(tmp_path: Path, mode: str) -> None:
+    """The synset is the name of the inner tar; validation has no classes but in a file of its own."""
+    inner = {}
+    for synset in ("n01440764", "n01443537"):
+        make_tar(tmp_path / "inner.tar", {f"{synset}_{i}.JPEG": picture(i) for i in range(2)})
+        inner[f"{synset}.tar"] = (tmp_path / "inner.tar").read_bytes()
+    (tmp_path / "inner.tar").unlink()
+    make_tar(tmp_path / "in/ILSVRC2012_img_train.tar", inner, mode)
+    make_tar(tmp_path / "in/ILSVRC2012_img_val.tar", {"ILSVRC2012_val_00000001.JPEG": picture(9)})
+    labels = tmp_path / "LOC_val_solution.csv"
+    labels.write_text("ImageId,PredictionString\nILSVRC2012_val_00000001,n01443537 85 1 499 272 n02 1 2 3 4\n")
+    entries = index(tmp_path / "in", tmp_path / "s", labels=str(labels))
+    assert len(entries) == 5
+    train = entries["ILSVRC2012_img_train.tar/n01443537.tar/n01443537_1.JPEG"]
+    assert (train["split"], train["class_name"], train["content"]) == ("train", "n01443537", picture(1))
+    val = entries["ILSVRC2012_img_val.tar/ILSVRC2012_val_00000001.JPEG"]
+    assert (val["split"], val["class_name"], val["content"]) == ("val", "n01443537", picture(9))
+
+
+def test_webdataset(tmp_path: Path) -> None:
+    files = {
+        "0001.jpg": picture(1), "0001.cls": b"7\n",
+        "0002.cls": b"3", "0002.seg.jpg": picture(2),
+        "0003.png": picture(3), "0003.json": json.dumps({"label": 5}).encode(),
+        "0004.png": picture(4), "0004.json": b"{broken",
+    }  # fmt: skip
+    path = make_tar(tmp_path / "train-000.tar", files)
+    entries = index(path, tmp_path / "s")
+    found = {key.split("/")[-1]: e["class_name"] for key, e in entries.items()}
+    assert found == {"0001.jpg": "7", "0002.seg.jpg": "3", "0003.png": "5", "0004.png": None}
+    assert {e["split"] for e in entries.values()} == {"train"}
+
+
+def test_tar_name_as_class(tmp_path: Path) -> None:
+    make_tar(tmp_path / "in/n01.tar", {"a.jpg": picture(1)})
+    make_tar(tmp_path / "in/n02.tar", {"a.jpg": picture(1)})
+    entries = index(tmp_path / "in", tmp_path / "s", tar_is_class=True)
+    assert [e["class_name"] for e in entries.values()] == ["n01", "n02"]
+
+
+def test_hostile_and_damaged_tars_are_accounted_for(tmp_path: Path) -> None:
+    good = {"train/a/0.png": picture(0)}
+    path = make_tar(tmp_path / "x.tar", good)
+    with tarfile.open(path, "a") as tar:
+        add(tar, "/etc/evil.png", picture(1))
+        add(tar, "train/../../evil.png", picture(2))
+        link = tarfile.TarInfo("train/a/link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        add(tar, "train/a/9.png", picture(9) * 4000)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-60_000])  # cut in the middle of the last image
+    entries = index(path, tmp_path / "s")
+    reasons = {key.removeprefix("x.tar/"): e["reason"] for key, e in entries.items()}
+    assert reasons["train/a/0.png"] is None
+    assert "leaves the archive" in reasons["/etc/evil.png"]
+    assert "leaves the archive" in reasons["train/../../evil.png"]
+    assert "a link or device" in reasons["train/a/link.png"]
+    assert "cut short" in str(entries["x.tar/train/a/9.png"]["content"]) or "damaged" in str(reasons)
+
+
+def test_hugging_face_parquet(tmp_path: Path) -> None:
+    features = {"info": {"features": {"img": {}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    images = [{"bytes": picture(i), "path": f"{i}.png"} for i in range(3)] + [{"bytes": None, "path": "x.png"}]
+    table = pa.table({"img": images, "label": [0, 1, -1, 1]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    (tmp_path / "in").mkdir()
+    pq.write_table(table, tmp_path / "in/test-00000-of-00001.parquet", compression="zstd")
+    entries = list(index(tmp_path / "in", tmp_path / "s").values())
+    assert [e["class_name"] for e in entries] == ["cat", "dog", None, None]
+    assert [e["content"] for e in entries[:3]] == [picture(i) for i in range(3)]
+    assert entries[0]["key"] == "test-00000-of-00001.parquet/0000000/0.png"
+    assert entries[3]["reason"] == "no image bytes"
+    assert {e["split"] for e in entries[:3]} == {"test"}
+
+
+def test_plain_parquet_with_named_columns(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"a": [b"A"], "b": [b"B"], "kind": ["q"], "key": ["k1"]}), path)
+    entries = index(path, tmp_path / "s", image_column="b", label_column="kind")
+    assert entries["k1"]["content"] == b"B"
+    assert entries["k1"]["class_name"] == "q"
+    with pytest.raises(ValueError, match=r"must have a column of encoded images .* it has a, b, kind, key"):
+        index(path, tmp_path / "s")
+    with pytest.raises(ValueError, match=r"label_column must be a column of x\.parquet, got 'nope'"):
+        index(path, tmp_path / "s", image_column="b", label_column="nope")
+
+
+def make_fashion_mnist(root: Path, images: int = 3) -> None:
+    """The IDX files as torchvision expects them, with `images` in each split."""
+    folder = root / "FashionMNIST/raw"
+    folder.mkdir(parents=True)
+    for prefix, first in (("train", 0), ("t10k", 100)):
+        pixels = bytes((first + i) % 256 for i in range(images) for _ in range(28 * 28))
+        header = b"\x00\x00\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (images, 28, 28))
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + pixels)
+        labels = b"\x00\x00\x08\x01" + images.to_bytes(4, "big") + bytes(i % 10 for i in range(images))
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
+
+
+def test_torchvision_arrays_become_png(tmp_path: Path) -> None:
+    make_fashion_mnist(tmp_path / "root")
+    entries = index("torchvision:FashionMNIST", tmp_path / "s", root=str(tmp_path / "root"))
+    assert len(entries) == 6
+    entry = entries["test/0000002"]
+    assert (entry["split"], entry["class_name"]) == ("test", datasets.FashionMNIST.classes[2])
+    image = Image.open(io.BytesIO(entry["content"]))
+    assert (image.size, image.getpixel((0, 0)), image.format) == ((28, 28), 102, "PNG")
+
+
+def test_torchvision_files_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path / "root/train", images_per_class=1)
+
+    class InFiles(datasets.ImageFolder):
+        def __init__(self, root: Path, split: str) -> None:
+            if split != "train":
+                raise ValueError(f"no split {split}")
+            super().__init__(str(root / split))
+
+    monkeypatch.setattr(datasets, "Flowers102", InFiles)
+    entries = index("torchvision:Flowers102", tmp_path / "s", root=str(tmp_path / "root"))
+    assert [e["class_name"] for e in entries.values()] == ["blue", "green", "red"]
+    assert entries["train/0000002"]["content"] == (tmp_path / "root/train/red/000.png").read_bytes()
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "nowhere"}, "does not exist or is empty"),
+        ({"source": "nowhere.tar"}, "does not exist or is empty"),
+        ({"source": "torchvision:CIFAR11", "root": "x"}, "no data set 'CIFAR11'; did you mean 'CIFAR10'"),
+        ({"source": "torchvision:CIFAR10"}, "root is missing"),
+        ({"source": "torchvision:CIFAR10", "root": "x"}, "CIFAR10 is not in .* or add --download to fetch it"),
+        ({"source": "ftp://host/x"}, "must be a path or a URI"),
+    ],
+)
+def test_sources_that_are_refused(
+    options: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        find_units(options.pop("source"), SourceOptions(**options))
+
+
+def test_mixed_and_empty_sources_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match="holds no images, tars or Parquet files among its 1 files"):
+        find_units(str(tmp_path), SourceOptions())
+    make_tar(tmp_path / "a.tar", {})
+    (tmp_path / "a.png").write_bytes(picture(0))
+    with pytest.raises(ValueError, match="must be of one kind, it holds 1 folder files, 1 tar files"):
+        find_units(str(tmp_path), SourceOptions())
+
+
+def test_a_bucket_is_a_source_like_a_disk(tmp_path: Path, object_store: ObjectStore) -> None:
+    bucket = Storage(object_store.uri("source"))
+    bucket.write("train/cat/1.png", picture(1))
+    bucket.write("train/dog/2.png", picture(2))
+    entries = index(bucket.uri, tmp_path / "s")
+    assert [e["content"] for e in entries.values()] == [picture(1), picture(2)]
+    path = make_tar(tmp_path / "x.tar", {f"cat/{i}.png": picture(i) for i in range(5)})
+    bucket.write("tars/x.tar", path.read_bytes())
+    for source in (bucket.child("tars").uri, object_store.uri("source/tars/x.tar")):
+        entries = index(source, tmp_path / "s")
+        assert [e["content"] for e in entries.values()] == [picture(i) for i in range(5)]

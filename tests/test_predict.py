@@ -1,0 +1,163 @@
+"""Predictions against the model asked directly, each image once, and what a user may get wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import make_folder, make_image, with_fields
+
+from diffvit import predict as module
+from diffvit.config import AugmentConfig, PredictConfig, PrepareConfig, RunConfig
+from diffvit.data.images import decode_image, eval_transform, normalize
+from diffvit.data.loader import BatchLoader, LocalStream
+from diffvit.data.order import EvalPlan, TrainPlan
+from diffvit.data.prepare import prepare
+from diffvit.data.sources import open_dataset
+from diffvit.models.saved import load_saved
+from diffvit.models.vit import VisionTransformer
+from diffvit.predict import predict
+from diffvit.training.checkpoint import TrainState, save_checkpoint
+from diffvit.training.loop import Worker, fit
+from diffvit.training.optim import build_optimizer, build_schedule
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture
+def checkpoint(tiny_config: RunConfig, tmp_path: Path) -> Path:
+    """Of a model that has learnt to tell the three colours."""
+    dataset = open_dataset(tiny_config.data)
+    config = with_fields(tiny_config, model={"num_classes": 3}, data={"classes": dataset.classes}, optim={"epochs": 12})
+    plan = TrainPlan(36, 0, 12, 12)
+    stream = LocalStream(BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, EvalPlan(15, 5)))
+    saved = tmp_path / "checkpoint"
+
+    def report(metrics: dict[str, object], folder: Path | None) -> None:
+        if metrics["step"] == plan.total_steps:
+            assert folder is not None
+            folder.rename(saved)
+            folder.mkdir()
+
+    fit(config, plan, EvalPlan(15, 5), stream, Worker(torch.device("cpu"), report, lambda *_: None))
+    return saved
+
+
+@pytest.fixture
+def config(checkpoint: Path, tmp_path: Path) -> PredictConfig:
+    images = make_folder(tmp_path / "unseen", images_per_class=7)
+    (images / "purple").mkdir()
+    make_image(images / "purple/1.png", hue=0, seed=0)  # a class that the model does not know
+    (images / "red/broken.png").write_bytes(b"")
+    make_image(images / "loose.png", hue=2, seed=1)  # of no class
+    return PredictConfig(checkpoint=str(checkpoint), images=str(images), out=str(tmp_path / "out"), top_k=2)
+
+
+def rows_of(out: str) -> dict[str, dict[str, object]]:
+    rows = pq.read_table(Path(out, "predictions")).to_pylist()
+    assert len({row["key"] for row in rows}) == len(rows)
+    return {row["key"]: row for row in rows}
+
+
+def test_predictions_are_the_models(config: PredictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PART_IMAGES", 5)
+    results = predict(config, quiet)
+    rows = rows_of(config.out)
+    assert set(rows) == {str(p.relative_to(config.images)) for p in Path(config.images).rglob("*.png")}
+    saved = load_saved(config.checkpoint)
+    transform = eval_transform(AugmentConfig(eval_crop_ratio=saved.eval_crop_ratio), 16)
+    for key, row in rows.items():
+        if key == "red/broken.png":
+            assert row["predicted"] is None
+            assert "not a readable image" in row["reason"]
+            continue
+        image = transform(decode_image(Path(config.images, key).read_bytes(), 3, 10**6))
+        with torch.no_grad():
+            logits = saved.model(normalize(image[None], saved.mean, saved.std))
+        expected = logits.softmax(1)[0].sort(descending=True)
+        assert row["top_classes"] == [saved.classes[i] for i in expected.indices[:2]]
+        assert row["top_probabilities"] == pytest.approx(expected.values[:2].tolist(), abs=1e-5)
+        assert row["predicted"] == row["top_classes"][0]
+    # counted by hand from the rows
+    known = [row for row in rows.values() if row["class"] in saved.classes and row["predicted"]]
+    hits = sum(row["class"] == row["predicted"] for row in known)
+    assert (results["images"], results["skipped"], results["labelled"]) == (24, 1, 21)
+    assert results["top1"] == pytest.approx(100 * hits / 21)
+    assert results["top1"] > 80
+    assert [row["class"] for row in results["classes"]] == ["blue", "green", "red"]
+    assert json.loads(Path(config.out, "predictions.json").read_text()) == results
+    assert Path(config.out, "confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert not Path(config.out, ".staging").exists()
+
+
+def test_cut_between_parts_it_goes_on(config: PredictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PART_IMAGES", 5)
+
+    def cut(what: str, done: int, total: int) -> None:
+        if what == "predicting" and done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(config, cut)
+    assert not Path(config.out, "predictions.json").exists()
+    with pytest.raises(ValueError, match=r"(?s)was begun .* top_k: 2 there, 3 now"):
+        predict(dataclasses.replace(config, top_k=3), quiet)
+    started_at: list[int] = []
+    results = predict(config, lambda what, done, _: started_at.append(done) if what == "predicting" else None)
+    assert started_at[0] > 0
+    assert results["images"] == len(rows_of(config.out)) == 24
+    assert predict(config, quiet) == results  # again is free
+    with pytest.raises(ValueError, match=r"(?s)holds predictions made .* top_k: 2 there, 3 now"):
+        predict(dataclasses.replace(config, top_k=3), quiet)
+
+
+def test_shards_and_one_split(config: PredictConfig, tmp_path: Path) -> None:
+    images = make_folder(tmp_path / "more", images_per_class=4, val_per_class=2)
+    prepare(PrepareConfig(source=str(images), out=str(tmp_path / "shards")), quiet)
+    results = predict(dataclasses.replace(config, images=str(tmp_path / "shards"), split="val"), quiet)
+    assert (results["images"], results["labelled"]) == (6, 6)
+    assert {key.split("/")[0] for key in rows_of(config.out)} == {"val"}
+    with pytest.raises(ValueError, match="holds no images of split 'test'"):
+        predict(dataclasses.replace(config, images=str(tmp_path / "shards"), split="test", out=config.out + "2"), quiet)
+
+
+def test_a_checkpoint_that_is_none(config: PredictConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"neither a finished run \(results.json\) nor a checkpoint"):
+        predict(dataclasses.replace(config, checkpoint=str(tmp_path)), quiet)
+    manifest = Path(config.checkpoint, "checkpoint.json")
+    fields = json.loads(manifest.read_text())
+    del fields["data"]["classes"]
+    manifest.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"is of another version of diffvit: 'classes'"):
+        load_saved(config.checkpoint)
+    assert not Path(config.out).exists()
+
+
+def test_confusion_by_hand() -> None:
+    rows = module.per_class(np.array([[3, 1, 0], [0, 0, 0], [2, 0, 2]]), ["a", "b", "c"])
+    assert rows == [
+        {"class": "a", "images": 4, "top1": 75.0, "precision": 60.0, "most_taken_for": "b"},
+        {"class": "c", "images": 4, "top1": 50.0, "precision": 100.0, "most_taken_for": "a"},
+    ]
+
+
+def test_a_checkpoint_loads_without_its_run(tiny_config: RunConfig, tmp_path: Path) -> None:
+    config = with_fields(tiny_config, model={"num_classes": 3}, data={"classes": ("x", "y", "z")})
+    model = VisionTransformer(config.model)
+    optimizer = build_optimizer(model, config.optim)
+    state = TrainState(model, optimizer, build_schedule(optimizer, config.optim, 3), None)
+    (tmp_path / "c").mkdir()
+    save_checkpoint(tmp_path / "c", state, config, {})
+    saved = load_saved(tmp_path / "c")
+    assert (saved.config, saved.classes, saved.mean, saved.std) == (config.model, ("x", "y", "z"), (0.5,), (0.25,))
+    assert not saved.model.training
+    assert torch.equal(saved.model.head.weight, model.head.weight)

@@ -1,0 +1,197 @@
+"""Whole preparations: every image accounted for, cut and continued, and refusals that spoil nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import ObjectStore, make_folder, make_image
+from PIL import Image
+from test_packing import BAD, GOOD
+
+from diffvit.config import DataConfig, PrepareConfig
+from diffvit.data import prepare as module
+from diffvit.data.prepare import prepare
+from diffvit.data.shards import DatasetInfo, damaged_shards, open_shards
+from diffvit.data.sources import open_dataset
+from diffvit.storage import Storage
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+def read_all(out: Path | str) -> dict[str, tuple[str, str, bytes]]:
+    """`{key: (split, class, bytes)}` by way of the index."""
+    info, splits = open_shards(Storage(str(out)))
+    return {
+        split.key(i): (name, info.classes[split.labels[i]], content)
+        for name, split in splits.items()
+        for i, content in enumerate(split.read_many(np.arange(len(split))))
+    }
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> PrepareConfig:
+    images = make_folder(tmp_path / "images", images_per_class=20)
+    return PrepareConfig(source=str(images), out=str(tmp_path / "out"), shard_mib=0.01)
+
+
+def test_a_folder_becomes_a_data_set(config: PrepareConfig) -> None:
+    info = prepare(config, quiet)
+    images = read_all(config.out)
+    assert {key: content for key, (_, _, content) in images.items()} == {
+        str(path.relative_to(config.source)): path.read_bytes() for path in Path(config.source).glob("*/*.png")
+    }
+    assert all(key.startswith(name) for key, (_, name, _) in images.items())
+    assert info.classes == ["blue", "green", "red"]
+    assert {name: split.class_counts for name, split in info.splits.items()} == {"train": [18] * 3, "val": [2] * 3}
+    assert len(info.splits["train"].shards) > 2
+    assert (info.width, info.height) == ((20, 20.0, 20), (17, 17.0, 17))
+    assert damaged_shards(Storage(config.out), info) == []
+    assert not (Path(config.out) / ".staging").exists()
+    # statistics, from the files themselves
+    train = [key for key, (split, _, _) in images.items() if split == "train"]
+    pixels = np.stack([np.asarray(Image.open(Path(config.source, key))) / 255 for key in train])
+    assert info.mean == pytest.approx(pixels.mean((0, 1, 2)), abs=1e-4)
+    assert info.std == pytest.approx(pixels.std((0, 1, 2)), abs=1e-4)
+    # and what training sees of it
+    dataset = open_dataset(DataConfig(path=config.out))
+    assert (len(dataset.train), len(dataset.val), dataset.mean) == (54, 6, tuple(info.mean))
+
+
+def test_again_is_free_and_other_options_are_refused(config: PrepareConfig) -> None:
+    info = prepare(config, quiet)
+    stamp = Path(config.out, "dataset.json").stat().st_mtime_ns
+    assert prepare(config, quiet) == info
+    assert Path(config.out, "dataset.json").stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match=r"(?s)holds a data set made from other .*seed: 0 there, 5 now"):
+        prepare(dataclasses.replace(config, seed=5), quiet)
+    make_image(Path(config.source, "red", "new.png"), hue=0, seed=1)
+    with pytest.raises(ValueError, match="listing_sha256"):
+        prepare(config, quiet)
+
+
+def test_a_folder_of_other_things_is_not_touched(config: PrepareConfig) -> None:
+    Path(config.out).mkdir()
+    Path(config.out, "thesis.tex").write_text("years")
+    with pytest.raises(ValueError, match=r"out must be an empty folder, .* holds 1 files, among them thesis.tex"):
+        prepare(config, quiet)
+    assert [path.name for path in Path(config.out).iterdir()] == ["thesis.tex"]
+
+
+def test_cut_between_shards_it_goes_on(config: PrepareConfig) -> None:
+    packed_before: list[int] = []
+
+    def cut(what: str, done: int, total: int) -> None:
+        if what == "packing" and 0 < done < total:
+            packed_before.append(done)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, cut)
+    assert not Path(config.out, "dataset.json").exists()
+    with pytest.raises(ValueError, match="was begun from other images or with other options"):
+        prepare(dataclasses.replace(config, val_fraction=0.3), quiet)
+    started_at: list[int] = []
+    cut_info = prepare(config, lambda what, done, total: started_at.append(done) if what == "packing" else None)
+    assert started_at[0] >= packed_before[0] > 0
+    whole = dataclasses.replace(config, out=config.out + "-whole")
+    assert dataclasses.replace(prepare(whole, quiet), source=cut_info.source) == cut_info
+    assert read_all(config.out) == read_all(whole.out)
+
+
+def test_killed_it_goes_on(config: PrepareConfig) -> None:
+    """The job itself, as a process, ended by SIGKILL while it packs; then typed again."""
+    job = Path(__file__).parents[1] / "ray_jobs/prepare.py"
+    command = [sys.executable, str(job), "--source", config.source, "--out", config.out, "--shard-mib", "0.003"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    shards = Path(config.out, "train")
+    while process.poll() is None and not (shards.exists() and list(shards.glob("0*.parquet"))):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not Path(config.out, "dataset.json").exists()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "60: 54 train, 6 val" in done.stdout
+    assert len(read_all(config.out)) == 60
+
+
+def test_broken_images_are_all_accounted_for(tmp_path: Path) -> None:
+    files = GOOD | {name: content for name, (content, _) in BAD.items()}
+    for name, content in files.items():
+        for split, class_name in (("train", "a"), ("train", "b"), ("val", "a")):
+            path = tmp_path / "in" / split / class_name / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    (tmp_path / "in/stray.png").write_bytes(GOOD["alpha.png"])
+    config = PrepareConfig(
+        source=str(tmp_path / "in"), out=str(tmp_path / "out"), max_pixels=10_000, max_image_bytes=50_000
+    )
+    info = prepare(config, quiet)
+    quarantine = pq.read_table(tmp_path / "out/quarantine.parquet").to_pylist()
+    kept = read_all(config.out)
+    assert len(kept) == 3 * len(GOOD)
+    assert info.quarantined == len(quarantine) == 3 * len(BAD) + 1
+    assert {row["key"] for row in quarantine} | set(kept) == {
+        str(path.relative_to(config.source)) for path in Path(config.source).rglob("*") if path.is_file()
+    }
+    reasons = {row["key"]: row["reason"] for row in quarantine}
+    assert reasons["stray.png"] == "no label"
+    assert "does not decode" in reasons["val/a/truncated.jpg"]
+
+
+def test_from_bucket_to_bucket(tmp_path: Path, object_store: ObjectStore) -> None:
+    images = make_folder(tmp_path / "images", images_per_class=4, val_per_class=2)
+    bucket = Storage(object_store.uri(f"in-{tmp_path.name}"))
+    for path in images.rglob("*.png"):
+        bucket.write(str(path.relative_to(images)), path.read_bytes())
+    out = object_store.uri(f"out-{tmp_path.name}")
+    info = prepare(PrepareConfig(source=bucket.uri, out=out), quiet)
+    assert {name: split.images for name, split in info.splits.items()} == {"train": 12, "val": 6}
+    assert len(read_all(out)) == 18
+    assert [name for name in Storage(out).sizes() if name.startswith(".")] == []
+
+
+def test_a_source_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/x.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match=r"the source cannot be read: x\.parquet: "):
+        prepare(PrepareConfig(source=str(tmp_path / "in"), out=str(tmp_path / "out")), quiet)
+
+
+def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
+    job = Path(__file__).parents[1] / "ray_jobs/prepare.py"
+    return subprocess.run([sys.executable, str(job), *arguments], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--source", "x"], "out is missing"),
+        (["--source", "x", "--out", "x", "--shard-mib", "0"], "shard_mib must be positive"),
+        (["--out", "x", "--sead", "1"], "--seed"),
+    ],
+)
+def test_wrong_options_cost_no_cluster(arguments: list[str], message: str) -> None:
+    done = run_job(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_dataset_json_is_the_documented_one(config: PrepareConfig) -> None:
+    prepare(config, quiet)
+    fields = json.loads(Path(config.out, "dataset.json").read_text())
+    assert set(fields) == {field.name for field in dataclasses.fields(DatasetInfo)}
+    assert fields["options"]["shard_mib"] == 0.01
+    assert module.FORMAT_VERSION == fields["format_version"] == 1

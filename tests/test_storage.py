@@ -1,0 +1,94 @@
+"""Local folders and an object store (moto, on loopback): the same operations, and what happens when a store is away."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ObjectStore
+
+from diffvit import storage as module
+from diffvit.storage import Storage, StorageError
+
+
+@pytest.fixture(params=["local", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "local":
+        return Storage(str(tmp_path / "data"))
+    store: ObjectStore = request.getfixturevalue("object_store")
+    return Storage(store.uri(f"data-{tmp_path.name}"))
+
+
+def test_what_is_written_is_read(storage: Storage) -> None:
+    storage.write("a/b.bin", b"hello world")
+    storage.write("c.bin", b"")
+    assert storage.read("a/b.bin") == b"hello world"
+    assert storage.read_range("a/b.bin", 6, 3) == b"wor"
+    assert storage.read_range("a/b.bin", 9, 100) == b"ld"
+    with storage.open("a/b.bin") as file:
+        file.seek(4)
+        assert file.read(3) == b"o w"
+    assert storage.sizes() == {"a/b.bin": 11, "c.bin": 0}
+    assert storage.child("a").sizes() == {"b.bin": 11}
+    assert (storage.size("a/b.bin"), storage.size("a"), storage.size("x")) == (11, None, None)
+    storage.delete_folder("a")
+    storage.delete_folder("a")
+    assert storage.sizes() == {"c.bin": 0}
+    with pytest.raises(FileNotFoundError):
+        storage.read("a/b.bin")
+
+
+def test_writing_again_replaces(storage: Storage) -> None:
+    storage.write("x", b"one")
+    storage.write("x", b"three")
+    assert storage.read("x") == b"three"
+
+
+def test_an_absent_store_is_waited_for(object_store: ObjectStore) -> None:
+    storage = Storage(object_store.uri("patience"))
+    storage.write("x", b"still there")
+    object_store.stop()
+    back = threading.Timer(1.5, object_store.start)
+    back.start()
+    started = time.monotonic()
+    assert storage.read("x") == b"still there"
+    assert time.monotonic() - started > 1.0
+    back.join()
+
+
+def test_a_store_that_stays_away_is_named(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.1)
+    storage = Storage(object_store.uri("gone"))
+    object_store.stop()
+    try:
+        with pytest.raises(StorageError, match=r"s3://bucket/gone.* is away, tried for"):
+            storage.read("x")
+    finally:
+        object_store.start()
+
+
+def test_a_full_disk_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(str(tmp_path))
+    storage.write("x", b"whole")
+    monkeypatch.setattr(module.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(StorageError, match=r"the disk of .* is full: x was not written"):
+        storage.write("x", b"half")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert storage.read("x") == b"whole"
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("http://host/data", "must be a path or a URI of s3://, gs://, gcs://; got http://"),
+        ("s3://KEY:SECRET@bucket/data", "leave them to the environment"),
+        ("s3://bucket/data?access_key=KEY&secret_key=SECRET", "leave them to the environment"),
+        ("s3:///data", "names no bucket"),
+    ],
+)
+def test_uris_that_are_refused(uri: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        Storage(uri)
+    assert "SECRET" not in str(caught.value)
