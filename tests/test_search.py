@@ -27,6 +27,7 @@ from diffvit.search.progress import reason_of
 from diffvit.search.records import Journal, Record, candidates, ranked, to_csv
 from diffvit.search.report import importances, render
 from diffvit.search.space import Space
+from diffvit.search.sweep import write_recipes
 
 
 @pytest.fixture
@@ -223,8 +224,10 @@ def test_a_killed_driver_loses_what_was_running_and_nothing_else(tmp_path: Path)
 def test_scores_are_kept(tmp_path: Path) -> None:
     journal = Journal(tmp_path, "sweep", ["max"])
     assert journal.score(3) is None
+    assert journal.scored() == []
     journal.save_score(3, {"runs": [{"top1": 80.5}]})
     assert Journal(tmp_path, "sweep", ["max"]).score(3) == {"runs": [{"top1": 80.5}]}
+    assert journal.scored() == [3]
 
 
 @pytest.mark.parametrize(
@@ -338,11 +341,11 @@ def test_the_report_is_whole_and_escapes_what_it_shows(recipe: RunConfig, tmp_pa
         journal.save(record(0, 60.0, 80.0 + seed, role="finalist", seed=seed, values={"lr": 1e-3}))
     found = {"mean": 81.5, "std": 0.71, "seeds": 2}
     winner = {"number": 0, "values": {"lr": 1e-3}, "search_top1": found, "val_top1": {**found, "mean": 79.25}}
-    page = render(sweep, journal, {"winner": winner})
+    page = render(sweep, journal, {"winner": winner, "val_looked_at": [0]})
     assert "Sweep a&lt;b" in page
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
-    assert "79.25 ± 0.71 % (2 seeds)" in page
+    assert "79.25 ± 0.71 % (2 seeds) on the validation split, looked at for this one only" in page
     sections = re.findall(r"<h2>(.*?)</h2>", page)
     assert sections == ["What was tried", "Finalists", "All trials", "Importance", "Slices", "Learning curves",
                         "Spent and found", "Every trial"]  # fmt: skip
@@ -387,6 +390,17 @@ def test_hparams_are_written_for_trials_that_were_stopped(recipe: RunConfig, tmp
     assert "_hparams_/experiment" in experiment._plugin_to_tag_to_content["hparams"]
 
 
-def test_a_trial_config_is_a_recipe(recipe: RunConfig) -> None:
-    config = Space().propose(optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1)).ask(), recipe)
-    assert from_json(to_json(config), "best.json") == config
+def test_the_answers_are_recipes(recipe: RunConfig) -> None:
+    recipe.folder.mkdir(parents=True)
+    journal = Journal(recipe.folder, "sweep", ["max", "min"])
+    for number, (lr, top1, ms) in enumerate([(0.1, 80.0, 5.0), (0.2, 70.0, 4.0), (0.3, 60.0, 6.0)]):
+        config = to_json(dataclasses.replace(with_fields(recipe, optim={"lr": lr}), name="x", storage="y", seed=7))
+        journal.save(record(number, top1, latency_ms=ms, config=config))
+    sweep = SweepConfig(recipe, SearchConfig(objective=("top1", "latency")), Space())
+    again = record(1, 71.0, role="finalist", seed=8, config=journal.records("trial")[1].config)
+    write_recipes(sweep, candidates([again])[0], journal)
+    expected = dataclasses.replace(with_fields(recipe, optim={"lr": 0.2}), name="tiny-best")
+    assert from_json((recipe.folder / "best.json").read_text(), "best.json") == expected
+    front = sorted((recipe.folder / "pareto").iterdir())
+    assert [path.name for path in front] == ["0000.json", "0001.json"]  # 0002 is slower and worse
+    assert from_json(front[0].read_text(), "").optim.lr == 0.1

@@ -101,7 +101,7 @@ def print_sweep(folder: Path, results: dict[str, Any]) -> None:
     values = ", ".join(f"{name} {shown(value)}" for name, value in winner["values"].items())
     console.print(f"[bold]{folder.name}[/]: configuration {winner['number']:04d} ({values})")
     console.print(f"  held-out images  {mean_and_std(winner['search_top1'])}")
-    console.print(f"  validation split {mean_and_std(winner['val_top1'])}, looked at for this one only")
+    console.print(f"  validation split {mean_and_std(winner['val_top1'])}, {looked_at(results['val_looked_at'])}")
     for name, file in (("recipe", "best.json"), ("report", "report.html"), ("every run", "trials.csv")):
         console.print(f"  {name:<16} {folder / file}")
     console.print(f"  {'curves':<16} tensorboard --logdir {folder}")
@@ -111,3 +111,10 @@ def mean_and_std(found: dict[str, Any]) -> str:
     """`85.12 ± 0.31 % (3 seeds)`."""
     spread = "" if found["std"] is None else f" ± {found['std']:.2f}"
     return f"{found['mean']:.2f}{spread} % ({found['seeds']} seed{'s' * (found['seeds'] > 1)})"
+
+
+def looked_at(numbers: Sequence[int]) -> str:
+    """How often the validation split was used, in words."""
+    if len(numbers) == 1:
+        return "looked at for this one only"
+    return f"looked at for {len(numbers)} configurations in the course of the sweep"

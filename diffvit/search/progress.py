@@ -18,7 +18,7 @@ from diffvit.search.trial import Job
 
 _LONGEST_REASON = 500
 _RAISED = re.compile(r"[\w.]+(Error|Exception|Stopped|Interrupt|Exit)\b")
-_KEPT = ("epoch", "top1", "top5", "loss", "train_loss", "at")
+_KEPT = ("epoch", "top1", "top5", "loss", "train_loss", "train_seconds", "at")
 
 
 class Progress(tune.Callback):  # type: ignore[misc]  # Ray ships no types

@@ -28,6 +28,7 @@ Role = Literal["trial", "finalist"]
 Status = Literal["running", "finished", "stopped", "failed"]
 
 _DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
+_SCORE = "score/"
 _LOST_REASON = "the driver ended before it could say why"
 
 
@@ -47,7 +48,7 @@ class Record:
     """finished: trained to its last epoch; stopped: ended early by ASHA; failed: see `reason`."""
     reason: str = ""
     history: tuple[dict[str, float], ...] = ()
-    """One entry an epoch: epoch, top1, top5, loss, train_loss, at (seconds since 1970)."""
+    """One entry an epoch: epoch, top1, top5, loss, train_loss, train_seconds, at (seconds since 1970)."""
     latency_ms: float | None = None
     """Time of one image through the model, where the sweep measures it."""
     seconds: float = 0.0
@@ -124,12 +125,16 @@ class Journal:
         return [Record(**{**fields, "history": tuple(fields["history"])}) for fields in found if fields is not None]
 
     def save_score(self, number: int, score: dict[str, Any]) -> None:
-        self.study.set_user_attr(f"score/{number:04d}", json.dumps(score))
+        self.study.set_user_attr(f"{_SCORE}{number:04d}", json.dumps(score))
 
     def score(self, number: int) -> dict[str, Any] | None:
         """What configuration `number` scored on the recipe's own validation split, if it was asked before."""
-        text = self.study.user_attrs.get(f"score/{number:04d}")
+        text = self.study.user_attrs.get(f"{_SCORE}{number:04d}")
         return None if text is None else dict(json.loads(text))
+
+    def scored(self) -> list[int]:
+        """Configurations that have seen the validation split: one, unless a continued sweep found a better one."""
+        return sorted(int(name.removeprefix(_SCORE)) for name in self.study.user_attrs if name.startswith(_SCORE))
 
     def recover(self, epochs: int) -> list[dict[str, Any]]:
         """Bring what a killed driver left behind in order.

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from diffvit.search import figures
 from diffvit.search.config import SweepConfig
-from diffvit.search.console import mean_and_std, shown
+from diffvit.search.console import looked_at, mean_and_std, shown
 from diffvit.search.folder import write_atomically
 from diffvit.search.records import Candidate, Journal, candidates, ranked
 
@@ -45,6 +45,7 @@ def render(sweep: SweepConfig, journal: Journal, results: dict[str, Any] | None)
         figures=_figures(sweep, journal, columns, candidates(again)),
         shown=shown,
         mean_and_std=mean_and_std,
+        looked_at=looked_at,
     )
 
 

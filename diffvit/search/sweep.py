@@ -19,7 +19,7 @@ from diffvit.data.subset import parted_for_search
 from diffvit.search.cluster import connect_for
 from diffvit.search.config import SweepConfig
 from diffvit.search.folder import held, open_sweep, write_atomically
-from diffvit.search.records import Candidate, Journal, Record, ranked
+from diffvit.search.records import Candidate, Journal, ranked
 from diffvit.search.report import write_report
 from diffvit.search.sitting import Sitting, SweepFailed
 from diffvit.training.launch import resolve
@@ -54,7 +54,7 @@ def run_sweep(sweep: SweepConfig) -> dict[str, Any]:
         write_report(sweep, sitting.journal)
         finalists = sitting.compare_finalists()
         winner = finalists[0]
-        write_atomically(folder / "best.json", to_json(as_recipe(sweep, winner.runs[0])))
+        write_recipes(sweep, winner, sitting.journal)
         val = sitting.score_once(winner, dataset)
         results = {"status": "finished", **summary(sweep, sitting.journal, finalists, val)}
         results["wall_seconds"] = round(time.monotonic() - started, 1)
@@ -64,10 +64,21 @@ def run_sweep(sweep: SweepConfig) -> dict[str, Any]:
     return results
 
 
-def as_recipe(sweep: SweepConfig, run: Record) -> RunConfig:
-    """The sweep's own recipe with the values of one of its runs."""
-    chosen = from_json(run.config, run.name)
-    return dataclasses.replace(sweep.run, name=f"{sweep.run.name}-best", model=chosen.model, optim=chosen.optim)
+def write_recipes(sweep: SweepConfig, winner: Candidate, journal: Journal) -> None:
+    """`best.json` and, with two objectives, `pareto/<number>.json` for each point of the front; pretrain takes them."""
+    folder = sweep.run.folder
+    write_atomically(folder / "best.json", to_json(_as_recipe(sweep, winner.runs[0].config, "best")))
+    if len(sweep.search.objective) > 1:
+        (folder / "pareto").mkdir(exist_ok=True)
+        for run in ranked(journal.records("trial"), sweep.search.objective):
+            number = f"{run.number:04d}"
+            write_atomically(folder / "pareto" / f"{number}.json", to_json(_as_recipe(sweep, run.config, number)))
+
+
+def _as_recipe(sweep: SweepConfig, config: str, suffix: str) -> RunConfig:
+    """The sweep's own recipe, seed and scale with the values of one of its runs."""
+    chosen = from_json(config, "a run's config")
+    return dataclasses.replace(sweep.run, name=f"{sweep.run.name}-{suffix}", model=chosen.model, optim=chosen.optim)
 
 
 def summary(
@@ -82,6 +93,7 @@ def summary(
             "val_top1": _spread([run["top1"] for run in val]),
             "val_loss": _spread([run["loss"] for run in val]),
         },
+        "val_looked_at": journal.scored(),
         "finalists": [_described(finalist) for finalist in finalists],
         "pareto_front": [
             {"number": run.number, "values": run.values, "top1": run.best_top1, "latency_ms": run.latency_ms}
