@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import io
 import json
 import re
 from pathlib import Path
@@ -14,12 +15,14 @@ import optuna
 import pytest
 from conftest import with_fields
 from optuna.trial import TrialState
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
 
 from diffvit.cli import parse_sweep_config
 from diffvit.config import RunConfig, from_json, to_json, valid_num_heads
 from diffvit.search.config import SearchConfig, SweepConfig, differing_sweep_fields, sweep_from_json, sweep_to_json
+from diffvit.search.console import SweepTable
 from diffvit.search.figures import Scale, best_so_far
 from diffvit.search.folder import held, open_sweep
 from diffvit.search.hparams import write_experiment, write_trial
@@ -288,6 +291,53 @@ def test_csv_has_a_line_a_run() -> None:
     assert lines[0] == "run,number,seed,lr,lambda_init,status,epochs,best_top1,last_top1,latency_ms,seconds,reason"
     assert lines[1] == "trials/0000,0,0,0.001,,finished,3,61.2500,60.0000,,12.3,"
     assert lines[2] == 'trials/0001,1,0,0.002,,failed,0,,,,0.0,"not finite, ""at"" step 2"'
+
+
+# --- what it shows
+
+
+def test_the_live_table_fits_the_screen_and_shows_what_runs_first(recipe: RunConfig) -> None:
+    sweep = SweepConfig(recipe, SearchConfig(), Space(variant=("diff", "diff_v2"), weight_decay=(0.01, 0.1)))
+    values = {"variant": "diff_v2", "num_heads": 6, "lr": 1.234567e-3, "weight_decay": 0.0123}
+    runs = [record(n, 30.0 + n, values=values) for n in range(40)]
+    runs += [record(40, values=values, status="running"), record(41, values=values, status="failed", reason="x" * 200)]
+    text = io.StringIO()
+    console = Console(file=text, width=80, height=24, force_terminal=True, color_system=None)
+    with SweepTable(sweep, runs[:-1], console) as table:
+        table.changed(runs[-1])
+        shown = io.StringIO()
+        Console(file=shown, width=80).print(table._screen())
+    lines = shown.getvalue().rstrip().splitlines()
+    assert len(lines) < 24
+    assert max(map(len, lines)) <= 80
+    assert lines[0].rstrip().split(", ") == ["1 running", "1 failed", "40 finished"]
+    numbers = [line.split()[0] for line in lines[2:]]
+    assert numbers[:3] == ["0040", "0039", "0038"]  # running, then the best
+    assert lines[3].split() == [
+        "0039",
+        "diff_v2",
+        "6",
+        "-",
+        "0.00123",
+        "0.0123",
+        "1",
+        "69.00",
+        "69.00",
+        "0",
+        "finished",
+    ]
+    assert lines[-1].startswith("0041 failed: xxx")
+
+
+def test_runs_are_lines_where_nothing_can_be_redrawn(recipe: RunConfig) -> None:
+    text = io.StringIO()
+    table = SweepTable(SweepConfig(recipe, SearchConfig(), Space()), [], Console(file=text, width=200))
+    table.changed(record(0, 30.0, status="running"))
+    table.changed(record(0, 30.0, 29.0, values={"num_heads": 2, "lambda_init": 0.25, "lr": 1e-3}))
+    table.changed(record(1, status="failed", reason="[/] out of memory", values={"num_heads": 1, "lr": 1e-3}))
+    first, second = text.getvalue().splitlines()
+    assert first == "trials/0000  num_heads 2  lambda_init 0.25  lr 0.001  2 epochs  best top-1 30.00 %  finished"
+    assert second == "trials/0001  num_heads 1  lambda_init -  lr 0.001  0 epochs  failed: [/] out of memory"
 
 
 # --- what it leaves

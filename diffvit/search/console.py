@@ -8,13 +8,23 @@ from types import TracebackType
 from typing import Any
 
 import rich.console
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from diffvit.search.config import SweepConfig
 from diffvit.search.records import Record
 
 _STYLES = {"running": "cyan", "failed": "red", "stopped": "dim", "finished": ""}
+_SHORT = {
+    "num_heads": "heads",
+    "lambda_init": "lambda",
+    "weight_decay": "decay",
+    "drop_path": "drop",
+    "patch_size": "px",
+}
+"""Names that fit a screen of 80 columns."""
 _CHROME_LINES = 8
 """Lines of the screen that are not rows: header, title, summary, prompt."""
 
@@ -22,11 +32,13 @@ _CHROME_LINES = 8
 class SweepTable:
     """Shows runs as they change, the running ones first and then the best, as many as fit."""
 
-    def __init__(self, sweep: SweepConfig, records: Sequence[Record]) -> None:
+    def __init__(
+        self, sweep: SweepConfig, records: Sequence[Record], console: rich.console.Console | None = None
+    ) -> None:
         self._sweep = sweep
         self._columns = sweep.space.varied(sweep.run)
         self._records = {record.name: record for record in records}
-        self._console = rich.console.Console(highlight=False, soft_wrap=True)
+        self._console = console or rich.console.Console(highlight=False, soft_wrap=True)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> SweepTable:
@@ -52,7 +64,7 @@ class SweepTable:
         """Show the new state of a run."""
         self._records[record.name] = record
         if self._console.is_terminal:
-            self._live.update(self._table(), refresh=True)
+            self._live.update(self._screen(), refresh=True)
         elif record.status != "running":
             values = "  ".join(f"{name} {shown(record.values.get(name))}" for name in self._columns)
             best = "" if record.best_top1 is None else f"  best top-1 {record.best_top1:.2f} %"
@@ -61,24 +73,32 @@ class SweepTable:
                 f"{record.name}  {values}  {record.epochs} epochs{best}  {record.status}{reason}", markup=False
             )
 
-    def _table(self) -> Table:
-        table = Table(box=None, pad_edge=False, title=self._summary(), title_justify="left", expand=False)
-        table.add_column("run", no_wrap=True)
-        for name in (*self._columns, "epoch", "top-1", "best", "s"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("status", no_wrap=True, overflow="ellipsis", max_width=30)
+    def _screen(self) -> Group:
+        table = Table(box=None, padding=(0, 1, 0, 0))
+        for name in (
+            "run",
+            *(_SHORT.get(name, name) for name in self._columns),
+            "epoch",
+            "top-1",
+            "best",
+            "s",
+            "status",
+        ):
+            table.add_column(name, justify="left" if name in ("run", "status") else "right", no_wrap=True)
         rows = sorted(self._records.values(), key=lambda run: (run.status != "running", -(run.best_top1 or -1.0)))
         for run in rows[: max(self._console.height - _CHROME_LINES, 1)]:
             table.add_row(
-                run.name,
+                f"{run.number:04d}" + (f" seed {run.seed}" if run.role == "finalist" else ""),
                 *(shown(run.values.get(name)) for name in self._columns),
                 f"{run.epochs}",
-                *("" if x is None else f"{x:.2f} %" for x in (run.last_top1, run.best_top1)),
+                *("" if x is None else f"{x:.2f}" for x in (run.last_top1, run.best_top1)),
                 f"{run.seconds:.0f}",
-                f"{run.status}{': ' + run.reason if run.reason else ''}",
+                run.status,
                 style=_STYLES[run.status],
             )
-        return table
+        failed = [f"{run.number:04d} failed: {run.reason}" for run in self._records.values() if run.reason]
+        last = Text(failed[-1] if failed else "", no_wrap=True, overflow="ellipsis", style=_STYLES["failed"])
+        return Group(self._summary(), table, last)
 
     def _summary(self) -> str:
         counts = dict.fromkeys(_STYLES, 0)
