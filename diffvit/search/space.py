@@ -81,8 +81,7 @@ class Space:
         """Make sure that every point of the space, laid over `recipe`, is a model that can be built.
 
         Raises:
-            ValueError: a head count or patch side that fits no model, nothing left to vary, or (for V1) no
-                lambda_init to choose from.
+            ValueError: a head count or patch side that does not fit, or nothing to vary.
         """
         model = recipe.model
         for variant in self._variants(recipe):
