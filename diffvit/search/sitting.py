@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -162,7 +163,10 @@ class Sitting:
                 name=_TUNE_FOLDER, storage_path=str(self.folder), callbacks=[progress], verbose=0
             ),
         )
-        tuner.fit()
+        with warnings.catch_warnings():
+            # Optuna's file lies on a disk that may be busy
+            warnings.filterwarnings("ignore", message="Define-by-run function .* seconds to run")
+            tuner.fit()
         shutil.rmtree(self.folder / _TUNE_FOLDER, ignore_errors=True)
 
     def _sampler(self) -> BaseSampler:
