@@ -181,6 +181,9 @@ class DiffAttentionV2(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(embed_dim, 4 * embed_dim, bias=qkv_bias)
         self.lambda_proj = nn.Linear(embed_dim, num_heads, bias=False)
+        # a factor of the gate, 1 but while a converted plain ViT grows its second map (models/convert.py)
+        self.gate_opening: Tensor
+        self.register_buffer("gate_opening", torch.ones(()), persistent=False)
         self.proj = nn.Linear(embed_dim, embed_dim, bias=proj_bias)
 
     def forward(self, x_BND: Tensor) -> Tensor:
@@ -193,7 +196,8 @@ class DiffAttentionV2(nn.Module):
         return AttentionMaps(softmax_map(q1, k1), softmax_map(q2, k2), self._gate(x_BND))
 
     def _gate(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(_in_full_precision(self.lambda_proj(x))).transpose(1, 2).unsqueeze(-1)
+        gate = torch.sigmoid(_in_full_precision(self.lambda_proj(x))) * self.gate_opening
+        return gate.transpose(1, 2).unsqueeze(-1)
 
     def _heads(self, x: Tensor) -> TwoMaps:
         qkv = self.qkv(x)
