@@ -99,7 +99,8 @@ class CKA:
         for before, now in ((self.layers_a, layers_a), (self.layers_b, layers_b)):
             if before != now:
                 raise ValueError(
-                    f"the layers must be the same in every batch, got {', '.join(before)} before and {', '.join(now)} now"
+                    "the layers must be the same in every batch, "
+                    f"got {', '.join(before)} before and {', '.join(now)} now"
                 )
 
 
