@@ -131,7 +131,7 @@ def patch_distances(image_size: int, patch_size: int) -> Tensor:
 
 def _sum(t: Tensor) -> Tensor:
     """(B, H, ...) -> (H,), float64."""
-    return t.double().sum(dim=[d for d in range(t.ndim) if d != 1])
+    return t.sum(dim=[d for d in range(t.ndim) if d != 1], dtype=torch.float64)
 
 
 def _count(t: Tensor) -> Tensor:
