@@ -10,9 +10,11 @@ from diffvit.analysis.curves import Curves
 from diffvit.config import RunConfig, differing_fields
 from diffvit.models.vit import VisionTransformer
 
-_SAME_IMAGES = ("model.image_size", "model.in_channels", "model.num_classes", "data.path", "data.val_fraction",
-                "data.split_seed", "augment.eval_crop_ratio")  # fmt: skip
-"""What decides which pixels and labels a model is asked about."""
+_SAME_IMAGES = (
+    *("model.image_size", "model.patch_size", "model.in_channels", "model.num_classes"),
+    *("data.path", "data.val_fraction", "data.split_seed", "augment.eval_crop_ratio"),
+)
+"""What decides which pixels and labels a model is asked about, and to which patches masks refer."""
 _EXPECTED = ("model.variant", "model.num_heads", "seed", "model.lambda_init")
 """What arms differ in by intention."""
 

@@ -46,5 +46,5 @@ def regroup(batches: Iterable[Batch], size: int) -> Iterator[Group]:
 def _join(first: Group | None, second: Group) -> Group:
     if first is None:
         return second
-    pairs = ((first.images, second.images), (first.labels, second.labels))
-    return Group(*(np.concatenate(pair) for pair in pairs))
+    images = np.concatenate([first.images, second.images])
+    return Group(images, np.concatenate([first.labels, second.labels]))

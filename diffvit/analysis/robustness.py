@@ -2,7 +2,7 @@
 
     noise       Gaussian noise on every pixel and channel: standard deviation 0.08, 0.18, 0.38 of the full range
                 (severities 1, 3 and 5 of ImageNet-C, arXiv 1903.12261)
-    blur        Gaussian blur: sigma 1 %, 2 % and 4 % of the image's side, so that small images suffer alike
+    blur        Gaussian blur: sigma 1.5 %, 3 % and 6 % of the image's side, so that small images suffer alike
     occlusion   25 %, 50 % and 75 % of the patches replaced by mid grey, at random (arXiv 2105.10497)
 
 Letters: B images, C channels, S image side, P patches of a side.
@@ -21,7 +21,7 @@ Corruption = Literal["noise", "blur", "occlusion"]
 CORRUPTIONS: tuple[Corruption, ...] = get_args(Corruption)
 STRENGTHS: dict[Corruption, tuple[float, float, float]] = {
     "noise": (0.08, 0.18, 0.38),
-    "blur": (0.01, 0.02, 0.04),
+    "blur": (0.015, 0.03, 0.06),
     "occlusion": (0.25, 0.5, 0.75),
 }
 """By severity 1, 2, 3."""

@@ -28,6 +28,10 @@ class Similarity:
     def __init__(self) -> None:
         self._cka: dict[str, CKA] = {}
 
+    @property
+    def images(self) -> int:
+        return max((cka.images for cka in self._cka.values()), default=0)
+
     def update(self, by_run: Mapping[RunKey, Representations]) -> None:
         """Add a batch: what every run makes of the same images."""
         streams = dict.fromkeys(stream for found in by_run.values() for stream in found)
