@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -38,11 +37,8 @@ def similarity(result: Result) -> list[FigureRow]:
         if lines:
             paint = partial(_same_depth, lines=lines, numbers=arm_numbers(result))
             panels.append(make_panel(paint, title=stream, x="layer", y="CKA"))
-    matrices = [
-        _matrix(r)
-        for r in records
-        if r["stream"] == _MATRIX_STREAM and (r["kind"] != "within" or r["arm_a"] not in _arms_with_floor(records))
-    ]
+    kinds = ("within", "floor", "across")
+    matrices = [_matrix(r) for kind in kinds for r in records if (r["stream"], r["kind"]) == (_MATRIX_STREAM, kind)]
     return [
         FigureRow(
             "cka",
@@ -61,16 +57,12 @@ def similarity(result: Result) -> list[FigureRow]:
     ]
 
 
-def _arms_with_floor(records: Iterable[dict[str, Any]]) -> set[str]:
-    return {r["arm_a"] for r in records if r["kind"] == "floor"}
-
-
 def _same_depth(axes: Axes, lines: list[dict[str, Any]], numbers: dict[str, int]) -> None:
     greys = iter((("0.15", "-"), ("0.4", "--"), ("0.6", "-."), ("0.5", ":")) * len(lines))
     for line in lines:
         y = np.array(line["same_depth"], dtype=float)
         if line["kind"] == "floor":
-            axes.plot(y, label=f"{line['arm_a']}, other seed", linewidth=1.2, **arm_style(numbers[line["arm_a"]]))
+            axes.plot(y, label=f"{line['arm_a']}, two seeds", linewidth=1.2, **arm_style(numbers[line["arm_a"]]))
         else:
             colour, dashes = next(greys)
             axes.plot(y, label=f"{line['arm_a']} – {line['arm_b']}", color=colour, linestyle=dashes, linewidth=2)
@@ -80,7 +72,7 @@ def _same_depth(axes: Axes, lines: list[dict[str, Any]], numbers: dict[str, int]
 
 def _matrix(record: dict[str, Any]) -> Panel:
     a, b = record["arm_a"], record["arm_b"]
-    kind = {"floor": f"{a}, other seed", "within": f"{a}, itself", "across": f"{a} – {b}"}[record["kind"]]
+    kind = {"floor": f"{a}, two seeds", "within": f"{a}, one run", "across": f"{a} – {b}"}[record["kind"]]
 
     def paint(axes: Axes) -> None:
         image = axes.imshow(np.array(record["matrix"], dtype=float), cmap="viridis", vmin=0, vmax=1, origin="lower")
@@ -107,10 +99,7 @@ def compositions(result: Result) -> FigureRow:
         "Does attention find the object?",
         "Objects cut from the middle of images lie on clutter made of other images, so it is known which patches are "
         "theirs: a lift of 1 is what looking blindly would give, 2 is twice the attention that the area accounts for.",
-        [
-            *_by_layer(result, "inside_lift", "attention on the object", "times its area", False),
-            *_by_layer(result, "inside_mass", "attention on the object", "share of |A| on patches", False),
-        ],
+        _by_layer(result, "inside_lift", "attention on the object", "times its area", False),
     )
 
 
@@ -118,10 +107,10 @@ def _by_layer(result: Result, name: str, title: str, unit: str, log: bool) -> li
     series = {
         arm: (range(len(found["noise"][name]["per_layer"])), found["noise"][name]["per_layer"])
         for arm, found in result["arms"].items()
-        if name in found["noise"] and any(value is not None for value in found["noise"][name]["per_layer"])
+        if name in found["noise"]
     }
-    if not series:
-        return []
+    if not any(value for _, values in series.values() for value in values):
+        return []  # None where there is nothing to compare, 0 where no token is high
     return [
         make_panel(
             partial(draw_lines, series=series, numbers=arm_numbers(result)), title=title, x="layer", y=unit, log=log

@@ -70,7 +70,8 @@ def compare(
     """Everything there is to say about the arms, as what JSON can hold. The first arm is the baseline.
 
     Args:
-        arms: finished runs by arm; see `check_arms` for what must agree.
+        arms: finished runs by arm; see `check_arms` for what must agree. Their models are moved to `device` and left
+            in evaluation mode.
         batches: the validation set, read once.
         options: how much to measure; None for the defaults.
         device: where the models run; None for the CPU.

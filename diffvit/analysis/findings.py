@@ -31,13 +31,19 @@ def findings(result: Result) -> list[str]:
     return found + list(_caveats(result, others))
 
 
+def signed(value: float, digits: int = 2) -> str:
+    """'+0.62' or '−0.15', with a minus sign and not a hyphen, which a line may be broken at."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
 def _accuracy(result: Result, name: str) -> str:
     baseline, found = result["baseline"], result["arms"][name]["top1_difference"]
-    interval = f"95 % interval {found['low']:+.2f} to {found['high']:+.2f}"
+    difference = f"{signed(found['difference'])} points"
+    interval = f"95 % interval {signed(found['low'])} to {signed(found['high'])}"
     if found["low"] <= 0 <= found["high"]:
-        return f"{name} is not shown to differ from {baseline} in top-1: {found['difference']:+.2f} points, {interval}."
+        return f"{name} is not shown to differ from {baseline} in top-1: {difference}, {interval}."
     better = "more" if found["difference"] > 0 else "less"
-    return f"{name} is {better} accurate than {baseline}: {found['difference']:+.2f} points of top-1, {interval}."
+    return f"{name} is {better} accurate than {baseline}: {difference} of top-1, {interval}."
 
 
 def _representations(result: Result, name: str) -> str:
@@ -74,7 +80,7 @@ def _attention(result: Result, name: str) -> Iterator[str]:
         if figure not in mine["noise"] or figure not in base["noise"]:
             continue
         ours, theirs = (_seeds(arm, figure) for arm in (mine, base))
-        if not ours or not theirs:
+        if not ours or not theirs or not any(ours + theirs):  # as mass on high-norm tokens where there are none
             continue
         if min(ours) > max(theirs) or max(ours) < min(theirs):
             apart.append(f"{words} ({_mean(ours):.3g} against {_mean(theirs):.3g})")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 Result = Mapping[str, Any]
 """What `compare` returns."""
@@ -55,6 +55,8 @@ def make_panel(
     axes.spines[["top", "right"]].set_visible(False)
     if log:
         axes.set_yscale("log")
+        for each in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            each(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     if x == "layer":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return Panel(text or f"{title}: {y} by {x}", figure)

@@ -13,8 +13,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from diffvit.analysis.figures import draw
-from diffvit.analysis.findings import findings
+from diffvit.analysis.findings import findings, signed
 from diffvit.analysis.panels import Panel, Result
+from diffvit.analysis.statistics import mean_and_std
 
 RESULT_NAME = "compare.json"
 REPORT_NAME = "report.html"
@@ -83,7 +84,7 @@ def render(result: Result, rows: Sequence[DrawnRow]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["spread"] = spread
+    environment.filters |= {"spread": spread, "signed": signed}
     arms: dict[str, Any] = result["arms"]
     return environment.get_template("report.html").render(
         result=result,
@@ -98,18 +99,18 @@ def render(result: Result, rows: Sequence[DrawnRow]) -> str:
     )
 
 
-def spread(values: dict[str, Any], digits: int) -> str:
+def spread(values: dict[str, Any], digits: int, times: float = 1) -> str:
     """'84.30 ± 0.21' of what `mean_and_std` gives, and the mean alone of a single run."""
     if values["mean"] is None:
         return "–"
-    mean = f"{values['mean']:.{digits}f}"
-    return mean if values["std"] is None else f"{mean} ± {values['std']:.{digits}f}"
+    mean = f"{times * values['mean']:.{digits}f}"
+    return mean if values["std"] is None else f"{mean} ± {times * values['std']:.{digits}f}"
 
 
-def _worsened(arm: dict[str, Any]) -> float:
-    """Mean top-1 over the kinds and severities of corruption."""
-    values = [severity["mean"] for kind in arm["robustness"].values() for severity in kind[1:]]
-    return float(sum(values) / len(values))
+def _worsened(arm: dict[str, Any]) -> dict[str, Any]:
+    """Each run's mean top-1 over the kinds and severities of corruption."""
+    values = [severity["per_seed"] for kind in arm["robustness"].values() for severity in kind[1:]]
+    return mean_and_std([sum(run) / len(run) for run in zip(*values, strict=True)])
 
 
 def _svg(panel: Panel) -> Image:
