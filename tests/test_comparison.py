@@ -13,20 +13,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
 from diffvit.analysis.arms import FinishedRun, check_arms, differences
 from diffvit.analysis.comparison import CompareOptions, compare
 from diffvit.analysis.curves import read_curves
 from diffvit.analysis.findings import findings
+from diffvit.analysis.finished_runs import load_run
 from diffvit.analysis.regroup import regroup
 from diffvit.analysis.report import render, spread, write_report
 from diffvit.analysis.robustness import CORRUPTIONS, corrupt
 from diffvit.analysis.similarity import Similarity
 from diffvit.analysis.speed import inference_speed
 from diffvit.analysis.statistics import calibration_error, mean_and_std, paired_bootstrap
-from diffvit.config import DataConfig, ModelConfig, OptimConfig, RunConfig
+from diffvit.config import DataConfig, ModelConfig, OptimConfig, RunConfig, to_json
 from diffvit.data.batches import SKIPPED_LABEL, Batch
+from diffvit.manifest import WEIGHTS_NAME, write_manifest
 from diffvit.models.vit import VisionTransformer
 
 SIDE = 12
@@ -174,6 +177,30 @@ def test_curves_come_back_in_order(tmp_path: Path) -> None:
     assert read_curves(tmp_path) == {"val/top1": [(3, 1.5), (5, 2.0), (7, 2.5)]}
     with pytest.raises(FileNotFoundError, match="holds no TensorBoard events"):
         read_curves(tmp_path / "nowhere")
+
+
+def test_a_run_comes_back_with_its_last_weights(tmp_path: Path) -> None:
+    run = make_run("diff", 3)
+    folder = tmp_path / run.config.name
+    last, best = folder / "checkpoint_2", folder / "checkpoint_1"
+    for checkpoint, model in ((best, make_run("diff", 4).model), (last, run.model)):
+        checkpoint.mkdir(parents=True)
+        save_file(model.state_dict(), checkpoint / WEIGHTS_NAME)
+        write_manifest(checkpoint, {})
+    (folder / "config.json").write_text(to_json(run.config))
+    results = {"status": "finished", "best": {"checkpoint": best.name}, "last": {"checkpoint": last.name}}
+    (folder / "results.json").write_text(json.dumps(results))
+    with SummaryWriter(str(folder / "tensorboard")) as writer:
+        writer.add_scalar("val/top1", 50.0, 9)
+    loaded = load_run(folder)
+    assert (loaded.seed, loaded.config, loaded.curves) == (3, run.config, {"val/top1": [(9, 50.0)]})
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], tensor)
+    (folder / "results.json").write_text(json.dumps(results | {"status": "interrupted"}))
+    with pytest.raises(ValueError, match=r"only finished runs can be compared, .* is interrupted"):
+        load_run(folder)
+    with pytest.raises(ValueError, match=r"not a finished run: it has no results\.json"):
+        load_run(tmp_path)
 
 
 def test_speed_is_told_as_a_ratio() -> None:
