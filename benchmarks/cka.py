@@ -100,7 +100,7 @@ def main() -> None:
     if options.reference:
         expected = in_own_process(full_batch, options, options.images).matrix
         console.print(
-            f"diffvit to the float64 full batch: at most {(ours[-1].matrix - expected).abs().max():.1e} apart"
+            f"diffvit to the float64 full batch: at most {(ours[-1].matrix - expected).abs().max():.2e} apart"
         )
 
 
