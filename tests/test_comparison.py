@@ -23,10 +23,10 @@ from diffvit.analysis.findings import findings
 from diffvit.analysis.finished_runs import load_run
 from diffvit.analysis.regroup import regroup
 from diffvit.analysis.report import render, spread, write_report
-from diffvit.analysis.robustness import CORRUPTIONS, corrupt
+from diffvit.analysis.robustness import CORRUPTIONS
 from diffvit.analysis.similarity import Similarity
 from diffvit.analysis.speed import inference_speed
-from diffvit.analysis.statistics import calibration_error, mean_and_std, paired_bootstrap
+from diffvit.analysis.statistics import mean_and_std
 from diffvit.config import DataConfig, ModelConfig, OptimConfig, RunConfig, to_json
 from diffvit.data.batches import SKIPPED_LABEL, Batch
 from diffvit.manifest import WEIGHTS_NAME, write_manifest
@@ -67,87 +67,6 @@ def result() -> dict[str, Any]:
         "V2": [make_run("diff_v2", seed, lr=2e-3) for seed in (0, 1)],
     }
     return compare(arms, make_batches(), OPTIONS)
-
-
-def test_mean_and_std_by_hand() -> None:
-    assert mean_and_std([1.0, 2.0, 6.0]) == {"per_seed": [1, 2, 6], "mean": 3, "std": pytest.approx(7**0.5)}
-    assert mean_and_std([4.0])["std"] is None
-    assert spread(mean_and_std([1.0, 2.0, 6.0]), 1) == "3.0 ± 2.6"
-    assert spread(mean_and_std([4.0]), 2) == "4.00"
-
-
-def test_calibration_error_by_hand() -> None:
-    confidence, correct = np.array([0.9, 0.6, 0.7, 0.8, 0.5]), np.array([1.0, 0.0, 1.0, 0.0, 1.0])
-    # sorted: (0.5, 1) (0.6, 0) (0.7, 1) | (0.8, 0) (0.9, 1): gaps of sums 0.2 and 0.7
-    assert calibration_error(confidence, correct, bins=2) == pytest.approx((0.2 + 0.7) / 5)
-    # a bin each: 0.5 + 0.6 + 0.3 + 0.8 + 0.1
-    assert calibration_error(confidence, correct, bins=15) == pytest.approx(2.3 / 5)
-
-
-def test_bootstrap_pairs_images() -> None:
-    generator = np.random.default_rng(0)
-    baseline = (generator.random((3, 400)) < 0.6).astype(float)
-    arm = baseline.copy()
-    arm[:, :40] = 1 - (1 - arm[:, :40]) * 0  # every one of 40 images right
-    gain = arm.mean() - baseline.mean()
-    found = paired_bootstrap(arm, baseline, same_seeds=True, resamples=400)
-    assert found.difference == pytest.approx(gain)
-    assert 0 < found.low < gain < found.high
-    shuffled = arm[:, generator.permutation(400)]
-    unpaired = paired_bootstrap(shuffled, baseline, same_seeds=True, resamples=400)
-    assert unpaired.high - unpaired.low > 1.5 * (found.high - found.low)
-    assert paired_bootstrap(arm, baseline, same_seeds=True, resamples=400) == found
-
-
-def test_bootstrap_resamples_seeds() -> None:
-    baseline = np.zeros((3, 50))
-    arm = np.repeat([[0.0], [0.0], [1.0]], 50, axis=1)  # one run is right everywhere
-    found = paired_bootstrap(arm, baseline, same_seeds=False, resamples=500)
-    assert (found.low, found.high) == (0, 1)
-    assert found.difference == pytest.approx(1 / 3)
-    noisy = np.repeat([[0.0], [0.5], [1.0]], 50, axis=1)
-    same = paired_bootstrap(noisy + 0.1, noisy, same_seeds=True, resamples=100)
-    assert (same.low, same.high) == pytest.approx((0.1, 0.1))  # seeds are drawn together
-    apart = paired_bootstrap(noisy + 0.1, noisy, same_seeds=False, resamples=100)
-    assert apart.low < -0.2 < 0.4 < apart.high
-
-
-def test_bootstrap_refuses_what_is_no_pair() -> None:
-    with pytest.raises(ValueError, match=r"got 2 runs x 5 images and 3 x 5"):
-        paired_bootstrap(np.zeros((2, 5)), np.zeros((3, 5)), same_seeds=True)
-    with pytest.raises(ValueError, match=r"same images"):
-        paired_bootstrap(np.zeros((2, 5)), np.zeros((2, 6)), same_seeds=False)
-
-
-@pytest.mark.parametrize("kind", CORRUPTIONS)
-def test_corruptions_repeat_and_grow(kind: Any) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (5, 3, 24, 24), dtype=np.uint8)
-    before = images.copy()
-    changes = []
-    for severity in (1, 2, 3):
-        worse = corrupt(images, kind, severity, patch_size=6, seed=1)
-        assert (worse.shape, worse.dtype) == (images.shape, np.uint8)
-        np.testing.assert_array_equal(worse, corrupt(images, kind, severity, patch_size=6, seed=1))
-        changes.append(np.abs(worse.astype(float) - images).mean())
-    assert 0 < changes[0] < changes[1] < changes[2]
-    np.testing.assert_array_equal(images, before)
-    with pytest.raises(ValueError, match="severity must be 1, 2 or 3, got 4"):
-        corrupt(images, kind, 4, patch_size=6, seed=1)
-
-
-def test_corruptions_by_hand() -> None:
-    grey = np.full((8, 1, 40, 40), 100, np.uint8)
-    noisy = corrupt(grey, "noise", 1, patch_size=10, seed=0).astype(float)
-    assert noisy.mean() == pytest.approx(100, abs=1)
-    assert noisy.std() == pytest.approx(0.08 * 255, rel=0.03)
-    covered = (corrupt(grey, "occlusion", 1, patch_size=10, seed=0) == 128)[:, 0, ::10, ::10]
-    assert (covered.sum(axis=(1, 2)) == 4).all()  # a quarter of 16 patches in every image
-    assert len({c.tobytes() for c in covered}) > 1
-    point = np.zeros((1, 1, 100, 100), np.uint8)
-    point[0, 0, 50, 50] = 255
-    spread_out = corrupt(point, "blur", 2, patch_size=10, seed=0)[0, 0].astype(float)
-    assert spread_out[50, 50] == pytest.approx(255 / (2 * np.pi * 3**2), abs=1)  # sigma 3
-    assert spread_out[50, 53] == pytest.approx(255 / (2 * np.pi * 3**2) * np.exp(-0.5), abs=1)
 
 
 @pytest.mark.parametrize(("used", "sizes"), [(16, [5, 5, 6]), (15, [5, 5, 5]), (19, [5, 5, 5, 4]), (18, [5, 5, 8]),
@@ -382,3 +301,9 @@ def test_the_report_says_what_was_found(result: dict[str, Any]) -> None:
 def test_options_are_checked(field: str) -> None:
     with pytest.raises(ValueError, match=rf"{field} must be at least \d, got 0"):
         CompareOptions(**{field: 0})
+
+
+def test_a_spread_in_words() -> None:
+    assert spread(mean_and_std([1.0, 2.0, 6.0]), 1) == "3.0 ±\u00a02.6"
+    assert spread(mean_and_std([0.125]), 2, 100) == "12.50"
+    assert spread({"mean": None, "std": None}, 2) == "–"

@@ -100,11 +100,11 @@ def render(result: Result, rows: Sequence[DrawnRow]) -> str:
 
 
 def spread(values: dict[str, Any], digits: int, times: float = 1) -> str:
-    """'84.30 ± 0.21' of what `mean_and_std` gives, and the mean alone of a single run."""
+    """'84.30 ± 0.21' (no line is broken behind ±) of what `mean_and_std` gives, and the mean alone of a single run."""
     if values["mean"] is None:
         return "–"
     mean = f"{times * values['mean']:.{digits}f}"
-    return mean if values["std"] is None else f"{mean} ± {times * values['std']:.{digits}f}"
+    return mean if values["std"] is None else f"{mean} ±\u00a0{times * values['std']:.{digits}f}"
 
 
 def _worsened(arm: dict[str, Any]) -> dict[str, Any]:
