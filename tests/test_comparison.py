@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
+from diffvit.analysis import speed
 from diffvit.analysis.arms import FinishedRun, check_arms, differences
 from diffvit.analysis.comparison import CompareOptions, compare
 from diffvit.analysis.curves import read_curves
@@ -25,7 +26,6 @@ from diffvit.analysis.regroup import regroup
 from diffvit.analysis.report import render, spread, write_report
 from diffvit.analysis.robustness import CORRUPTIONS
 from diffvit.analysis.similarity import Similarity
-from diffvit.analysis.speed import inference_speed
 from diffvit.analysis.statistics import mean_and_std
 from diffvit.config import DataConfig, ModelConfig, OptimConfig, RunConfig, to_json
 from diffvit.data.batches import SKIPPED_LABEL, Batch
@@ -122,21 +122,26 @@ def test_a_run_comes_back_with_its_last_weights(tmp_path: Path) -> None:
         load_run(tmp_path)
 
 
-def test_speed_is_told_as_a_ratio() -> None:
-    class Slow(torch.nn.Module):
-        def __init__(self, times: int) -> None:
+def test_speed_is_told_as_a_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = {"now": 0.0, "calls": 0}
+
+    class Costs(torch.nn.Module):
+        def __init__(self, seconds: float) -> None:
             super().__init__()
-            self.times = times
+            self.seconds = seconds
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for _ in range(self.times):
-                x = x @ torch.eye(120)
+            clock["now"] += self.seconds * (1 + clock["calls"] // 2)  # the machine is slower in every round
+            clock["calls"] += 1
             return x
 
-    found = inference_speed({"one": Slow(20), "ten": Slow(200)}, torch.randn(7, 120), rounds=9)
-    assert found["one"]["ratio_to_first"] == {"median": 1, "low": 1, "high": 1}
-    assert 4 < found["ten"]["ratio_to_first"]["median"] < 25
-    assert found["one"]["images_per_second"] > 2 * found["ten"]["images_per_second"]
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock["now"])
+    found = speed.inference_speed({"one": Costs(0.5), "three": Costs(1.5)}, torch.zeros(7, 2), rounds=5)
+    assert clock["calls"] == 2 * (1 + 5)
+    assert found["one"]["ratio_to_first"] == pytest.approx({"median": 1, "low": 1, "high": 1})
+    assert found["three"]["ratio_to_first"] == pytest.approx({"median": 3, "low": 3, "high": 3})
+    # rounds are 2 to 6 times as slow as the one that is not counted: 2 s of 7 images in the median
+    assert found["one"]["images_per_second"] == pytest.approx(7 / 2)
 
 
 def test_similarity_tells_floor_from_arms() -> None:
