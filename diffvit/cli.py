@@ -6,12 +6,15 @@ import dataclasses
 import difflib
 import sys
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import tyro
 
 from diffvit.config import RunConfig, from_json
 from diffvit.recipes import DEFAULT_RECIPE, RECIPES
+
+if TYPE_CHECKING:
+    from diffvit.compare import CompareConfig
 
 T = TypeVar("T")
 
@@ -24,13 +27,8 @@ def parse_run_config(description: str, arguments: list[str] | None = None) -> Ru
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return tyro.cli(
-            RunConfig,
-            default=_take_default(arguments),
-            args=arguments,
-            description=f"{description}\n\nRecipes, the first argument:\n{_recipe_list()}\n"
-            "\nOr --config FILE, the config.json of an earlier run.",
-        )
+        default = _take_default(arguments)
+        return tyro.cli(RunConfig, default=default, args=arguments, description=_described(description))
     except ValueError as error:
         fail(str(error))
 
@@ -49,6 +47,18 @@ def parse_finetune_config(description: str, arguments: list[str] | None = None) 
         elif not {"-h", "--help"} & set(arguments):
             raise ValueError("init.weights is missing: the run, checkpoint or .safetensors file to start from")
         return tyro.cli(RunConfig, default=default, args=arguments, description=description)
+    except ValueError as error:
+        fail(str(error))
+
+
+def parse_compare_config(description: str, arguments: list[str] | None = None) -> CompareConfig:
+    """The comparison that the command line asks for: a recipe's options, and those of `CompareConfig`."""
+    from diffvit.compare import CompareConfig
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        default = CompareConfig(_take_default(arguments))
+        return tyro.cli(CompareConfig, default=default, args=arguments, description=_described(description))
     except ValueError as error:
         fail(str(error))
 
@@ -115,6 +125,13 @@ def _value_of(option: str, arguments: list[str]) -> str:
         if name == option:
             return value if equals else (arguments[place + 1] if place + 1 < len(arguments) else "")
     return ""
+
+
+def _described(description: str) -> str:
+    return (
+        f"{description}\n\nRecipes, the first argument:\n{_recipe_list()}\n"
+        "\nOr --config FILE, the config.json of an earlier run."
+    )
 
 
 def _recipe_list() -> str:

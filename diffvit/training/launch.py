@@ -29,7 +29,7 @@ from diffvit.training.cluster import connect, require_resources
 from diffvit.training.loop import RunStopped, Worker, fit
 from diffvit.training.run_folder import open_run, summarise, write_results
 
-__all__ = ["RunStopped", "TrainingFailedError", "train"]
+__all__ = ["RunStopped", "TrainingFailedError", "resolve", "train"]
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -45,7 +45,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     dataset = open_dataset(config.data)
-    config = _resolve(config, dataset)
+    config = resolve(config, dataset)
     train_plan, _ = _plans(config, dataset)
     _require_weights(config)
     earlier = open_run(config)
@@ -75,7 +75,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     return results
 
 
-def _resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
+def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     """Fill in what the data decides, and make paths hold in the workers' own working directories."""
     found, asked = len(dataset.classes), config.model.num_classes
     if asked not in (0, found):
