@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import tyro
 
@@ -13,6 +14,9 @@ from diffvit.config import RunConfig, from_json
 from diffvit.recipes import DEFAULT_RECIPE, RECIPES
 from diffvit.search.config import SearchConfig, SweepConfig
 from diffvit.search.space import Space
+
+if TYPE_CHECKING:
+    from diffvit.compare import CompareConfig
 
 T = TypeVar("T")
 
@@ -49,6 +53,52 @@ def parse_sweep_config(description: str, arguments: list[str] | None = None) -> 
         fail(str(error))
 
 
+def parse_finetune_config(description: str, arguments: list[str] | None = None) -> RunConfig:
+    """As `parse_run_config`, from the recipe `finetune` and the model whose weights `--init.weights` names."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        default = _take_default(["finetune", *arguments]) if not _names_config(arguments) else _take_default(arguments)
+        weights = _value_of("--init.weights", arguments) or default.init.weights
+        if weights:
+            from diffvit.models.pretrained import shape_of  # imports torch, which takes seconds
+
+            model = shape_of(weights)
+            default = dataclasses.replace(default, model=model, init=dataclasses.replace(default.init, weights=weights))
+        elif not {"-h", "--help"} & set(arguments):
+            raise ValueError("init.weights is missing: the run, checkpoint or .safetensors file to start from")
+        return tyro.cli(RunConfig, default=default, args=arguments, description=description)
+    except ValueError as error:
+        fail(str(error))
+
+
+def parse_compare_config(description: str, arguments: list[str] | None = None) -> CompareConfig:
+    """The comparison that the command line asks for: a recipe's options, and those of `CompareConfig`."""
+    from diffvit.compare import CompareConfig
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        default = CompareConfig(_take_default(arguments))
+        return tyro.cli(CompareConfig, default=default, args=arguments, description=_described(description))
+    except ValueError as error:
+        fail(str(error))
+
+
+def run_training(config: RunConfig) -> None:
+    """Train, or continue, the run, say how it ended, and end the job."""
+    from diffvit.console import print_results  # after the options are found good: these imports take seconds
+    from diffvit.training.launch import RunStopped, TrainingFailedError, train
+
+    try:
+        results = train(config)
+    except ValueError as error:
+        fail(str(error), status=2)
+    except (RunStopped, TrainingFailedError) as error:
+        fail(str(error), status=1)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from the last checkpoint", status=130)
+    print_results(config.folder, results)
+
+
 def parse_options(kind: type[T], description: str, arguments: list[str] | None = None) -> T:
     """The options of a job that trains nothing, from `kind`'s fields; ends like `parse_run_config`."""
     try:
@@ -83,6 +133,18 @@ def _take_default(arguments: list[str]) -> RunConfig:
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"unknown recipe {recipe!r}{hint} (there are {', '.join(RECIPES)})")
     return RECIPES[recipe]()
+
+
+def _names_config(arguments: list[str]) -> bool:
+    return any(argument.partition("=")[0] == "--config" for argument in arguments)
+
+
+def _value_of(option: str, arguments: list[str]) -> str:
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            return value if equals else (arguments[place + 1] if place + 1 < len(arguments) else "")
+    return ""
 
 
 def _described(description: str) -> str:

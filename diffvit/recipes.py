@@ -73,10 +73,33 @@ def folder() -> RunConfig:
     )
 
 
+def finetune() -> RunConfig:
+    """What ray_jobs/finetune.py starts from: few epochs, a small rate that shrinks from block to block.
+
+    Source: BEiT's fine-tuning of ViT-B (arXiv 2106.08254): AdamW, layer-wise decay 0.75, weight decay 0.05, smoothing
+    0.1, drop path 0.1 (here 0); the rate is lower for batches of 128.
+    """
+    return RunConfig(
+        name="finetune",
+        data=DataConfig(path=""),
+        augment=AugmentConfig(crop="inception", crop_scale=(0.3, 1.0)),
+        optim=OptimConfig(
+            epochs=20,
+            batch_size=128,
+            lr=5e-4,
+            warmup_epochs=2,
+            layer_decay=0.75,
+            weight_decay=0.05,
+            label_smoothing=0.1,
+        ),
+    )
+
+
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "sample": sample,
     "sample-vit": sample_vit,
     "sample-v2": sample_v2,
     "folder": folder,
+    "finetune": finetune,
 }
 DEFAULT_RECIPE = "sample"

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from diffvit.config.checks import STRICT, require
 from diffvit.config.data import AugmentConfig, DataConfig
+from diffvit.config.init import InitConfig
 from diffvit.config.model import ModelConfig
 from diffvit.config.training import CheckpointConfig, OptimConfig, ScaleConfig
 
@@ -29,6 +30,7 @@ class RunConfig:
     """Continue a run of that name; with --no-resume a name that exists is refused."""
     seed: int = 0
     """Initialisation, order of samples, augmentation and drop path all derive from it."""
+    init: InitConfig = field(default_factory=InitConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -67,6 +69,11 @@ class RunConfig:
             not (self.augment.mixup or self.augment.cutmix) or (micro or share) % 2 == 0,
             "augment.mixup and augment.cutmix mix pairs of images, so a worker's micro-batch must be even, "
             f"got {micro or share}",
+        )
+
+        require(
+            not self.init.gate_opening_steps or self.model.variant == "diff_v2",
+            f"init.gate_opening_steps is for model.variant = 'diff_v2', got {self.model.variant!r}",
         )
 
     @property

@@ -30,6 +30,9 @@ class OptimConfig:
     """AdamW's decay of the gradient average."""
     beta2: float = 0.999
     """AdamW's decay of the squared-gradient average."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each block to the one before it (arXiv 2106.08254); 1 for the same rate
+    everywhere, 0.65 to 0.85 for fine-tuning."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 for no clipping."""
     label_smoothing: float = 0.0
@@ -45,6 +48,7 @@ class OptimConfig:
             0.0 <= self.warmup_epochs <= self.epochs,
             f"optim.warmup_epochs must be between 0 and optim.epochs = {self.epochs}, got {self.warmup_epochs}",
         )
+        require(0.0 < self.layer_decay <= 1.0, f"optim.layer_decay must be in (0, 1], got {self.layer_decay}")
         require(0.0 <= self.min_lr_ratio <= 1.0, f"optim.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
         for name in ("weight_decay", "clip_norm"):
             require(getattr(self, name) >= 0, f"optim.{name} must not be negative, got {getattr(self, name)}")

@@ -86,6 +86,11 @@ class Attention(nn.Module):
         q, k, _ = self._heads(x_BND)
         return AttentionMaps(softmax_map(q, k))
 
+    def attention_logits(self, x_BND: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` takes the softmax of, (B, H, N, N); a tuple of one, because other variants have two maps."""
+        q, k, _ = self._heads(x_BND)
+        return (scaled_scores(q, k),)
+
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # unbind, not chunk: its backward fills one tensor row by row, the cheapest of the equivalents.
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
@@ -145,6 +150,11 @@ class DiffAttention(nn.Module):
         q1, k1, q2, k2, _ = self._heads(x_BND)
         return AttentionMaps(softmax_map(q1, k1), softmax_map(q2, k2), self.current_lambda())
 
+    def attention_logits(self, x_BND: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` takes the softmax of in each of the two maps, (B, H, N, N) each."""
+        q1, k1, q2, k2, _ = self._heads(x_BND)
+        return scaled_scores(q1, k1), scaled_scores(q2, k2)
+
     def current_lambda(self) -> Tensor:
         """Lambda, a scalar tensor, computed in float32 or better."""
         q1, k1, q2, k2 = (
@@ -181,6 +191,9 @@ class DiffAttentionV2(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(embed_dim, 4 * embed_dim, bias=qkv_bias)
         self.lambda_proj = nn.Linear(embed_dim, num_heads, bias=False)
+        # a factor of the gate, 1 but while a converted plain ViT grows its second map (models/convert.py)
+        self.gate_opening: Tensor
+        self.register_buffer("gate_opening", torch.ones(()), persistent=False)
         self.proj = nn.Linear(embed_dim, embed_dim, bias=proj_bias)
 
     def forward(self, x_BND: Tensor) -> Tensor:
@@ -192,8 +205,14 @@ class DiffAttentionV2(nn.Module):
         q1, k1, q2, k2, _ = self._heads(x_BND)
         return AttentionMaps(softmax_map(q1, k1), softmax_map(q2, k2), self._gate(x_BND))
 
+    def attention_logits(self, x_BND: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` takes the softmax of in each of the two maps, (B, H, N, N) each."""
+        q1, k1, q2, k2, _ = self._heads(x_BND)
+        return scaled_scores(q1, k1), scaled_scores(q2, k2)
+
     def _gate(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(_in_full_precision(self.lambda_proj(x))).transpose(1, 2).unsqueeze(-1)
+        gate = torch.sigmoid(_in_full_precision(self.lambda_proj(x))) * self.gate_opening
+        return gate.transpose(1, 2).unsqueeze(-1)
 
     def _heads(self, x: Tensor) -> TwoMaps:
         qkv = self.qkv(x)
@@ -228,8 +247,13 @@ def subtract_outputs(maps: TwoMaps, weight: Tensor) -> Tensor:
 
 def softmax_map(q: Tensor, k: Tensor) -> Tensor:
     """softmax(q k' / sqrt K), (..., N, N), in float32 or better also where autocast gives half-precision scores."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    return _in_full_precision(scores).softmax(dim=-1)
+    return _in_full_precision(scaled_scores(q, k)).softmax(dim=-1)
+
+
+def scaled_scores(q: Tensor, k: Tensor) -> Tensor:
+    """Q k' / sqrt K, (..., N, N)."""
+    scores: Tensor = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return scores
 
 
 def _in_full_precision(t: Tensor) -> Tensor:

@@ -123,6 +123,12 @@ class VisionTransformer(nn.Module):
         found |= {"norm": x, "pooled": self.pool(x)}
         return {name: activation for name, activation in found.items() if name in wanted}
 
+    def open_gates(self, opening: float) -> None:
+        """How far the second maps of V2 are let in, 0 to 1; see `diffvit.models.convert`."""
+        for module in self.modules():
+            if isinstance(module, DiffAttentionV2):
+                module.gate_opening.fill_(opening)
+
     def attention_maps(self, images_BCSS: Tensor) -> list[AttentionMaps]:
         """The attention maps of every block on these images."""
         maps, x = [], self.embed(images_BCSS)

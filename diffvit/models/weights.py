@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffvit.manifest import MANIFEST_NAME, WEIGHTS_NAME, read_manifest
+from diffvit.models.convert import convert_plain, is_plain
 from diffvit.models.vit import VisionTransformer, resample_positions
 
+HUB = "hf-hub:"
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 _UNILM_NAMES = {"out_proj": "proj", "o_proj": "proj", "subln": "sub_norm"}
 """unilm's names of what is not Q, K or V: V1's output projection, V2's, V1's norm."""
@@ -32,23 +34,34 @@ class LoadReport:
     """Position embeddings brought to the model's grid."""
     replaced: tuple[str, ...] = ()
     """Parameters of the classifier that were left as initialised."""
+    converted: bool = False
+    """Whether they were a plain ViT's and the model is not."""
 
 
 def load_weights(
-    model: VisionTransformer, source: str | Path | Mapping[str, Tensor], *, replace_head: bool = False
+    model: VisionTransformer,
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    replace_head: bool = False,
+    from_plain: bool = False,
 ) -> LoadReport:
     """Load `source` into `model`.
 
     Args:
         model: changed only if everything fits.
-        source: a run's folder (its best checkpoint), a checkpoint's folder, a .safetensors file, or a state dict.
-            timm's names are ours; unilm's separate q/k/v projections are joined; positions of another grid resampled.
+        source: a run's folder (its best checkpoint), a checkpoint's folder, a .safetensors file, hf-hub:OWNER/NAME (its
+            model.safetensors, where huggingface_hub is installed), or a state dict. timm's names are ours; unilm's
+            separate q/k/v projections are joined; positions of another grid resampled.
         replace_head: leave the classifier as initialised where the source has one of another size, or none.
+        from_plain: convert a plain ViT's weights where the model is differential (`diffvit.models.convert`).
 
     Raises:
         ValueError: `source` is nothing of these, is damaged, or does not fit; every name that does not is listed.
     """
     weights = join_unilm_projections(dict(_read(source)))
+    converted = from_plain and model.config.variant != "softmax" and is_plain(weights)
+    if converted:
+        weights = convert_plain(weights, model)
     own = model.state_dict()
     resampled = _resample_positions(weights, own, model)
     replaced = []
@@ -59,12 +72,14 @@ def load_weights(
                 del weights[name]
     _require_fit(weights, own, replaced)
     model.load_state_dict({**own, **weights})
-    return LoadReport(tuple(resampled), tuple(replaced))
+    return LoadReport(tuple(resampled), tuple(replaced), converted)
 
 
 def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if isinstance(source, Mapping):
         return source
+    if str(source).startswith(HUB):
+        return _read_safetensors(_download(str(source).removeprefix(HUB)))
     path = Path(source).expanduser()
     if path.is_dir():
         return _read_folder(path)
@@ -113,6 +128,18 @@ def _checkpoint_of_run(run: Path) -> Path:
     if not name:
         raise ValueError(f"run {run} has saved no checkpoint yet")
     return Path(run, name)
+
+
+def _download(name: str) -> Path:
+    """`model.safetensors` of a model on the Hugging Face hub, in its cache."""
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise ValueError(f"{HUB}{name} needs huggingface_hub: pip install 'diffvit[timm]'") from None
+    try:
+        return Path(hf_hub_download(name, WEIGHTS_NAME))
+    except Exception as error:  # no network, no such model, no such file: each has a type of its own
+        raise ValueError(f"{HUB}{name} cannot be fetched: {error}") from None
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -22,6 +22,8 @@ from diffvit.data.loader import EVAL_BATCH_SIZE, BatchLoader
 from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.sources import SAMPLE, Dataset, open_dataset
 from diffvit.data.stream import RayStream
+from diffvit.models.vit import VisionTransformer
+from diffvit.models.weights import HUB, load_weights
 from diffvit.training.checkpoint import checkpoint_name
 from diffvit.training.cluster import connect, require_resources
 from diffvit.training.loop import RunStopped, Worker, fit
@@ -45,6 +47,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     dataset = open_dataset(config.data)
     config = resolve(config, dataset)
     train_plan, _ = _plans(config, dataset)
+    _require_weights(config)
     earlier = open_run(config)
     if earlier is not None and earlier["status"] == "finished":
         return earlier
@@ -95,13 +98,23 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     path = config.data.path
     if path != SAMPLE and "://" not in path:
         path = str(Path(path).expanduser().absolute())
+    weights = config.init.weights
+    if weights and not weights.startswith(HUB):
+        weights = str(Path(weights).expanduser().absolute())
     mean, std = (config.data.mean, config.data.std) if config.data.mean else _channel_statistics(config, dataset)
     return dataclasses.replace(
         config,
         storage=str(config.folder.parent),
         data=dataclasses.replace(config.data, path=path, mean=mean, std=std, classes=dataset.classes),
+        init=dataclasses.replace(config.init, weights=weights),
         model=dataclasses.replace(config.model, num_classes=found),
     )
+
+
+def _require_weights(config: RunConfig) -> None:
+    """Load what the run starts from once before any worker does."""
+    if config.init.weights:
+        load_weights(VisionTransformer(config.model), config.init.weights, replace_head=True, from_plain=True)
 
 
 def _channel_statistics(config: RunConfig, dataset: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:

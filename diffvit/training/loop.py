@@ -23,6 +23,7 @@ from diffvit.config import RunConfig
 from diffvit.data.batches import Batch, Stream
 from diffvit.data.order import EvalPlan, TrainPlan, step_seed
 from diffvit.models.vit import VisionTransformer
+from diffvit.models.weights import load_weights
 from diffvit.training.audit import Audit
 from diffvit.training.checkpoint import TrainState, checkpoint_name, load_checkpoint, save_checkpoint
 from diffvit.training.evaluation import autocast, evaluate, to_device
@@ -71,6 +72,7 @@ def fit(config: RunConfig, train_plan: TrainPlan, eval_plan: EvalPlan, stream: S
     every_minutes = config.checkpoint.every_minutes or float("inf")
 
     while state.step < train_plan.total_steps:
+        _open_gates(config, state)
         grad_norms.append(_take_step(config, train_plan, model, state, batches, sums, worker))
         ends_epoch = state.step % train_plan.steps_per_epoch == 0
         saves = ends_epoch or state.step % (config.checkpoint.every_steps or train_plan.total_steps) == 0
@@ -96,7 +98,13 @@ def fit(config: RunConfig, train_plan: TrainPlan, eval_plan: EvalPlan, stream: S
 def _start(config: RunConfig, plan: TrainPlan, worker: Worker) -> TrainState:
     """The state before the first step, or that of the checkpoint in hand."""
     torch.manual_seed(config.seed)
-    model = VisionTransformer(config.model).to(worker.device)
+    model = VisionTransformer(config.model)
+    if worker.checkpoint is None and config.init.weights:
+        load_weights(model, config.init.weights, replace_head=True, from_plain=True)
+    if config.init.train == "head":
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+    model = model.to(worker.device)
     optimizer = build_optimizer(model, config.optim)
     schedule = build_schedule(optimizer, config.optim, plan.steps_per_epoch)
     state = TrainState(model, optimizer, schedule, build_ema(model, config.optim.ema_decay))
@@ -107,6 +115,15 @@ def _start(config: RunConfig, plan: TrainPlan, worker: Worker) -> TrainState:
             raise RunStopped(str(error)) from None
     state.world_sizes.append(worker.workers)
     return state
+
+
+def _open_gates(config: RunConfig, state: TrainState) -> None:
+    """Let the second maps of a converted plain ViT in, a little more each step."""
+    steps = config.init.gate_opening_steps
+    if state.step <= steps and steps:
+        state.model.open_gates(state.step / steps)
+        if state.ema is not None:
+            state.evaluated_model.open_gates(state.step / steps)
 
 
 def _replicate(model: nn.Module, worker: Worker) -> nn.Module:

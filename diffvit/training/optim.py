@@ -15,17 +15,39 @@ _NOT_DECAYED = ("pos_embed", "cls_token", "reg_token")
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
-    """AdamW (arXiv 1711.05101) that decays matrices and convolutions only.
+    """AdamW (arXiv 1711.05101) over what is not frozen; it decays matrices and convolutions only.
 
     Biases, norms, lambda vectors and LayerScale (all with one dimension), tokens and position embeddings are not
-    decayed, as in DeiT and Big Vision.
+    decayed, as in DeiT and Big Vision. With `layer_decay` each block learns slower than the one above it (BEiT, arXiv
+    2106.08254): the classifier and the last norm at the full rate, block i of L at layer_decay^(L - i), and what comes
+    before the blocks at layer_decay^(L + 1).
     """
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        (kept if parameter.ndim < 2 or name in _NOT_DECAYED else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    depth = 1 + max((_layer(name) for name, _ in model.named_parameters()), default=0)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters:
+        layer = _layer(name, depth) if config.layer_decay < 1 else depth
+        groups.setdefault((layer, parameter.ndim >= 2 and name not in _NOT_DECAYED), []).append(parameter)
+    return AdamW(
+        [
+            {
+                "params": members,
+                "weight_decay": config.weight_decay if decays else 0.0,
+                "lr": config.lr * config.layer_decay ** (depth - layer),
+            }
+            for (layer, decays), members in sorted(groups.items(), key=lambda item: (-item[0][0], -item[0][1]))
+        ],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        fused=True,
+    )
+
+
+def _layer(name: str, above: int = 0) -> int:
+    """Number of the block that a parameter belongs to; -1 for what comes before the blocks, `above` for what after."""
+    if name.startswith("blocks."):
+        return int(name.split(".")[1])
+    return -1 if name in _NOT_DECAYED or name.startswith("patch_embed") else above
 
 
 def lr_ratio(step: int, total_steps: int, warmup_steps: int, min_ratio: float) -> float:

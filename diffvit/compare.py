@@ -1,0 +1,167 @@
+"""Plain ViT, V1 and V2 under one recipe: train the arms over the cluster, then ask them all about the same images.
+
+<out>/runs/<arm>-seed<k>/   ordinary runs; an arm that is trained already is taken as it is
+<out>/compare.json, report.html, figures/, tensorboard/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import ray
+import torch
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+
+from diffvit.analysis.arms import FinishedRun
+from diffvit.analysis.comparison import CompareOptions, compare
+from diffvit.analysis.figures import draw
+from diffvit.analysis.finished_runs import load_run
+from diffvit.analysis.report import write_report
+from diffvit.config import ModelConfig, RunConfig, from_json, to_json
+from diffvit.data.batches import Batch
+from diffvit.data.loader import EVAL_BATCH_SIZE, BatchLoader
+from diffvit.data.order import EvalPlan
+from diffvit.data.prepare import Progress
+from diffvit.data.sources import Dataset, open_dataset
+from diffvit.training.alone import train_alone
+from diffvit.training.launch import resolve
+from diffvit.training.loop import RunStopped
+
+_ARM_NAMES = {"softmax": "plain ViT", "diff": "Diff-ViT V1", "diff_v2": "Diff-ViT V2"}
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Which runs are compared, or what the arms are trained by."""
+
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    """The recipe of the arms; its variant only says how many heads are meant."""
+    out: str = "comparison"
+    """The folder of the comparison."""
+    runs: tuple[str, ...] = ()
+    """Finished runs to compare; empty: train the arms."""
+    seeds: int = 3
+    """Runs of each arm, with seeds 0, 1, …"""
+    concurrent: int = 0
+    """Arms that train side by side; 0 for as many as the cluster has CPUs (with --scale.gpu: GPUs) for."""
+    compare: CompareOptions = field(default_factory=CompareOptions)
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        if self.concurrent < 0:
+            raise ValueError(f"concurrent must not be negative, got {self.concurrent}")
+
+
+def run_comparison(config: CompareConfig, progress: Progress) -> Path:
+    """Compare, on the connected cluster; the path of the report.
+
+    Raises:
+        ValueError: runs or a recipe that cannot be compared.
+        RunStopped: an arm could not be trained; the others are, and the same call goes on.
+    """
+    out = Path(config.out).expanduser().absolute()
+    folders = [Path(run).expanduser() for run in config.runs] or train_arms(config, out / "runs", progress)
+    arms: dict[str, list[FinishedRun]] = {}
+    for folder in folders:
+        run = load_run(folder)
+        arms.setdefault(_name(run, arms), []).append(run)
+    first = next(iter(arms.values()))[0].config
+    dataset = open_dataset(first.data)
+    device = torch.device("cuda" if config.run.scale.gpu else "cpu")
+    images = len(dataset.val)
+    batches = validation_batches(first, dataset)
+    result = compare(arms, batches, config.compare, device, lambda seen: progress("comparing", seen, images))
+    _write_tensorboard(result, out / "tensorboard")
+    return write_report(result, out)
+
+
+def _name(run: FinishedRun, arms: dict[str, list[FinishedRun]]) -> str:
+    """The arm of the same config but for the seed, else a new one named after the variant."""
+    for name, runs in arms.items():
+        if dataclasses.replace(runs[0].config, **_OWN) == dataclasses.replace(run.config, **_OWN):
+            return name
+    name = _ARM_NAMES[run.config.model.variant]
+    return name if name not in arms else f"{name} ({run.config.name})"
+
+
+_OWN: dict[str, Any] = {"seed": 0, "name": "run", "storage": "runs"}
+
+
+def arm_configs(recipe: RunConfig) -> dict[str, RunConfig]:
+    """The recipe for each variant: as many maps in V1 as the plain ViT has heads, and as many parameters in all.
+
+    V2 has D^2 more in the queries of each block; its MLP gives up as many (`mlp_ratio` - 0.5, since an MLP has 2 D^2
+    `mlp_ratio`).
+    """
+    model = recipe.model
+    heads = 2 * model.num_heads if model.variant == "diff" else model.num_heads
+    if heads % 2:
+        raise ValueError(f"V1 takes half the plain model's heads, so model.num_heads must be even, got {heads}")
+    mlp_ratio = model.mlp_ratio + (0.5 if model.variant == "diff_v2" else 0)
+    shapes: dict[str, ModelConfig] = {
+        "plain": dataclasses.replace(model, variant="softmax", num_heads=heads, mlp_ratio=mlp_ratio),
+        "v1": dataclasses.replace(model, variant="diff", num_heads=heads // 2, mlp_ratio=mlp_ratio),
+        "v2": dataclasses.replace(model, variant="diff_v2", num_heads=heads, mlp_ratio=mlp_ratio - 0.5),
+    }
+    scale = dataclasses.replace(recipe.scale, workers=1)
+    return {arm: dataclasses.replace(recipe, model=shape, scale=scale) for arm, shape in shapes.items()}
+
+
+def train_arms(config: CompareConfig, storage: Path, progress: Progress) -> list[Path]:
+    """Train every arm under every seed, each in a process of its own; their folders, the plain ViT's first."""
+    dataset = open_dataset(config.run.data)
+    configs = [
+        resolve(dataclasses.replace(arm, name=f"{name}-seed{seed}", storage=str(storage), seed=seed), dataset)
+        for name, arm in arm_configs(config.run).items()
+        for seed in range(config.seeds)
+    ]
+    data, gpu = ray.put(dataset), config.run.scale.gpu
+    options: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if gpu else 0, "max_retries": config.run.scale.max_failures}
+    train_arm = ray.remote(**options)(_train_arm)
+    limit = config.concurrent or int(ray.cluster_resources().get("GPU" if gpu else "CPU", 1))
+    # seed by seed, so that a comparison that is cut has whole seeds
+    waiting = sorted(range(len(configs)), key=lambda place: configs[place].seed)
+    running: dict[Any, RunConfig] = {}
+    stopped: list[str] = []
+    progress("training", 0, len(configs))
+    while waiting or running:
+        while waiting and len(running) < limit:
+            chosen = configs[waiting.pop(0)]
+            running[train_arm.remote(to_json(chosen), data)] = chosen
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        finished = running.pop(done)
+        reason = ray.get(done)
+        if reason:
+            stopped.append(f"{finished.name}: {reason}")
+        progress("training", len(configs) - len(waiting) - len(running), len(configs))
+    if stopped:
+        raise RunStopped(f"{len(stopped)} of {len(configs)} runs stopped: {'; '.join(stopped)}")
+    return [arm.folder for arm in configs]
+
+
+def _train_arm(config: str, dataset: Dataset) -> str | None:
+    """Train one run; why it stopped, or None. Returned and not raised, because Ray would try again."""
+    torch.set_num_threads(1)  # many runs share a machine, one to a CPU
+    try:
+        train_alone(from_json(config, "arm"), dataset)
+    except RunStopped as stop:
+        return str(stop)
+    return None
+
+
+def validation_batches(config: RunConfig, dataset: Dataset) -> Iterator[Batch]:
+    """Every validation image once, in this process."""
+    plan = EvalPlan(len(dataset.val), EVAL_BATCH_SIZE)
+    return map(BatchLoader(config, dataset.val, plan), range(plan.num_rows))
+
+
+def _write_tensorboard(result: dict[str, Any], folder: Path) -> None:
+    with SummaryWriter(str(folder)) as writer:
+        for row in draw(result):
+            writer.add_figure(f"comparison/{row.name}", [panel.figure for panel in row.panels], 0)

@@ -1,0 +1,31 @@
+"""Compare plain ViT, V1 and V2: train them under one recipe and several seeds, or take finished runs (--runs A B …)."""
+
+from __future__ import annotations
+
+from diffvit.cli import fail, parse_compare_config
+
+
+def main() -> None:
+    config = parse_compare_config(__doc__ or "")
+
+    from diffvit.compare import run_comparison  # after the options are found good: these imports take seconds
+    from diffvit.progress import Progress
+    from diffvit.training.cluster import connect
+    from diffvit.training.loop import RunStopped
+
+    try:
+        if not config.runs:
+            connect()
+        with Progress() as progress:
+            report = run_comparison(config, progress.show)
+    except ValueError as error:
+        fail(str(error), status=2)
+    except RunStopped as error:
+        fail(str(error), status=1)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on with the runs that are not finished", status=130)
+    print(f"report: {report}\ncurves: tensorboard --logdir {report.parent}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The comparison as a user runs it: arms that differ as stated, trained once, and a report of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import ray
+from conftest import with_fields
+
+from diffvit.analysis.comparison import CompareOptions
+from diffvit.compare import CompareConfig, arm_configs, run_comparison
+from diffvit.config import RunConfig, differing_fields
+from diffvit.models.vit import VisionTransformer
+from diffvit.recipes import RECIPES
+from diffvit.training.loop import RunStopped
+
+QUICK = CompareOptions(batch_size=8, resamples=50, speed_rounds=2)
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize("recipe", ["sample", "sample-vit", "sample-v2", "folder"])
+def test_arms_have_the_same_parameters_and_recipe(recipe: str) -> None:
+    arms = arm_configs(RECIPES[recipe]())
+    counts = {
+        name: sum(p.numel() for p in VisionTransformer(dataclasses.replace(arm.model, num_classes=10)).parameters())
+        for name, arm in arms.items()
+    }
+    for count in counts.values():
+        assert count == pytest.approx(counts["plain"], rel=0.01)
+    for arm in arms.values():
+        assert set(differing_fields(arms["plain"], arm)) <= {"model.variant", "model.num_heads", "model.mlp_ratio"}
+    assert [arm.model.variant for arm in arms.values()] == ["softmax", "diff", "diff_v2"]
+    assert arms["plain"].model.num_heads == arms["v2"].model.num_heads == 2 * arms["v1"].model.num_heads
+
+
+def test_odd_heads_are_refused() -> None:
+    recipe = RECIPES["sample-vit"]()
+    with pytest.raises(ValueError, match=r"model\.num_heads must be even, got 3"):
+        arm_configs(with_fields(recipe, model={"num_heads": 3}))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+class TestRuns:
+    @pytest.fixture
+    def config(self, tiny_config: RunConfig, tmp_path: Path) -> CompareConfig:
+        return CompareConfig(tiny_config, out=str(tmp_path / "out"), seeds=2, compare=QUICK)
+
+    def test_trains_compares_and_does_not_train_twice(self, config: CompareConfig, tmp_path: Path) -> None:
+        report = run_comparison(config, quiet)
+        out = Path(config.out)
+        assert report == out / "report.html"
+        result = json.loads((out / "compare.json").read_text())
+        assert list(result["arms"]) == ["plain ViT", "Diff-ViT V1", "Diff-ViT V2"]
+        assert all(arm["seeds"] == [0, 1] for arm in result["arms"].values())
+        runs = sorted(path.name for path in (out / "runs").iterdir())
+        assert runs == [f"{arm}-seed{seed}" for arm in ("plain", "v1", "v2") for seed in (0, 1)]
+        for run in runs:
+            last = json.loads((out / "runs" / run / "results.json").read_text())["last"]
+            arm = {"plain": "plain ViT", "v1": "Diff-ViT V1", "v2": "Diff-ViT V2"}[run.split("-")[0]]
+            assert result["arms"][arm]["top1"]["per_seed"][int(run[-1])] == pytest.approx(last["top1"])
+        assert list((out / "tensorboard").glob("events.*"))
+        finished = {run: (out / "runs" / run / "results.json").stat().st_mtime_ns for run in runs}
+        run_comparison(config, quiet)
+        assert finished == {run: (out / "runs" / run / "results.json").stat().st_mtime_ns for run in runs}
+
+        # the same runs, given by name, without one seed of an arm
+        chosen = [str(out / "runs" / run) for run in runs if run != "v1-seed1"]
+        given = dataclasses.replace(config, runs=tuple(chosen), out=str(tmp_path / "given"))
+        run_comparison(given, quiet)
+        again = json.loads((tmp_path / "given/compare.json").read_text())
+        assert again["arms"]["plain ViT"]["top1"] == result["arms"]["plain ViT"]["top1"]
+        assert again["arms"]["Diff-ViT V1"]["seeds"] == [0]
+        assert again["arms"]["Diff-ViT V1"]["top1_difference"]["paired_by_seed"] is False
+
+    def test_a_run_that_diverges_is_named_when_the_others_are_done(self, config: CompareConfig) -> None:
+        run = with_fields(config.run, optim={"lr": 1e30, "warmup_epochs": 0.0, "clip_norm": 0.0})
+        with pytest.raises(RunStopped, match=r"6 of 6 runs stopped: .*v1-seed0: the loss or its gradient"):
+            run_comparison(dataclasses.replace(config, run=run), quiet)
+
+    def test_an_unfinished_run_is_refused(self, config: CompareConfig, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="is not a finished run"):
+            run_comparison(dataclasses.replace(config, runs=(str(tmp_path),)), quiet)
+        assert ray.is_initialized()

@@ -1,0 +1,230 @@
+"""Starting from weights: what a plain ViT becomes, who learns how fast, what is frozen, and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_folder, with_fields
+from safetensors.torch import load_file, save_file
+
+from diffvit.cli import parse_finetune_config
+from diffvit.config import ModelConfig, OptimConfig, RunConfig
+from diffvit.data.sources import open_dataset
+from diffvit.models.convert import convert_plain, is_plain
+from diffvit.models.pretrained import TIMM_MODELS, shape_of
+from diffvit.models.vit import VisionTransformer
+from diffvit.models.weights import load_weights
+from diffvit.training.alone import train_alone
+from diffvit.training.optim import build_optimizer
+
+PLAIN = ModelConfig(variant="softmax", image_size=20, patch_size=5, num_classes=7, embed_dim=48, depth=3, num_heads=6)
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> VisionTransformer:
+    """With every parameter away from its initial value, so that nothing hides behind 0 or 1."""
+    torch.manual_seed(seed)
+    model = VisionTransformer(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def images(side: int = 20) -> torch.Tensor:
+    return torch.randn(5, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def test_v2_from_plain_is_exact_while_the_gate_is_closed() -> None:
+    plain = random_model(PLAIN)
+    model = random_model(dataclasses.replace(PLAIN, variant="diff_v2"), seed=1)
+    report = load_weights(model, plain.state_dict(), from_plain=True)
+    assert report.converted
+    model.open_gates(0.0)
+    torch.testing.assert_close(model(images()), plain(images()))
+    model.open_gates(1.0)
+    assert (model(images()) - plain(images())).abs().max() > 1e-3
+
+
+def test_the_gate_opens_linearly() -> None:
+    """With W = 0 a gate is half open: out = A1 V - opening / 2 A2 V, which is linear in `opening`."""
+    layer = VisionTransformer(dataclasses.replace(PLAIN, variant="diff_v2")).blocks[0].attn
+    torch.nn.init.zeros_(layer.lambda_proj.weight)
+    x = torch.randn(2, 17, 48)
+    outs = []
+    for opening in (0.0, 0.5, 1.0):
+        layer.gate_opening.fill_(opening)
+        outs.append(layer(x))
+    torch.testing.assert_close(outs[1], (outs[0] + outs[2]) / 2)
+    assert layer.attention_maps(x).weight.unique().tolist() == [0.5]
+    assert "gate_opening" not in layer.state_dict()
+
+
+def test_both_maps_of_v2_differ_from_each_other() -> None:
+    plain = random_model(PLAIN)
+    model = VisionTransformer(dataclasses.replace(PLAIN, variant="diff_v2"))
+    weights = convert_plain(plain.state_dict(), model)
+    q = weights["blocks.1.attn.qkv.weight"][: 2 * 48].unflatten(0, (6, 2, 8))
+    own = plain.state_dict()["blocks.1.attn.qkv.weight"][:48].unflatten(0, (6, 8))
+    assert torch.equal(q[:, 0], own)
+    assert torch.equal(q[:, 1], own[[1, 2, 3, 4, 5, 0]])
+
+
+def test_v1_from_plain_keeps_what_is_outside_of_attention() -> None:
+    plain = random_model(PLAIN)
+    config = dataclasses.replace(PLAIN, variant="diff", num_heads=3, lambda_init=0.0)
+    model = VisionTransformer(config)
+    load_weights(model, plain.state_dict(), from_plain=True)
+    ours, theirs = model.state_dict(), plain.state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert set(ours) - set(theirs) == {
+        f"blocks.{i}.attn.{name}"
+        for i in range(3)
+        for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2", "sub_norm.weight")
+    }
+    # the first value half of head 0 is read through plain head 0's own map: the direction of its output is kept
+    x = torch.randn(2, 17, 48)
+    maps, own = model.blocks[0].attn.attention_maps(x), plain.blocks[0].attn.attention_maps(x)
+    torch.testing.assert_close(maps.positive, own.positive[:, 0::2])
+    torch.testing.assert_close(maps.negative, own.positive[:, 1::2])
+
+
+def test_conversion_is_asked_for_and_of_one_width() -> None:
+    plain = random_model(PLAIN)
+    model = VisionTransformer(dataclasses.replace(PLAIN, variant="diff_v2"))
+    assert is_plain(plain.state_dict())
+    assert not is_plain(model.state_dict())
+    with pytest.raises(ValueError, match=r"missing: blocks\.0\.attn\.lambda_proj\.weight"):
+        load_weights(model, plain.state_dict())
+    wide = VisionTransformer(dataclasses.replace(PLAIN, variant="diff_v2", embed_dim=96))
+    with pytest.raises(ValueError, match=r"converts to a model of its own width; .* has 144 rows, embed_dim = 96"):
+        load_weights(wide, plain.state_dict(), from_plain=True)
+
+
+def test_layers_learn_at_decaying_rates() -> None:
+    model = VisionTransformer(PLAIN)
+    optimizer = build_optimizer(model, OptimConfig(lr=1.0, layer_decay=0.5))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert len(rates) == len(names)
+    assert rates["head.weight"] == (1.0, 0.05)
+    assert rates["norm.weight"] == (1.0, 0.0)
+    assert rates["blocks.2.mlp.fc1.weight"] == (0.5, 0.05)
+    assert rates["blocks.0.attn.qkv.bias"] == (0.125, 0.0)
+    assert rates["patch_embed.proj.weight"] == (0.0625, 0.05)
+    assert rates["pos_embed"] == (0.0625, 0.0)
+
+
+def test_one_rate_makes_two_groups_as_before() -> None:
+    groups = build_optimizer(VisionTransformer(PLAIN), OptimConfig(lr=0.3)).param_groups
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.3, 0.05), (0.3, 0.0)]
+
+
+@pytest.fixture
+def pretrained(tiny_config: RunConfig) -> RunConfig:
+    """A finished run of a plain ViT."""
+    dataset = open_dataset(tiny_config.data)
+    config = with_fields(
+        tiny_config,
+        model={"variant": "softmax", "num_classes": 3},
+        data={"classes": dataset.classes},
+        optim={"epochs": 6},
+    )
+    train_alone(config, dataset)
+    return config
+
+
+def finetuned(pretrained: RunConfig, tmp_path: Path, **sections: dict[str, object]) -> tuple[RunConfig, dict, dict]:
+    """Two classes of other images, from the run's weights: config, weights before and after."""
+    images = make_folder(tmp_path / "two", images_per_class=12)
+    for file in (images / "red").iterdir():
+        file.unlink()
+    (images / "red").rmdir()
+    config = dataclasses.replace(pretrained, name="tuned")
+    config = with_fields(config, data={"path": str(images), "classes": ("blue", "green")}, model={"num_classes": 2})
+    config = with_fields(
+        config,
+        init={"weights": str(pretrained.folder), **sections.pop("init", {})},
+        optim={"epochs": 2, "batch_size": 10},
+        **sections,
+    )
+    results = train_alone(config, open_dataset(config.data))
+    best = load_file(next(iter(sorted(pretrained.folder.glob("checkpoint*/model.safetensors")))))
+    return config, best, load_file(config.folder / results["last"]["checkpoint"] / "model.safetensors")
+
+
+def test_linear_probe_trains_the_classifier_only(pretrained: RunConfig, tmp_path: Path) -> None:
+    _, _, after = finetuned(pretrained, tmp_path, init={"train": "head"})
+    reference = VisionTransformer(pretrained.model)
+    load_weights(reference, pretrained.folder)
+    before = reference.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before if not name.startswith("head."))
+    assert after["head.weight"].shape == (2, 16)
+
+
+def test_a_plain_run_goes_on_as_v2_at_another_size(pretrained: RunConfig, tmp_path: Path) -> None:
+    config, before, after = finetuned(
+        pretrained,
+        tmp_path,
+        model={"variant": "diff_v2", "image_size": 24},
+        init={"gate_opening_steps": 3},
+    )
+    assert after["pos_embed"].shape == (1, 36, 16)
+    assert after["blocks.0.attn.qkv.weight"].shape == (64, 16)
+    assert not torch.equal(after["blocks.0.attn.lambda_proj.weight"], torch.zeros(1, 16))
+    assert before["pos_embed"].shape == (1, 16, 16)
+    assert config.folder != pretrained.folder
+
+
+def parse(*arguments: str) -> RunConfig:
+    return parse_finetune_config("", list(arguments))
+
+
+def test_the_command_line_takes_the_model_from_the_weights(pretrained: RunConfig, tmp_path: Path) -> None:
+    config = parse("--init.weights", str(pretrained.folder), "--data.path", "x", "--model.image-size", "24")
+    assert config.model == dataclasses.replace(pretrained.model, num_classes=0, image_size=24)
+    assert (config.name, config.optim.layer_decay) == ("finetune", 0.75)
+    file = tmp_path / "vit_dwee_patch16_reg1_gap_256.sbb.safetensors"
+    save_file({"x": torch.zeros(1)}, file)
+    assert parse(f"--init.weights={file}").model == TIMM_MODELS["vit_dwee_patch16_reg1_gap_256"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "init.weights is missing"),
+        (["--init.weights", "nowhere"], "must be a run, a checkpoint, a .safetensors file or hf-hub:NAME"),
+        (["--init.weights", "hf-hub:someone/resnet50"], "says nothing of its model's shape"),
+        (["--init.weights", "hf-hub:timm/vit_tiny_patch16_224", "--model.num-heads", "5"], "num_heads that fit"),
+    ],
+)
+def test_command_lines_that_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(*arguments)
+    assert caught.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_the_hub_without_its_package_or_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="needs huggingface_hub"):
+        load_weights(VisionTransformer(PLAIN), "hf-hub:timm/vit_tiny_patch16_224")
+
+
+def test_known_shapes_are_timms() -> None:
+    timm = pytest.importorskip("timm")
+    for name, config in TIMM_MODELS.items():
+        with torch.device("meta"):
+            theirs = timm.create_model(name).state_dict()
+            ours = VisionTransformer(dataclasses.replace(config, num_classes=1000)).state_dict()
+        assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}, name
+
+
+def test_shape_of_a_damaged_checkpoint(pretrained: RunConfig) -> None:
+    (checkpoint, *_) = pretrained.folder.glob("checkpoint_step_*")
+    (checkpoint / "checkpoint.json").write_text('{"model": {"variant": "softmacks"}}')
+    with pytest.raises(ValueError, match="is damaged or of another version"):
+        shape_of(str(checkpoint))
