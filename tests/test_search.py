@@ -419,7 +419,7 @@ def test_importance_finds_the_parameter_that_matters(recipe: RunConfig, tmp_path
     shares = importances(filled_journal(tmp_path, recipe, Space(), count=30))
     assert shares is not None
     assert max(shares, key=lambda name: shares[name]) == "lr"
-    assert set(shares) == {"num_heads", "lambda_schedule", "lambda_init", "lr"}
+    assert set(shares) == {"num_heads", "lambda_schedule", "lr"}  # not every trial draws a constant lambda_init
     (tmp_path / "few").mkdir()
     assert importances(filled_journal(tmp_path / "few", recipe, Space(), count=5)) is None
 
