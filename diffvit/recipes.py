@@ -17,6 +17,7 @@ from diffvit.config import (
     Variant,
     model_preset,
 )
+from diffvit.published_recipes import PUBLISHED
 
 
 def sample() -> RunConfig:
@@ -101,5 +102,6 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "sample-v2": sample_v2,
     "folder": folder,
     "finetune": finetune,
+    **PUBLISHED,
 }
 DEFAULT_RECIPE = "sample"

@@ -66,6 +66,8 @@ class AugmentConfig:
     """RandAugment operations on an image (arXiv 1909.13719); 0 for none."""
     rand_augment_magnitude: int = 9
     """RandAugment magnitude, 0 to 30."""
+    rand_augment_magnitude_std: float = 0.0
+    """Standard deviation of a normal distribution around it, from which each image draws its own (timm's mstd)."""
     erasing: float = 0.0
     """Probability of erasing a random rectangle (arXiv 1708.04896)."""
     mixup: float = 0.0
@@ -80,7 +82,7 @@ class AugmentConfig:
         low, high = self.crop_scale
         require(0.0 < low <= high <= 1.0, f"augment.crop_scale must be 0 < low <= high <= 1, got {self.crop_scale}")
         require(self.padding >= 0, f"augment.padding must not be negative, got {self.padding}")
-        for name in ("color_jitter", "mixup", "cutmix"):
+        for name in ("color_jitter", "mixup", "cutmix", "rand_augment_magnitude_std"):
             require(getattr(self, name) >= 0, f"augment.{name} must not be negative, got {getattr(self, name)}")
         require(
             self.auto_augment == "none" or not self.rand_augment_layers,

@@ -24,6 +24,8 @@ class OptimConfig:
     """Learning rate at the end, as a share of the peak."""
     warmup_epochs: float = 5.0
     """Epochs of linear warm-up; fractions allowed."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up instead, as some papers give it; then warmup_epochs must be 0."""
     weight_decay: float = 0.05
     """AdamW's decoupled weight decay; not applied to biases, norms, lambda, LayerScale, tokens and positions."""
     beta1: float = 0.9
@@ -47,6 +49,11 @@ class OptimConfig:
         require(
             0.0 <= self.warmup_epochs <= self.epochs,
             f"optim.warmup_epochs must be between 0 and optim.epochs = {self.epochs}, got {self.warmup_epochs}",
+        )
+        require(
+            self.warmup_steps is None or (self.warmup_steps >= 0 and self.warmup_epochs == 0),
+            "optim.warmup_steps must not be negative, and stands instead of optim.warmup_epochs, which must then be 0; "
+            f"got {self.warmup_steps} and {self.warmup_epochs}",
         )
         require(0.0 < self.layer_decay <= 1.0, f"optim.layer_decay must be in (0, 1], got {self.layer_decay}")
         require(0.0 <= self.min_lr_ratio <= 1.0, f"optim.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")

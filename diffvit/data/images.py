@@ -95,10 +95,33 @@ def train_transform(augment: AugmentConfig, image_size: int) -> v2.Transform:
     elif augment.auto_augment != "none":
         steps.append(v2.AutoAugment(v2.AutoAugmentPolicy(augment.auto_augment)))
     if augment.rand_augment_layers:
-        steps.append(v2.RandAugment(augment.rand_augment_layers, augment.rand_augment_magnitude))
+        steps.append(_rand_augment(augment))
     if augment.erasing:
         steps.append(v2.RandomErasing(augment.erasing))
     return v2.Compose(steps)
+
+
+class _NoisyRandAugment(v2.Transform):  # type: ignore[misc]  # torchvision ships no types
+    """RandAugment whose magnitude each image draws from a normal distribution, rounded and kept in 0..30."""
+
+    def __init__(self, layers: int, magnitude: int, std: float) -> None:
+        super().__init__()
+        self._by_magnitude = [v2.RandAugment(layers, m) for m in range(31)]
+        self._magnitude, self._std = float(magnitude), std
+
+    def forward(self, image: Tensor) -> Tensor:
+        drawn = round(torch.normal(torch.tensor(self._magnitude), self._std).item())
+        augmented: Tensor = self._by_magnitude[min(max(drawn, 0), 30)](image)
+        return augmented
+
+
+def _rand_augment(augment: AugmentConfig) -> v2.Transform:
+    layers, magnitude, std = (
+        augment.rand_augment_layers,
+        augment.rand_augment_magnitude,
+        augment.rand_augment_magnitude_std,
+    )
+    return _NoisyRandAugment(layers, magnitude, std) if std else v2.RandAugment(layers, magnitude)
 
 
 def eval_transform(augment: AugmentConfig, image_size: int) -> v2.Transform:

@@ -134,6 +134,12 @@ def _plans(config: RunConfig, dataset: Dataset) -> tuple[TrainPlan, EvalPlan]:
         workers=config.scale.workers,
         accumulation_steps=config.accumulation_steps,
     )
+    for name, steps in (
+        ("optim.warmup_steps", config.optim.warmup_steps),
+        ("init.gate_opening_steps", config.init.gate_opening_steps),
+    ):
+        if (steps or 0) > train_plan.total_steps:
+            raise ValueError(f"{name} must not exceed the {train_plan.total_steps} steps of the run, got {steps}")
     return train_plan, EvalPlan(len(dataset.val), EVAL_BATCH_SIZE)
 
 

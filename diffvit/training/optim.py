@@ -63,7 +63,7 @@ def lr_ratio(step: int, total_steps: int, warmup_steps: int, min_ratio: float) -
 
 def build_schedule(optimizer: AdamW, config: OptimConfig, steps_per_epoch: int) -> LambdaLR:
     total = config.epochs * steps_per_epoch
-    warmup = round(config.warmup_epochs * steps_per_epoch)
+    warmup = round(config.warmup_epochs * steps_per_epoch) if config.warmup_steps is None else config.warmup_steps
     return LambdaLR(optimizer, lambda step: lr_ratio(step, total, warmup, config.min_lr_ratio))
 
 
