@@ -1,0 +1,160 @@
+"""The space of a sweep, its options and its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from conftest import with_fields
+
+from diffvit.cli import parse_sweep_config
+from diffvit.config import RunConfig, to_json, valid_num_heads
+from diffvit.search.config import SearchConfig, SweepConfig, differing_sweep_fields, sweep_from_json, sweep_to_json
+from diffvit.search.folder import held, open_sweep
+from diffvit.search.space import Space
+
+
+@pytest.fixture
+def recipe(tiny_config: RunConfig) -> RunConfig:
+    """48 wide: V1 has room for 1, 2 or 3 heads, the plain model for 1, 2, 3, 4 or 6."""
+    return with_fields(tiny_config, model={"embed_dim": 48, "num_heads": 3})
+
+
+def test_every_point_drawn_is_a_model_that_exists(recipe: RunConfig) -> None:
+    space = Space(variant=("softmax", "diff", "diff_v2"), patch_size=(2, 4, 8), drop_path=(0.0, 0.3))
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=5))
+    drawn = [space.propose(study.ask(), recipe).model for _ in range(80)]
+    for model in drawn:  # building one checks it
+        assert model.num_heads in valid_num_heads(48, model.variant)
+        assert model.variant == "diff" or model.lambda_init == recipe.model.lambda_init
+    assert {model.num_heads for model in drawn if model.variant == "diff"} == {1, 2, 3}
+    assert {model.num_heads for model in drawn if model.variant == "softmax"} == {1, 2, 3, 4, 6}
+    constants = [model.lambda_init for model in drawn if isinstance(model.lambda_init, float)]
+    assert constants
+    assert all(0.0 <= value <= 0.95 for value in constants)
+    assert "depth" in {model.lambda_init for model in drawn if model.variant == "diff"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_heads": (2, 5)}, r"must fit model.embed_dim = 48 .* got \[2, 5\]; what fits: \[1, 2, 3\]"),
+        ({"variant": ("softmax", "diff"), "num_heads": (6, 16)}, r"for variant 'diff', got \[6, 16\]"),
+        ({"patch_size": (4, 5)}, r"must divide model.image_size = 16, got \[5\]"),
+        ({"lr": None, "lambda_init": None, "depth_schedule": False, "num_heads": None}, "nothing to vary"),
+    ],
+)
+def test_a_space_without_a_valid_point_is_refused(recipe: RunConfig, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SweepConfig(recipe, SearchConfig(), Space(**fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lr": (1e-2, 1e-3)}, "space.lr must be LOW HIGH"),
+        ({"lr": (0.0, 1e-3)}, "log scale: LOW must be positive"),
+        ({"lambda_init": (0.2, 1.0)}, r"must lie in \[0, 1\)"),
+        ({"num_heads": (2, 2)}, "must not name a value twice"),
+    ],
+)
+def test_bounds_are_checked(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Space(**fields)
+
+
+def test_the_recipe_as_a_point_of_the_space(recipe: RunConfig) -> None:
+    assert Space().parameters(recipe) == ({"num_heads": 3, "lambda_schedule": "depth", "lr": 3e-3}, [])
+    constant = with_fields(recipe, model={"lambda_init": 0.5})
+    point, outside = Space(lambda_init=(0.6, 0.9), lr=(1e-4, 1e-3), num_heads=(1, 2)).parameters(constant)
+    assert point["lambda_init"] == 0.5
+    assert outside == ["num_heads", "lambda_init", "lr"]
+    assert Space(lambda_init=None).parameters(constant)[1] == ["lambda_init"]  # only the depth schedule is on offer
+    assert Space(depth_schedule=False).parameters(recipe)[1] == ["lambda_init"]
+
+
+def test_the_space_prints_itself(recipe: RunConfig) -> None:
+    words = Space(variant=("softmax", "diff"), weight_decay=(0.01, 0.2)).describe(recipe)
+    assert words == {
+        "variant": "softmax, diff",
+        "num_heads": "1, 2, 3, 4, 6 (softmax); 1, 2, 3 (diff)",
+        "lambda_init": "the depth schedule or a constant in [0, 0.95]",
+        "lr": "0.0001 to 0.01, log scale",
+        "weight_decay": "0.01 to 0.2, log scale",
+        "first trial": "the recipe itself",
+    }
+    assert Space(lr=(1e-5, 1e-4)).describe(recipe)["first trial"].endswith("own lr lies outside")
+
+
+def test_the_command_line_narrows_and_widens() -> None:
+    sweep = parse_sweep_config("", ["sample", "--space.num-heads", "2", "4", "--space.lr", "1e-5", "1e-1",
+                                    "--search.trials", "7", "--optim.epochs", "4"])  # fmt: skip
+    assert (sweep.space.num_heads, sweep.space.lr) == ((2, 4), (1e-5, 1e-1))
+    assert (sweep.search.trials, sweep.run.optim.epochs) == (7, 4)
+
+
+def test_population_based_training_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_sweep_config("", ["sample", "--search.scheduler", "pbt"])
+    assert end.value.code == 2
+    assert "population" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"trials": 0}, "search.trials must be at least 1, got 0"),
+        ({"objective": ("latency",)}, "must be 'top1' or 'top1 latency', got 'latency'"),
+        ({"reduction": 1.0}, "search.reduction must be more than 1"),
+        ({"holdout": 1.0}, "search.holdout must be between 0 and 1"),
+        ({"gpus_per_trial": 1.5}, r"must be in \(0, 1\], got 1.5"),
+        ({"grace_epochs": 3}, "must not exceed optim.epochs = 2, got 3"),
+        ({"workers_per_trial": 5}, "must divide optim.batch_size = 12, got 5"),
+    ],
+)
+def test_search_options_are_checked(recipe: RunConfig, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SweepConfig(recipe, SearchConfig(**fields), Space())
+
+
+def test_a_taken_name_is_refused_with_the_differences(recipe: RunConfig) -> None:
+    sweep = SweepConfig(recipe, SearchConfig(), Space())
+    open_sweep(sweep)
+    open_sweep(dataclasses.replace(sweep, search=SearchConfig(trials=90, concurrent=2)))  # continues
+    other = SweepConfig(with_fields(recipe, optim={"lr": 0.1}), SearchConfig(seed=4), Space(num_heads=(1, 2)))
+    assert differing_sweep_fields(sweep, other) == {
+        "optim.lr": (3e-3, 0.1),
+        "search.seed": (0, 4),
+        "space.num_heads": ((), (1, 2)),
+    }
+    with pytest.raises(ValueError, match=r"(?s)with other values.*space.num_heads: \(\) there, \(1, 2\) now"):
+        open_sweep(other)
+    with pytest.raises(ValueError, match="leave --resume on"):
+        open_sweep(dataclasses.replace(sweep, run=dataclasses.replace(recipe, resume=False)))
+
+
+def test_a_folder_that_is_no_sweep_is_refused(recipe: RunConfig) -> None:
+    recipe.folder.mkdir(parents=True)
+    (recipe.folder / "config.json").write_text(to_json(recipe))
+    with pytest.raises(ValueError, match=r"holds files but no sweep.json"):
+        open_sweep(SweepConfig(recipe, SearchConfig(), Space()))
+
+
+def test_two_processes_cannot_run_one_sweep(tmp_path: Path) -> None:
+    with held(tmp_path), pytest.raises(ValueError, match="another process runs the sweep"), held(tmp_path):
+        pass
+    with held(tmp_path):  # free again
+        pass
+
+
+def test_sweeps_round_trip_and_other_versions_are_refused(recipe: RunConfig) -> None:
+    sweep = SweepConfig(recipe, SearchConfig(objective=("top1", "latency")), Space(variant=("diff", "softmax")))
+    assert sweep_from_json(sweep_to_json(sweep), "") == sweep
+    data = json.loads(sweep_to_json(sweep))
+    data["search"]["population"] = 3
+    with pytest.raises(ValueError, match=r"old.json is not a sweep of this version: search.population"):
+        sweep_from_json(json.dumps(data), "old.json")
