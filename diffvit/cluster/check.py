@@ -45,7 +45,8 @@ def file_problems(text: str, lock: str) -> list[str]:
     if not documents or not all(isinstance(document, dict) for document in documents):
         return [*problems, "must hold a mapping of fields"]
     if "apiVersion" in documents[0]:
-        return problems + [line for document in documents for line in _kuberay_problems(document, version)]
+        items = [item for document in documents for item in document.get("items", [document])]
+        return problems + [line for item in items for line in _kuberay_problems(item, version)]
     return [*problems, *_pinned_ray_problems(text, version), *_launcher_problems(documents[0])]
 
 
@@ -114,8 +115,15 @@ def _prepare(config: dict[str, Any]) -> dict[str, Any]:
         place = ".".join(str(part) for part in error.absolute_path) or "file"
         raise ValueError(f"{place}: {error.message}") from None
     except Exception as error:  # Ray aborts with click's, and trips over missing fields with any other
-        raise ValueError(f"Ray refuses it: {said.getvalue().strip() or repr(error)}") from None
+        raise ValueError(f"Ray refuses it: {_reason(error, said.getvalue())}") from None
     return prepared
+
+
+def _reason(error: Exception, said: str) -> str:
+    """In one line; where Ray's exception is silent, it has logged the reason last."""
+    logged = re.sub(r"\x1b\[[\d;]*m", "", said).strip().splitlines()
+    told = str(error) or (logged[-1].rpartition(" -- ")[2] if logged else "")
+    return f"{type(error).__name__}: {' '.join(told.split())}"
 
 
 def _kuberay_problems(document: dict[str, Any], version: str) -> list[str]:

@@ -121,18 +121,14 @@ def test_nobody_gets_in_without_the_token(launcher: Launcher, hosts: list[Host])
 
 @pytest.mark.parametrize("token", [None, "0" * 64])
 def test_ray_itself_is_refused(launcher: Launcher, hosts: list[Host], token: str | None) -> None:
-    """`ray.init` from outside, also as a Ray client, and `ray job submit` on the head; no token or a wrong one."""
+    """`ray.init` from outside of the cluster and `ray job submit` on its head, without a token or with a wrong one."""
     *cluster, stranger = hosts
     mode = "RAY_AUTH_MODE=disabled" if token is None else f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN={token}"
-    env = f"{mode} RAY_gcs_rpc_server_connect_timeout_s=2"
-    python = f"cd /tmp && {env} timeout 60 {sys.executable}"
-    for address in (f"{cluster[0].address}:6379", f"ray://{cluster[0].address}:10001"):
-        tried = stranger.run(
-            f"{python} -c 'import ray; ray.init(address=\"{address}\"); print(ray.nodes())'", timeout=90, check=False
-        )
-        assert tried.returncode != 0
-        assert "Alive" not in tried.stdout
-        assert re.search("authenticat|token", tried.stdout + tried.stderr, re.IGNORECASE), tried.stderr[-2000:]
+    script = f'import ray; ray.init(address="{cluster[0].address}:6379"); print(ray.nodes())'
+    tried = stranger.run(f"cd /tmp && {mode} {sys.executable} -c '{script}'", timeout=60, check=False)
+    assert tried.returncode != 0
+    assert "Alive" not in tried.stdout
+    assert re.search("token is missing or incorrect|authentication token", tried.stdout + tried.stderr)
     submit = f"{mode} ~/diffvit-node/env/bin/ray job submit --address http://127.0.0.1:8265 -- touch /tmp/broken-in"
     tried = cluster[0].run(submit, timeout=60, check=False)
     assert tried.returncode != 0
