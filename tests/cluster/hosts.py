@@ -13,12 +13,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 _BRIDGE = "dvtest"
 _NETWORK = "10.77.0"
+MACHINE = f"{_NETWORK}.1"
+"""This machine, as the hosts reach it."""
 _PROGRAMS = ("ip", "unshare", "ssh", "ssh-keygen", "sshd", "rsync")
 
 
@@ -43,6 +47,7 @@ class Host:
     def run(self, command: str, *, timeout: float = 30, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`command` in a shell on the host, as root over SSH."""
         ssh = ["ssh", "-q", "-i", str(self.key), "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
+        ssh += ["-o", "ConnectTimeout=3"]
         return subprocess.run(
             [*ssh, f"root@{self.address}", command], capture_output=True, text=True, timeout=timeout, check=check
         )
@@ -61,42 +66,45 @@ class Host:
         ).stdout)  # fmt: skip
 
 
-class Hosts:
-    """`with Hosts(3, folder) as hosts:` gives three hosts 10.77.0.11 to .13; leaving ends whatever runs on them."""
+class HostNetwork:
+    """`with HostNetwork(folder) as network: network.start(11)`; leaving ends whatever runs on the hosts.
 
-    def __init__(self, count: int, folder: Path) -> None:
-        self._count, self._folder = count, folder
-        self._running: list[Host] = []
+    `folder` must lie outside of HOME and /tmp, which each host covers with its own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._started: set[str] = set()
+        self.hosts: dict[str, Host] = {}
         self.key = folder / "key"
 
-    def __enter__(self) -> list[Host]:
+    def __enter__(self) -> HostNetwork:
         self._folder.mkdir(parents=True)
         Path("/run/sshd").mkdir(exist_ok=True)  # sshd's own requirement
         for name in ("key", "hostkey"):
             _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self._folder / name))
-        names = [f"{_NETWORK}.{10 + number} {_BRIDGE}{number}" for number in range(1, self._count + 1)]
+        names = [f"{_NETWORK}.{number} {_BRIDGE}{number}" for number in range(2, 255)]
         (self._folder / "names").write_text("\n".join(["127.0.0.1 localhost", *names, ""]))
-        (self._folder / "resolver").write_text(f"nameserver {_NETWORK}.1\noptions timeout:1 attempts:1\n")
-        try:
-            _run("ip", "link", "add", _BRIDGE, "type", "bridge")
-            _run("ip", "addr", "add", f"{_NETWORK}.1/24", "dev", _BRIDGE)
-            _run("ip", "link", "set", _BRIDGE, "up")
-            for number in range(1, self._count + 1):
-                self._running.append(self._start(number))
-            for host in self._running:
-                _wait_for_ssh(host)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self._running
+        (self._folder / "resolver").write_text(f"nameserver {MACHINE}\noptions timeout:1 attempts:1\n")
+        _run("ip", "link", "add", _BRIDGE, "type", "bridge")
+        _run("ip", "addr", "add", f"{MACHINE}/24", "dev", _BRIDGE)
+        _run("ip", "link", "set", _BRIDGE, "up")
+        return self
 
     def __exit__(self, *error: object) -> None:
-        for host in self._running:
+        for host in list(self.hosts.values()):
             self.power_off(host)
-        for number in range(1, self._count + 1):
-            _run("ip", "link", "del", f"{_BRIDGE}v{number}", check=False)
-            _run("ip", "netns", "del", f"{_BRIDGE}{number}", check=False)
+        for name in self._started:
+            _run("ip", "link", "del", _cable(name), check=False)
+            _run("ip", "netns", "del", name, check=False)
         _run("ip", "link", "del", _BRIDGE, check=False)
+
+    def start(self, number: int, furnish: Callable[[Path], None] | None = None) -> Host:
+        """A new host at 10.77.0.`number`, once it takes SSH; `furnish` puts into its HOME what it likes."""
+        self._started.add(f"{_BRIDGE}{number}")
+        host = self.hosts[f"{_NETWORK}.{number}"] = self._boot(number, furnish)
+        _wait_for_ssh(host)
+        return host
 
     def power_off(self, host: Host) -> None:
         """Every process of the host dies at once."""
@@ -105,51 +113,61 @@ class Hosts:
                 os.kill(child, 9)
         host.process.kill()
         host.process.wait(timeout=10)
+        self.hosts.pop(host.address, None)
+        _run("ip", "link", "del", _cable(host.name), check=False)
+        _run("ip", "netns", "del", host.name, check=False)
 
-    def _start(self, number: int) -> Host:
-        name, address = f"{_BRIDGE}{number}", f"{_NETWORK}.{10 + number}"
-        home, temporary = self._folder / name / "home", self._folder / name / "tmp"
+    def _boot(self, number: int, furnish: Callable[[Path], None] | None) -> Host:
+        name, address = f"{_BRIDGE}{number}", f"{_NETWORK}.{number}"
+        place = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self._folder))  # a host that comes back is a new one
+        home, temporary = place / "home", place / "tmp"
         for folder in (home, temporary):
-            folder.mkdir(parents=True)
+            folder.mkdir()
         (home / ".bashrc").touch()
-        _run("ip", "netns", "add", name)
-        cable = f"{_BRIDGE}v{number}"
-        _run("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", name)
-        _run("ip", "link", "set", cable, "master", _BRIDGE, "up")
-        _run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
-        _run("ip", "-n", name, "link", "add", "outside", "type", "veth", "peer", "name", "nowhere")
-        for device in ("outside", "nowhere"):  # or the kernel's own announcements would be counted
-            _run("ip", "netns", "exec", name, "sysctl", "-q", "-w", f"net.ipv6.conf.{device}.disable_ipv6=1")
-        for device in ("eth0", "lo", "nowhere", "outside"):
-            _run("ip", "-n", name, "link", "set", device, "up")
-        # a default route, because Ray asks the kernel which address it would reach the world from
-        _run("ip", "-n", name, "route", "add", "default", "dev", "outside", "src", address)
+        if furnish:
+            furnish(home)
+        _lay_cable(name, number)
         script = "\n".join([
             "set -e",
             f"hostname {name}",
-            f"mount --bind {shlex.quote(str(self._folder / 'names'))} /etc/hosts",
-            f"mount --bind {shlex.quote(str(self._folder / 'resolver'))} /etc/resolv.conf",
+            _bind(self._folder / "names", "/etc/hosts"),
+            _bind(self._folder / "resolver", "/etc/resolv.conf"),
             *_keep_python(home),
-            f"mount --rbind {shlex.quote(str(home))} {shlex.quote(str(Path.home()))}",
+            _bind(home, Path.home()),
+            _bind(temporary, "/tmp"),
             "mount -t tmpfs -o size=4g tmpfs /dev/shm",
-            # last, because the folder may lie under /tmp itself
-            f"exec 3< {shlex.quote(str(self._folder / 'hostkey'))} 4< {shlex.quote(str(self._folder / 'key.pub'))}",
-            f"mkdir -p {shlex.quote(str(temporary))}/.host",
-            f"cat <&3 > {shlex.quote(str(temporary))}/.host/hostkey",
-            f"cat <&4 > {shlex.quote(str(temporary))}/.host/authorized_keys",
-            f"chmod 600 {shlex.quote(str(temporary))}/.host/*",
-            f"mount --rbind {shlex.quote(str(temporary))} /tmp",
-            f"exec $(command -v sshd || echo /usr/sbin/sshd) -D -h /tmp/.host/hostkey -o ListenAddress={address}"
-            " -o AuthorizedKeysFile=/tmp/.host/authorized_keys -o StrictModes=no -o PermitRootLogin=prohibit-password"
+            f"exec $(command -v sshd || echo /usr/sbin/sshd) -D -h {self._folder}/hostkey -o ListenAddress={address}"
+            f" -o AuthorizedKeysFile={self._folder}/key.pub -o StrictModes=no -o PermitRootLogin=prohibit-password"
             " -o PasswordAuthentication=no -o UsePAM=no -o MaxStartups=100 -o MaxSessions=100 -o PidFile=none",
         ])  # fmt: skip
         inside = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        with (self._folder / name / "log").open("wb") as log:
+        with (place / "log").open("wb") as log:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", name, *inside, "bash", "-c", script],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         return Host(name, address, home, process, self.key)
+
+
+def _lay_cable(name: str, number: int) -> None:
+    """A network namespace on the bridge, whose default route leads nowhere."""
+    _run("ip", "netns", "add", name)
+    # always the same hardware address, because neighbours remember it
+    inside = ["name", "eth0", "address", f"02:00:0a:4d:00:{number:02x}", "netns", name]
+    _run("ip", "link", "add", _cable(name), "type", "veth", "peer", *inside)
+    _run("ip", "link", "set", _cable(name), "master", _BRIDGE, "up")
+    _run("ip", "-n", name, "link", "add", "outside", "type", "veth", "peer", "name", "nowhere")
+    for device in ("outside", "nowhere"):  # or the kernel's own announcements would be counted
+        _run("ip", "netns", "exec", name, "sysctl", "-q", "-w", f"net.ipv6.conf.{device}.disable_ipv6=1")
+    _run("ip", "-n", name, "addr", "add", f"{_NETWORK}.{number}/24", "dev", "eth0")
+    for device in ("eth0", "lo", "nowhere", "outside"):
+        _run("ip", "-n", name, "link", "set", device, "up")
+    # Ray asks the kernel from which address it would reach the world
+    _run("ip", "-n", name, "route", "add", "default", "dev", "outside", "src", f"{_NETWORK}.{number}")
+
+
+def _bind(source: Path, place: Path | str) -> str:
+    return f"mount --rbind {shlex.quote(str(source))} {shlex.quote(str(place))}"
 
 
 def _keep_python(home: Path) -> list[str]:
@@ -160,9 +178,12 @@ def _keep_python(home: Path) -> list[str]:
         if folder.is_relative_to(Path.home()):
             place = home / folder.relative_to(Path.home())
             place.mkdir(parents=True, exist_ok=True)
-        source, target = shlex.quote(str(folder)), shlex.quote(str(place))
-        commands += [f"mount --bind {source} {target}", f"mount -o remount,bind,ro {target}"]
+        commands += [_bind(folder, place), f"mount -o remount,bind,ro {shlex.quote(str(place))}"]
     return commands
+
+
+def _cable(name: str) -> str:
+    return f"{name}v"
 
 
 def _children(pid: int) -> list[int]:

@@ -26,17 +26,18 @@ class Launcher:
 
     file: Path
     home: Path
+    first_on_path: Path = BIN
 
     @property
     def environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
         return kept | {
             "HOME": str(self.home),
             "TMPDIR": str(self.home),  # where `ray up` caches the cluster's config
             "RAY_TMPDIR": str(self.home),  # and keeps the state of a local cluster
             "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "PATH": f"{self.first_on_path}:{BIN}:{os.environ['PATH']}",
         }
 
     def ray(self, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
@@ -74,6 +75,18 @@ class Launcher:
 
     def submit(self, address: str, *job: str, timeout: float) -> subprocess.CompletedProcess[str]:
         return self.ray("job", "submit", "--address", address, "--working-dir", ".", "--", *job, timeout=timeout)
+
+    def start_job(self, address: str, *job: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--", *job],
+            cwd=ROOT, env=self.environment, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def finish_job(self, job: subprocess.Popen[str], timeout: float) -> str:
+        said, _ = job.communicate(timeout=timeout)
+        assert job.returncode == 0, said
+        return said
 
     def forget(self, cluster_name: str) -> None:
         """Remove the SSH sockets that Ray keeps outside of every folder that can be named."""

@@ -1,0 +1,151 @@
+"""cluster/aws.yaml: Ray's own autoscaler launches instances through EC2's API (moto's), on hosts that are there."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cloud import REGION, Cloud
+from hosts import HostNetwork
+from launcher import ROOT, Launcher
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.filterwarnings("default"),  # moto's and its server's own
+]
+
+CLUSTER_NAME = "diffvit-aws-test"
+# until pretrain.py itself waits for nodes that the autoscaler can add
+ASK_FOR_NODES = (
+    "import ray, time; from ray.autoscaler.sdk import request_resources; ray.init(log_to_driver=False); "
+    "request_resources(bundles=[{'CPU': 9}] * 2)\n"
+    "while ray.cluster_resources().get('CPU', 0) < 32: time.sleep(1)\n"
+    "request_resources(bundles=[])"
+)
+JOB = (
+    "python ray_jobs/pretrain.py sample --scale.workers 2 --scale.cpus-per-worker 9 --optim.epochs 40 "
+    "--optim.warmup-epochs 0 --optim.batch-size 960 --model.depth 1 --model.embed-dim 32 --model.num-heads 1"
+)
+
+
+@pytest.fixture(scope="module")
+def module_monkeypatch() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def cloud(network: HostNetwork, module_monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
+    def furnish(home: Path) -> None:
+        """What the image and the instance's role bring along: Python packages, apt's, and credentials."""
+        for folder in ("bin", "diffvit-node"):
+            (home / folder).mkdir()
+        (home / "diffvit-node/env").symlink_to(sys.prefix)
+        (home / ".bashrc").write_text("export PATH=~/bin:$PATH\n")
+        (home / "bin/sudo").write_text("#!/bin/sh\nexit 0\n")
+        (home / "bin/sudo").chmod(0o755)
+        write_aws_files(home, cloud)
+
+    with Cloud(network, module_monkeypatch, furnish) as cloud:
+        yield cloud
+
+
+@pytest.fixture(scope="module")
+def launcher(cloud: Cloud, network: HostNetwork, shared_folder: Path, caller_home: Path) -> Iterator[Launcher]:
+    """aws.yaml with its placeholders filled in, and up. The last test takes it down."""
+    made = cloud.open_account((network.key.with_name("key.pub")).read_text())
+    text = (ROOT / "cluster/aws.yaml").read_text()
+    for field, value in {
+        "region: &region": REGION,
+        "subnets: &subnets": f"[{made['subnet']}]",
+        "head_groups: &head_groups": f"[{made['nodes']}, {made['ssh']}]",
+        "worker_groups: &worker_groups": f"[{made['nodes']}]",
+        "image: &image": made["image"],
+        "key_pair: &key_pair": "diffvit",
+        "ssh_private_key:": str(network.key),
+    }.items():
+        text, changed = re.subn(rf"({re.escape(field)}) .*", rf"\1 {value}", text)
+        assert changed == 1
+    assert "CHANGE-ME" not in text.split("cluster_name:")[1]
+    # and what differs on a test host: its user, its metadata service, how long a test may last
+    for there, here in {
+        "cluster_name: diffvit": f"cluster_name: {CLUSTER_NAME}",
+        "ssh_user: ubuntu": "ssh_user: root",
+        "--cloud aws": f"--cloud aws --poll-seconds 1 --from {cloud.metadata_address}",
+        "idle_timeout_minutes: 10": "idle_timeout_minutes: 0.4",
+        "ray start": "ray start --object-store-memory=300000000",
+    }.items():
+        assert there in text
+        text = text.replace(there, here)
+    file = shared_folder / "aws.yaml"
+    file.write_text(text)
+    programs = shared_folder / "programs"
+    programs.mkdir()
+    for name in ("ssh", "rsync"):
+        wrapper = programs / name
+        wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent}/reach.py {name} "$@"\n')
+        wrapper.chmod(0o755)
+    write_aws_files(caller_home, cloud)
+    launcher = Launcher(file, caller_home, first_on_path=programs)
+    try:
+        launcher.up()
+        yield launcher
+    finally:
+        launcher.forget(CLUSTER_NAME)
+
+
+def write_aws_files(home: Path, cloud: Cloud) -> None:
+    (home / ".aws").mkdir()
+    (home / ".aws/config").write_text(f"[default]\nregion = {REGION}\nendpoint_url = {cloud.endpoint}\n")
+    (home / ".aws/credentials").write_text("[default]\naws_access_key_id = test\naws_secret_access_key = test\n")
+
+
+def wait_until(happened: Callable[[], object], seconds: float, what: str) -> float:
+    """Seconds until it had happened."""
+    began = time.monotonic()
+    while not happened():
+        if time.monotonic() - began > seconds:
+            pytest.fail(f"{what}: not within {seconds:.0f} s")
+        time.sleep(0.5)
+    return time.monotonic() - began
+
+
+def test_up_launches_the_head_as_the_file_says(cloud: Cloud, launcher: Launcher) -> None:
+    (head,) = cloud.instances("running")
+    assert head["InstanceType"] == "m7i.xlarge"
+    assert head["IamInstanceProfile"]["Arn"].endswith("instance-profile/diffvit-head")
+    assert {group["GroupName"] for group in head["SecurityGroups"]} == {"diffvit-nodes", "diffvit-ssh"}
+    assert head["MetadataOptions"]["HttpTokens"] == "required"
+    assert all(volume["Encrypted"] for volume in cloud.ec2.describe_volumes()["Volumes"])
+    # Ray made no group, role or key of its own beside ours
+    groups = {group["GroupName"] for group in cloud.ec2.describe_security_groups()["SecurityGroups"]}
+    assert groups == {"default", "diffvit-nodes", "diffvit-ssh"}
+    assert {role["RoleName"] for role in cloud.iam.list_roles()["Roles"]} == {"diffvit-head", "diffvit-worker"}
+
+
+def test_a_job_brings_up_workers_and_outlives_one(cloud: Cloud, launcher: Launcher, shared_folder: Path) -> None:
+    with launcher.tunnel() as address:
+        script = shared_folder / "job.sh"
+        script.write_text(f'set -e\npython -c "{ASK_FOR_NODES}"\n{JOB} --storage {shared_folder}/runs\n')
+        done = launcher.start_job(address, "bash", str(script))
+        seconds = wait_until(lambda: len(cloud.workers("running")) == 2, 60, "two workers launched")
+        print(f"two workers launched after {seconds:.0f} s")
+        assert all(worker["InstanceType"] == "c7i.4xlarge" for worker in cloud.workers("running"))
+        assert all(worker["InstanceLifecycle"] == "spot" for worker in cloud.workers("running"))
+        print(launcher.finish_job(done, timeout=200))
+
+
+def test_idle_workers_go_away(cloud: Cloud, launcher: Launcher) -> None:
+    seconds = wait_until(lambda: not cloud.workers("running"), 120, "idle workers terminated")
+    print(f"workers terminated after {seconds:.0f} s")
+
+
+def test_down_leaves_nothing(cloud: Cloud, launcher: Launcher, network: HostNetwork) -> None:
+    launcher.down()
+    assert not cloud.instances("running", "pending", "stopping", "stopped")
+    wait_until(lambda: not network.hosts, 20, "hosts powered off")
+    assert set(cloud.sent_outside.values()) == {0}
