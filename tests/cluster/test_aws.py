@@ -19,12 +19,10 @@ pytestmark = [
 ]
 
 CLUSTER_NAME = "diffvit-aws-test"
-# until pretrain.py itself waits for nodes that the autoscaler can add
-ASK_FOR_NODES = (
-    "import ray, time; from ray.autoscaler.sdk import request_resources; ray.init(log_to_driver=False); "
-    "request_resources(bundles=[{'CPU': 9}] * 2)\n"
-    "while ray.cluster_resources().get('CPU', 0) < 32: time.sleep(1)\n"
-    "request_resources(bundles=[])"
+# until pretrain.py itself calls it
+WAIT = (
+    "import ray; from diffvit.cluster.waiting import can_grow, wait_for_nodes; assert can_grow();"
+    "ray.init(log_to_driver=False); wait_for_nodes([{'CPU': 9}] * 2, 300, print)"
 )
 JOB = (
     "python ray_jobs/pretrain.py sample --scale.workers 2 --scale.cpus-per-worker 9 --optim.epochs 40 "
@@ -130,7 +128,7 @@ def test_up_launches_the_head_as_the_file_says(cloud: Cloud, launcher: Launcher)
 def test_a_job_brings_up_workers_and_outlives_one(cloud: Cloud, launcher: Launcher, shared_folder: Path) -> None:
     with launcher.tunnel() as address:
         script = shared_folder / "job.sh"
-        script.write_text(f'set -e\npython -c "{ASK_FOR_NODES}"\n{JOB} --storage {shared_folder}/runs\n')
+        script.write_text(f'set -e\npython -c "{WAIT}"\n{JOB} --storage {shared_folder}/runs\n')
         done = launcher.start_job(address, "bash", str(script))
         seconds = wait_until(lambda: len(cloud.workers("running")) == 2, 60, "two workers launched")
         print(f"two workers launched after {seconds:.0f} s")
