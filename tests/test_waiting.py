@@ -79,9 +79,9 @@ def test_each_step_is_told_once(cluster: Cluster) -> None:
     said: list[str] = []
     wait_for_nodes([WORKER] * 3, 60, said.append)
     assert said == [
-        "waiting for nodes: room for 0 of 3 x 3 CPU + 1 GPU; nothing is starting yet",
-        "waiting for nodes: room for 0 of 3 x 3 CPU + 1 GPU; starting 2 gpu_spot",
-        "waiting for nodes: room for 1 of 3 x 3 CPU + 1 GPU; starting 2 gpu_spot",
+        "waiting for nodes for 3 x (3 CPU, 1 GPU): room for 0 of 3; nothing is starting yet",
+        "waiting for nodes for 3 x (3 CPU, 1 GPU): room for 0 of 3; starting 2 gpu_spot",
+        "waiting for nodes for 3 x (3 CPU, 1 GPU): room for 1 of 3; starting 2 gpu_spot",
     ]
     assert cluster.requests == [[WORKER] * 3, []]
 
@@ -90,9 +90,7 @@ def test_a_missing_quota_is_named_and_not_waited_for_for_ever(cluster: Cluster) 
     refused = ClusterStatus(failed_launches=[launch("gpu_spot", 2, "MaxSpotInstanceCountExceeded")])
     cluster.moments = [([node(16)], refused)]
     said: list[str] = []
-    with pytest.raises(
-        ValueError, match=r"room for 0 of 2 x 3 CPU \+ 1 GPU after 2.5 minutes; the cloud refused gpu_spot"
-    ):
+    with pytest.raises(ValueError, match=r"room for 0 of 2 after 2\.5 minutes; the cloud refused gpu_spot"):
         wait_for_nodes([WORKER] * 2, 150, said.append)
     assert "the cloud refused gpu_spot: MaxSpotInstanceCountExceeded" in said[0]
     assert len(said) == 3  # at once, and after one and two minutes
@@ -101,8 +99,17 @@ def test_a_missing_quota_is_named_and_not_waited_for_for_ever(cluster: Cluster) 
 def test_a_big_node_holds_several_but_not_by_halves(cluster: Cluster) -> None:
     cluster.moments = [([node(5, 2), node(2, 1)], ClusterStatus()), ([node(6, 2)], ClusterStatus())]
     said: list[str] = []
-    wait_for_nodes([WORKER] * 2, 60, said.append)  # 5 + 2 CPUs are enough for two workers in sum only
-    assert len(said) == 1
+    wait_for_nodes([WORKER, WORKER], 60, said.append)  # 5 + 2 CPUs are enough for two workers in sum only
+    assert said == ["waiting for nodes for 2 x (3 CPU, 1 GPU): room for 1 of 2; nothing is starting yet"]
+
+
+def test_what_is_waited_for_is_told_by_shape(cluster: Cluster) -> None:
+    cluster.moments = [([node(3.5, 1)], ClusterStatus()), ([node(5, 1)], ClusterStatus())]
+    said: list[str] = []
+    wait_for_nodes([WORKER, {"CPU": 1.0}], 60, said.append)
+    assert said == [
+        "waiting for nodes for 1 x (3 CPU, 1 GPU) and 1 x (1 CPU): room for 1 of 2; nothing is starting yet"
+    ]
 
 
 def test_only_a_launched_cluster_can_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -41,13 +42,13 @@ def wait_for_nodes(bundles: Sequence[Bundle], limit_seconds: float, say: Callabl
     try:
         while (room := _room(bundles)) < len(bundles):
             now = time.monotonic()
-            line = f"waiting for nodes: room for {room} of {len(bundles)} x {_text(bundles[0])}; {_doing()}"
+            line = f"waiting for nodes for {_text(bundles)}: room for {room} of {len(bundles)}; {_doing()}"
             if line != said or now - last_said >= _REMIND_SECONDS:
                 say(line)
                 said, last_said = line, now
             if now - began > limit_seconds:
                 raise ValueError(
-                    f"the cluster had room for {room} of {len(bundles)} x {_text(bundles[0])} after "
+                    f"asked for nodes for {_text(bundles)}, the cluster had room for {room} of {len(bundles)} after "
                     f"{limit_seconds / 60:g} minutes; {_doing()}. Ask for less, raise max_workers in the cluster file, "
                     "or have the cloud raise the quota"
                 )
@@ -89,5 +90,7 @@ def _status() -> ClusterStatus:
     return get_cluster_status(ray.get_runtime_context().gcs_address)
 
 
-def _text(bundle: Bundle) -> str:
-    return " + ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+def _text(bundles: Sequence[Bundle]) -> str:
+    """'3 x (8 CPU, 1 GPU) and 1 x (1 CPU)'."""
+    shapes = Counter(", ".join(f"{amount:g} {name}" for name, amount in bundle.items()) for bundle in bundles)
+    return " and ".join(f"{count} x ({shape})" for shape, count in shapes.items())
