@@ -40,7 +40,7 @@ class Cloud:
 
     def __init__(self, network: HostNetwork, monkeypatch: Any, furnish: Callable[[Path], None]) -> None:
         _give_as_many_as_asked(monkeypatch)
-        self._network, self._furnish = network, furnish
+        self.network, self._furnish = network, furnish
         self._server = ThreadedMotoServer(ip_address=MACHINE, port=0, verbose=False)
         self._metadata = ThreadingHTTPServer((MACHINE, 0), self._metadata_handler())
         self._stop = threading.Event()
@@ -114,12 +114,12 @@ class Cloud:
     def _follow_instances(self) -> None:
         while not self._stop.wait(0.5):
             running = {instance["PrivateIpAddress"] for instance in self.instances("running")}
-            for address in running - self._network.hosts.keys():
-                self._network.start(int(address.rpartition(".")[2]), self._furnish)
-            for address in self._network.hosts.keys() - running:
-                host: Host = self._network.hosts[address]
+            for address in running - self.network.hosts.keys():
+                self.network.start(int(address.rpartition(".")[2]), self._furnish)
+            for address in self.network.hosts.keys() - running:
+                host: Host = self.network.hosts[address]
                 self.sent_outside[f"{address} at {time.time():.0f}"] = host.packets_sent_outside()
-                self._network.power_off(host)
+                self.network.power_off(host)
 
     def _metadata_handler(self) -> type[BaseHTTPRequestHandler]:
         cloud = self

@@ -76,17 +76,18 @@ class Launcher:
     def submit(self, address: str, *job: str, timeout: float) -> subprocess.CompletedProcess[str]:
         return self.ray("job", "submit", "--address", address, "--working-dir", ".", "--", *job, timeout=timeout)
 
-    def start_job(self, address: str, *job: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--", *job],
-            cwd=ROOT, env=self.environment, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+    @contextlib.contextmanager
+    def job(self, address: str, *job: str) -> Iterator[subprocess.Popen[str]]:
+        """A submitted job, while it runs; what it prints is the process' output."""
+        command = [str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--", *job]
+        with subprocess.Popen(
+            command, cwd=ROOT, env=self.environment, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-        )  # fmt: skip
-
-    def finish_job(self, job: subprocess.Popen[str], timeout: float) -> str:
-        said, _ = job.communicate(timeout=timeout)
-        assert job.returncode == 0, said
-        return said
+        ) as process:  # fmt: skip
+            try:
+                yield process
+            finally:
+                process.kill()
 
     def forget(self, cluster_name: str) -> None:
         """Remove the SSH sockets that Ray keeps outside of every folder that can be named."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
@@ -22,10 +23,11 @@ CLUSTER_NAME = "diffvit-aws-test"
 # until pretrain.py itself calls it
 WAIT = (
     "import ray; from diffvit.cluster.waiting import can_grow, wait_for_nodes; assert can_grow();"
-    "ray.init(log_to_driver=False); wait_for_nodes([{'CPU': 9}] * 2, 300, print)"
+    "ray.init(log_to_driver=False); wait_for_nodes([{'CPU': 15}] * 2, 300, print)"
 )
+# fifteen of a node's sixteen CPUs, so that two workers need two nodes, and decoding is not more than the machine can do
 JOB = (
-    "python ray_jobs/pretrain.py sample --scale.workers 2 --scale.cpus-per-worker 9 --optim.epochs 40 "
+    "python ray_jobs/pretrain.py sample --scale.workers 2 --scale.cpus-per-worker 15 --optim.epochs 4 "
     "--optim.warmup-epochs 0 --optim.batch-size 960 --model.depth 1 --model.embed-dim 32 --model.num-heads 1"
 )
 
@@ -76,6 +78,7 @@ def launcher(cloud: Cloud, network: HostNetwork, shared_folder: Path, caller_hom
         "--cloud aws": f"--cloud aws --poll-seconds 1 --from {cloud.metadata_address}",
         "idle_timeout_minutes: 10": "idle_timeout_minutes: 0.4",
         "ray start": "ray start --object-store-memory=300000000",
+        "max_workers: 4": "max_workers: 3",  # two, and the one that comes for the interrupted one
     }.items():
         assert there in text
         text = text.replace(there, here)
@@ -126,15 +129,34 @@ def test_up_launches_the_head_as_the_file_says(cloud: Cloud, launcher: Launcher)
 
 
 def test_a_job_brings_up_workers_and_outlives_one(cloud: Cloud, launcher: Launcher, shared_folder: Path) -> None:
-    with launcher.tunnel() as address:
-        script = shared_folder / "job.sh"
-        script.write_text(f'set -e\npython -c "{WAIT}"\n{JOB} --storage {shared_folder}/runs\n')
-        done = launcher.start_job(address, "bash", str(script))
-        seconds = wait_until(lambda: len(cloud.workers("running")) == 2, 60, "two workers launched")
-        print(f"two workers launched after {seconds:.0f} s")
-        assert all(worker["InstanceType"] == "c7i.4xlarge" for worker in cloud.workers("running"))
-        assert all(worker["InstanceLifecycle"] == "spot" for worker in cloud.workers("running"))
-        print(launcher.finish_job(done, timeout=200))
+    script, run = shared_folder / "job.sh", shared_folder / "runs/sample"
+    script.write_text(f'set -e\npython -c "{WAIT}"\n{JOB} --storage {run.parent}\n')
+    with launcher.tunnel() as address, launcher.job(address, "bash", str(script)) as job:
+        launched = wait_until(lambda: len(cloud.workers("running")) == 2, 60, "two workers launched")
+        first = cloud.workers("running")
+        assert {worker["InstanceType"] for worker in first} == {"c7i.4xlarge"}
+        assert {worker["InstanceLifecycle"] for worker in first} == {"spot"}
+        assert {worker["IamInstanceProfile"]["Arn"].rpartition("/")[2] for worker in first} == {"diffvit-worker"}
+        trained = wait_until(lambda: list(run.glob("checkpoint_step_*/checkpoint.json")), 200, "a checkpoint")
+        gone = first[1]["PrivateIpAddress"]
+        host = cloud.network.hosts[gone]
+        cloud.interrupt(gone, seconds=20)
+        noticed = wait_until(
+            lambda: " is drained, " in (host.home / "diffvit-node/spot_watcher.log").read_text(), 15, "notice"
+        )
+        wait_until(lambda: gone not in cloud.network.hosts, 40, "the instance's end")
+        said, _ = job.communicate(timeout=200)
+    assert job.returncode == 0, said
+    print(
+        said, f"launched after {launched:.0f} s, checkpoint {trained:.0f} s later, notice taken after {noticed:.1f} s"
+    )
+    assert "waiting for nodes for 2 x (15 CPU): room for 0 of 2" in said
+    results = json.loads((run / "results.json").read_text())
+    assert results["status"] == "finished"
+    assert results["last"]["step"] == 40  # 4 epochs of 10,000 images in batches of 960
+    assert results["world_sizes"] == [2, 2]
+    assert len(cloud.workers()) >= 3
+    assert len(cloud.workers("terminated")) >= 1
 
 
 def test_idle_workers_go_away(cloud: Cloud, launcher: Launcher) -> None:
