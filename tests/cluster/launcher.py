@@ -21,6 +21,20 @@ BIN = Path(sys.executable).parent
 
 
 @dataclass(frozen=True)
+class Job:
+    """`ray job submit`, which goes on as long as the job does."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def finish(self, timeout: float) -> str:
+        """All that the job has said, once it ended well."""
+        status = self.process.wait(timeout=timeout)
+        assert status == 0, self.log.read_text()
+        return self.log.read_text()
+
+
+@dataclass(frozen=True)
 class Launcher:
     """The Ray commands for one cluster file, from the project's folder, as a user whose HOME is `home`."""
 
@@ -77,17 +91,22 @@ class Launcher:
         return self.ray("job", "submit", "--address", address, "--working-dir", ".", "--", *job, timeout=timeout)
 
     @contextlib.contextmanager
-    def job(self, address: str, *job: str) -> Iterator[subprocess.Popen[str]]:
-        """A submitted job, while it runs; what it prints is the process' output."""
+    def job(self, address: str, *job: str) -> Iterator[Job]:
+        """A submitted job, while it runs; shows what it has said if the test fails meanwhile."""
         command = [str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--", *job]
-        with subprocess.Popen(
-            command, cwd=ROOT, env=self.environment, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        ) as process:  # fmt: skip
-            try:
-                yield process
-            finally:
-                process.kill()
+        said = self.home / "job.log"
+        with said.open("w") as log:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        try:
+            yield Job(process, said)
+        except BaseException:
+            print(said.read_text())
+            raise
+        finally:
+            process.kill()
+            process.wait()
 
     def forget(self, cluster_name: str) -> None:
         """Remove the SSH sockets that Ray keeps outside of every folder that can be named."""
