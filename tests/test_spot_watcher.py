@@ -24,6 +24,7 @@ class Metadata:
 
     def __init__(self) -> None:
         self.answers: dict[str, str | None] = {}
+        self.status = 200
         self.asked: list[str] = []
         service = self
 
@@ -38,7 +39,7 @@ class Metadata:
                     self.headers["X-aws-ec2-metadata-token"] == TOKEN or self.headers["Metadata-Flavor"] == "Google"
                 )
                 answer = service.answers.get(self.path)
-                self.reply(401 if not allowed else 404 if answer is None else 200, answer or "")
+                self.reply(401 if not allowed else 404 if answer is None else service.status, answer or "")
 
             def reply(self, code: int, text: str) -> None:
                 self.send_response(code)
@@ -100,6 +101,9 @@ def test_aws_notice_through_imdsv2(metadata: Metadata) -> None:
     assert ask_aws(metadata.address, now=lambda: noon) == Notice(120, "EC2 spot terminate")
     assert ask_aws(metadata.address, now=lambda: noon + 500) == Notice(0, "EC2 spot terminate")
     assert set(metadata.asked) == {AWS_PATH}
+    metadata.status = 503  # not the same as no notice
+    with pytest.raises(OSError, match="503"):
+        ask_aws(metadata.address)
 
 
 def test_gcp_preemption_and_maintenance(metadata: Metadata) -> None:
