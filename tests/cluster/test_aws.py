@@ -107,14 +107,13 @@ def write_aws_files(home: Path, cloud: Cloud) -> None:
     (home / ".aws/credentials").write_text("[default]\naws_access_key_id = test\naws_secret_access_key = test\n")
 
 
-def wait_until(happened: Callable[[], object], seconds: float, what: str) -> float:
-    """Seconds until it had happened."""
+def wait_until(happened: Callable[[], object], seconds: float, what: str) -> None:
     began = time.monotonic()
     while not happened():
         if time.monotonic() - began > seconds:
-            pytest.fail(f"{what}: not within {seconds:.0f} s")
+            pytest.fail(f"not within {seconds:.0f} s: {what}")
         time.sleep(0.5)
-    return time.monotonic() - began
+    print(f"{what}: {time.monotonic() - began:.1f} s")
 
 
 def test_up_launches_the_head_as_the_file_says(cloud: Cloud, launcher: Launcher) -> None:
@@ -134,35 +133,29 @@ def test_a_job_brings_up_workers_and_outlives_one(cloud: Cloud, launcher: Launch
     script, run = shared_folder / "job.sh", shared_folder / "runs/sample"
     script.write_text(f'set -e\npython -c "{WAIT}"\n{JOB} --storage {run.parent}\n')
     with launcher.tunnel() as address, launcher.job(address, "bash", str(script)) as job:
-        launched = wait_until(lambda: len(cloud.workers("running")) == 2, 60, "two workers launched")
+        wait_until(lambda: len(cloud.workers("running")) == 2, 60, "two workers launched")
         first = cloud.workers("running")
         assert {worker["InstanceType"] for worker in first} == {"c7i.4xlarge"}
         assert {worker["InstanceLifecycle"] for worker in first} == {"spot"}
         assert {worker["IamInstanceProfile"]["Arn"].rpartition("/")[2] for worker in first} == {"diffvit-worker"}
-        trained = wait_until(lambda: list(run.glob("checkpoint_step_*/checkpoint.json")), 200, "a checkpoint")
+        wait_until(lambda: list(run.glob("checkpoint_step_*/checkpoint.json")), 200, "a checkpoint saved")
         gone = first[1]["PrivateIpAddress"]
-        host = cloud.network.hosts[gone]
+        watcher_log = cloud.network.hosts[gone].home / "diffvit-node/spot_watcher.log"
         cloud.interrupt(gone, seconds=20)
-        noticed = wait_until(
-            lambda: " is drained, " in (host.home / "diffvit-node/spot_watcher.log").read_text(), 15, "notice"
-        )
-        wait_until(lambda: gone not in cloud.network.hosts, 40, "the instance's end")
+        wait_until(lambda: " is drained, " in watcher_log.read_text(), 15, "the notice passed on to Ray")
+        wait_until(lambda: gone not in cloud.network.hosts, 40, "the instance ended")
+        wait_until(lambda: len(cloud.workers("running")) >= 2, 60, "another launched in its place")
         said = job.finish(timeout=200)
-    print(
-        said, f"launched after {launched:.0f} s, checkpoint {trained:.0f} s later, notice taken after {noticed:.1f} s"
-    )
+    print(said)
     assert "waiting for nodes for 2 x (2 CPU): room for 0 of 2" in said
     results = json.loads((run / "results.json").read_text())
     assert results["status"] == "finished"
     assert results["last"]["step"] == 30  # 3 epochs of 10,000 images in batches of 960
     assert results["world_sizes"] == [2, 2]
-    assert len(cloud.workers()) >= 3
-    assert len(cloud.workers("terminated")) >= 1
 
 
 def test_idle_workers_go_away(cloud: Cloud, launcher: Launcher) -> None:
-    seconds = wait_until(lambda: not cloud.workers("running"), 120, "idle workers terminated")
-    print(f"workers terminated after {seconds:.0f} s")
+    wait_until(lambda: not cloud.workers("running"), 120, "idle workers terminated")
 
 
 def test_down_leaves_nothing(cloud: Cloud, launcher: Launcher, network: HostNetwork) -> None:
