@@ -1,12 +1,13 @@
 # make pretrain   set up .venv and train a Diff-ViT on the embedded sample
-# make test       every test; make test-fast: those that need no Ray
+# make test       every test on one machine; make test-fast: those that need no Ray
+# make test-cluster  `ray up` on several hosts, made of namespaces (root on Linux, sshd, rsync; else they skip)
 # make lint       ruff, mypy, import-linter
 # make clean      remove what these made, but not runs/
 
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: pretrain test test-fast lint clean
+.PHONY: pretrain test test-fast test-cluster lint clean
 
 pretrain: .venv/installed
 	.venv/bin/python ray_jobs/pretrain.py $(ARGS)
@@ -16,6 +17,9 @@ test: .venv/installed-dev
 
 test-fast: .venv/installed-dev
 	.venv/bin/python -m pytest -m "not ray" $(ARGS)
+
+test-cluster: .venv/installed-dev
+	.venv/bin/python -m pytest tests/cluster $(ARGS)
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .

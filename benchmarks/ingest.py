@@ -47,8 +47,10 @@ from diffvit.training.cluster import connect
 class Options:
     """What to measure."""
 
-    images: int = 4000
+    images: int = 16_000
     """Training images; there are ten classes."""
+    pictures: int = 2000
+    """Different ones among them; the others are links to these."""
     processes: int = 2
     """That decode: DataLoader's workers, the CPUs of the local Ray, and the ceiling's processes."""
     batch_size: int = 128
@@ -76,7 +78,7 @@ def main() -> None:
 
 def measure(options: Options, folder: Path) -> None:
     console = Console(width=110)
-    mean_bytes = make_photos(folder / "photos", options.images)
+    mean_bytes = make_photos(folder / "photos", options.images, options.pictures)
     started = time.perf_counter()
     connect()
     ray_start = time.perf_counter() - started
@@ -196,16 +198,21 @@ def peak_object_store() -> Iterator[list[float]]:
     thread.join()
 
 
-def make_photos(folder: Path, images: int) -> float:
+def make_photos(folder: Path, images: int, pictures: int) -> float:
     """Pictures with the spectrum of photographs (amplitude 1 / frequency), ten classes; the mean size in bytes."""
     rng = np.random.default_rng(0)
     scenes = [scene(rng, 600, 450) for _ in range(40)]
-    sizes = []
+    sizes: list[int] = []
+    made: list[Path] = []
     for number in range(images + 100):
-        top, left = rng.integers(0, 75), rng.integers(0, 100)
-        crop = scenes[number % len(scenes)][top : top + 375, left : left + 500]
         path = folder / ("train" if number < images else "val") / str(number % 10) / f"{number:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
+        if len(made) == pictures:
+            path.hardlink_to(made[number % pictures])
+            continue
+        made.append(path)
+        top, left = rng.integers(0, 75), rng.integers(0, 100)
+        crop = scenes[number % len(scenes)][top : top + 375, left : left + 500]
         Image.fromarray(crop).save(path, quality=90)
         sizes.append(path.stat().st_size)
     return statistics.mean(sizes)

@@ -79,6 +79,8 @@ class ScaleConfig:
     """Samples a worker takes through the model at once; the rest of its share is accumulated. None: all at once."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast on a GPU that has it, fp32 otherwise."""
+    wait_minutes: float = 20.0
+    """Minutes to wait for nodes that the cluster's autoscaler has still to start."""
     max_failures: int = 3
     """Times a lost worker group is restarted from the last checkpoint."""
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.utils import read_ray_address
 
+from diffvit.cluster.waiting import can_grow, room_for, wait_for_nodes
 from diffvit.config import ScaleConfig
 
 _LOCAL_OBJECT_STORE_BYTES = 2 * 2**30
@@ -19,14 +22,17 @@ _LOCAL_OBJECT_STORE_BYTES = 2 * 2**30
 def connect(scale: ScaleConfig | None = None) -> None:
     """Connect to the cluster this process runs in, else start a local one that can hold the workers of `scale`.
 
+    That cluster is the one that submitted the job, or that `ray start` started on this machine.
+
     A local cluster listens on loopback only, has no dashboard and, as Ray does by itself, asks for a token.
     """
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
+    # "auto" alone would also join whatever else runs on this machine, such as another user's job
+    if os.environ.get("RAY_ADDRESS") or read_ray_address():
         ray.init(address="auto", **quiet)
-    except ConnectionError:
+    else:
         workers_cpus = math.ceil(scale.workers * scale.cpus_per_worker) if scale else 0
         logical_cpus = max(os.cpu_count() or 1, workers_cpus + 1)
         ray.init(
@@ -40,6 +46,18 @@ def connect(scale: ScaleConfig | None = None) -> None:
             (Path.home() / ".ray" / "auth_token").chmod(0o600)
     for library in ("ray.train", "ray.data"):
         logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def wait_for_cluster(scale: ScaleConfig, say: Callable[[str], None]) -> None:
+    """Wait for the workers' nodes where an autoscaler can add them, and `say` what is waited for."""
+    if can_grow():
+        wait_for_nodes(_bundles(scale), 60 * scale.wait_minutes, say)
+
+
+def _bundles(scale: ScaleConfig) -> list[dict[str, float]]:
+    """What each worker takes, and the CPU that decoding needs."""
+    worker = {"CPU": scale.cpus_per_worker} | ({"GPU": 1.0} if scale.gpu else {})
+    return [worker] * scale.workers + [{"CPU": 1.0}]
 
 
 def require_resources(scale: ScaleConfig) -> None:
@@ -59,7 +77,7 @@ def require_resources(scale: ScaleConfig) -> None:
     if places < scale.workers:
         each = f"{scale.cpus_per_worker:g} CPUs" + (" and a GPU" if scale.gpu else "")
         raise ValueError(f"scale.workers = {scale.workers} workers need {each} each; {has}, room for {places}")
-    if cpus < scale.workers * scale.cpus_per_worker + 1:
+    if room_for(_bundles(scale)) <= scale.workers:
         raise ValueError(
             f"scale.workers x scale.cpus_per_worker = {scale.workers} x {scale.cpus_per_worker:g} leaves no CPU "
             f"for decoding; {has}"

@@ -25,7 +25,7 @@ from diffvit.data.stream import RayStream
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import HUB, load_weights
 from diffvit.training.checkpoint import checkpoint_name
-from diffvit.training.cluster import connect, require_resources
+from diffvit.training.cluster import connect, require_resources, wait_for_cluster
 from diffvit.training.loop import RunStopped, Worker, fit
 from diffvit.training.run_folder import open_run, summarise, write_results
 
@@ -52,6 +52,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     if earlier is not None and earlier["status"] == "finished":
         return earlier
     connect(config.scale)
+    wait_for_cluster(config.scale, print)
     require_resources(config.scale)
     progress = Queue(actor_options={"num_cpus": 0})
     results: dict[str, Any] = {"status": "failed", "reason": None}

@@ -1,0 +1,123 @@
+"""Waiting for nodes, with a cluster that the test makes grow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.autoscaler.v2.schema import ClusterStatus, LaunchRequest, NodeInfo
+
+from diffvit.cluster import waiting
+from diffvit.cluster.waiting import can_grow, wait_for_nodes
+
+WORKER = {"CPU": 3.0, "GPU": 1.0}
+
+
+def node(cpus: float, gpus: float = 0.0, alive: bool = True) -> dict[str, Any]:
+    return {"Alive": alive, "Resources": {"CPU": cpus} | ({"GPU": gpus} if gpus else {})}
+
+
+def launch(name: str, count: int, details: str | None = None) -> LaunchRequest:
+    state = LaunchRequest.Status.FAILED if details else LaunchRequest.Status.PENDING
+    return LaunchRequest("g6.2xlarge", name, count, state, request_ts_s=0, details=details)
+
+
+class Cluster:
+    """A list of moments: at each, the nodes that are up and what the autoscaler says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.moments: list[tuple[list[dict[str, Any]], ClusterStatus]] = []
+        self.requests: list[list[dict[str, float]]] = []
+        self.seconds = 0.0
+        self.place = 0
+        monkeypatch.setattr(waiting.ray, "nodes", lambda: self.now[0])
+        monkeypatch.setattr(waiting, "_status", lambda: self.now[1])
+        monkeypatch.setattr(waiting, "request_resources", lambda bundles: self.requests.append(bundles))
+        monkeypatch.setattr(waiting.time, "sleep", self.sleep)
+        monkeypatch.setattr(waiting.time, "monotonic", lambda: self.seconds)
+
+    @property
+    def now(self) -> tuple[list[dict[str, Any]], ClusterStatus]:
+        return self.moments[min(self.place, len(self.moments) - 1)]
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+        self.place += 1
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    cluster = Cluster(monkeypatch)
+    yield cluster
+    assert cluster.requests[-1:] in ([], [[]])  # nothing stays asked for
+
+
+def test_enough_nodes_are_not_waited_for(cluster: Cluster) -> None:
+    cluster.moments = [([node(0), node(7, 2)], ClusterStatus())]
+    said: list[str] = []
+    wait_for_nodes([WORKER] * 2, 60, said.append)
+    assert said == []
+    assert cluster.requests == []
+
+
+def test_each_step_is_told_once(cluster: Cluster) -> None:
+    head, worker = node(0), node(4, 1)
+    starting = ClusterStatus(pending_launches=[launch("gpu_spot", 2)])
+    booting = ClusterStatus(
+        pending_nodes=[NodeInfo("g6.2xlarge", "gpu_spot", "i-1", "10.0.0.5")],
+        pending_launches=[launch("gpu_spot", 1)],
+    )
+    cluster.moments = [
+        ([head], ClusterStatus()),
+        ([head], starting),
+        ([head], starting),
+        ([head, worker, node(4, 1, alive=False)], booting),
+        ([head, worker, worker, worker], ClusterStatus()),
+    ]
+    said: list[str] = []
+    wait_for_nodes([WORKER] * 3, 60, said.append)
+    assert said == [
+        "waiting for nodes for 3 x (3 CPU, 1 GPU): room for 0 of 3; nothing is starting yet",
+        "waiting for nodes for 3 x (3 CPU, 1 GPU): room for 0 of 3; starting 2 gpu_spot",
+        "waiting for nodes for 3 x (3 CPU, 1 GPU): room for 1 of 3; starting 2 gpu_spot",
+    ]
+    assert cluster.requests == [[WORKER] * 3, []]
+
+
+def test_a_missing_quota_is_named_and_not_waited_for_for_ever(cluster: Cluster) -> None:
+    refused = ClusterStatus(failed_launches=[launch("gpu_spot", 2, "MaxSpotInstanceCountExceeded")])
+    cluster.moments = [([node(16)], refused)]
+    said: list[str] = []
+    with pytest.raises(ValueError, match=r"room for 0 of 2 after 2\.5 minutes; the cloud refused gpu_spot"):
+        wait_for_nodes([WORKER] * 2, 150, said.append)
+    assert "the cloud refused gpu_spot: MaxSpotInstanceCountExceeded" in said[0]
+    assert len(said) == 3  # at once, and after one and two minutes
+
+
+def test_a_big_node_holds_several_but_not_by_halves(cluster: Cluster) -> None:
+    cluster.moments = [([node(5, 2), node(2, 1)], ClusterStatus()), ([node(6, 2)], ClusterStatus())]
+    said: list[str] = []
+    wait_for_nodes([WORKER, WORKER], 60, said.append)  # 5 + 2 CPUs are enough for two workers in sum only
+    assert said == ["waiting for nodes for 2 x (3 CPU, 1 GPU): room for 1 of 2; nothing is starting yet"]
+
+
+def test_what_is_waited_for_is_told_by_shape(cluster: Cluster) -> None:
+    cluster.moments = [([node(3.5, 1)], ClusterStatus()), ([node(5, 1)], ClusterStatus())]
+    said: list[str] = []
+    wait_for_nodes([WORKER, {"CPU": 1.0}], 60, said.append)
+    assert said == [
+        "waiting for nodes for 1 x (3 CPU, 1 GPU) and 1 x (1 CPU): room for 1 of 2; nothing is starting yet"
+    ]
+
+
+def test_only_a_launched_cluster_can_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_CLUSTER_NAME", raising=False)
+    assert not can_grow()
+    monkeypatch.setenv("RAY_CLUSTER_NAME", "diffvit")
+    assert can_grow()
+    monkeypatch.delenv("RAY_CLUSTER_NAME")
+    (tmp_path / "ray_bootstrap_config.yaml").touch()
+    assert can_grow()
