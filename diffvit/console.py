@@ -87,7 +87,8 @@ class Console:
                 continue
             except Exception:  # the cluster is going down; the run's own error says why
                 return
-            {"step": self._show_step, "epoch": self._show_epoch, "skipped": self._show_skipped}[kind](fields)
+            show = {"step": self._show_step, "epoch": self._show_epoch, "skipped": self._show_skipped}
+            show.get(kind, self._show_warning)(fields)
 
     def _show_step(self, fields: dict[str, Any]) -> None:
         line = (
@@ -126,6 +127,9 @@ class Console:
                 self._console.print(f"skipped {image}", style="yellow", markup=False)
             elif len(self._skipped) == _SKIPPED_SHOWN + 1:
                 self._console.print(f"more are skipped; see {self._config.folder / 'skipped.txt'}", style="yellow")
+
+    def _show_warning(self, fields: dict[str, Any]) -> None:
+        self._console.print(fields["message"], style="yellow", markup=False)
 
 
 def print_results(folder: Path, results: dict[str, Any]) -> None:

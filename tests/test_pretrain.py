@@ -41,9 +41,10 @@ def test_a_run_from_start_to_finish(config: RunConfig, capsys: pytest.CaptureFix
     assert results["best"]["top1"] >= results["last"]["top1"]
     assert results["world_sizes"] == [2]
     assert set(written["versions"]) >= {"torch", "ray"}
-    # what lies in the folder: the best and the last checkpoint, nothing half written
+    # what lies in the folder: the best and the last two checkpoints, nothing half written
     checkpoints = {path.name for path in config.folder.glob("checkpoint_step_*")}
-    assert checkpoints == {results["best"]["checkpoint"], results["last"]["checkpoint"]}
+    assert checkpoints == {results["best"]["checkpoint"], "checkpoint_step_00000006", results["last"]["checkpoint"]}
+    assert not list(config.folder.glob(".partial*"))
     assert from_json((config.folder / "config.json").read_text(), "").model.num_classes == 3
     assert list((config.folder / "tensorboard").glob("events.*"))
     load_weights(VisionTransformer(with_fields(config, model={"num_classes": 3}).model), config.folder)
@@ -88,8 +89,7 @@ def test_a_killed_worker_costs_nothing_but_time(config: RunConfig, tmp_path: Pat
 def kill_a_worker_after_the_first_checkpoint(folder: Path) -> None:
     while not (pids := own_processes("ray::RayTrainWorker")):
         time.sleep(0.1)
-    # not the checkpoint's folder: the controller takes reports in about once a second, and one that it has not is lost
-    while not list(folder.glob("checkpoint_manager_snapshot.json")):
+    while not list(folder.glob("checkpoint_step_*")):
         time.sleep(0.01)
     os.kill(pids[0], signal.SIGKILL)
 

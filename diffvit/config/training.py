@@ -36,6 +36,11 @@ class OptimConfig:
     """Share of the target spread over all classes."""
     ema_decay: float = 0.0
     """Decay per step of the weight average that is evaluated and saved; 0 for none."""
+    max_skipped_steps: int = 3
+    """A step whose loss or gradient is not finite changes nothing and is counted. More of them than this, without ten
+    good steps in between, take the weights back to the last good checkpoint; the order of samples goes on."""
+    max_rollbacks: int = 2
+    """Times that is tried before the run ends."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -46,7 +51,7 @@ class OptimConfig:
             f"optim.warmup_epochs must be between 0 and optim.epochs = {self.epochs}, got {self.warmup_epochs}",
         )
         require(0.0 <= self.min_lr_ratio <= 1.0, f"optim.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
-        for name in ("weight_decay", "clip_norm"):
+        for name in ("weight_decay", "clip_norm", "max_skipped_steps", "max_rollbacks"):
             require(getattr(self, name) >= 0, f"optim.{name} must not be negative, got {getattr(self, name)}")
         for name in ("beta1", "beta2", "label_smoothing", "ema_decay"):
             require_fraction(f"optim.{name}", getattr(self, name))
@@ -70,11 +75,14 @@ class ScaleConfig:
     """auto: bf16 autocast on a GPU that has it, fp32 otherwise."""
     max_failures: int = 3
     """Times a lost worker group is restarted from the last checkpoint."""
+    max_preemptions: int = -1
+    """The same where a node was taken away with notice, as spot instances are; -1: as often as it takes."""
 
     def __post_init__(self) -> None:
         require(self.workers >= 1, f"scale.workers must be at least 1, got {self.workers}")
         require(self.cpus_per_worker > 0, f"scale.cpus_per_worker must be positive, got {self.cpus_per_worker}")
         require(self.max_failures >= 0, f"scale.max_failures must not be negative, got {self.max_failures}")
+        require(self.max_preemptions >= -1, f"scale.max_preemptions must be -1 or more, got {self.max_preemptions}")
         require(
             self.micro_batch_size is None or self.micro_batch_size >= 1,
             f"scale.micro_batch_size must be at least 1, got {self.micro_batch_size}",
@@ -91,6 +99,12 @@ class CheckpointConfig:
     """Also save every this many steps; None: at the end of each epoch only."""
     every_minutes: float | None = None
     """Also save when so many minutes have gone since the last checkpoint (looked at every few steps)."""
+    keep_last: int = 2
+    """Checkpoints kept beside the best one: should the last be damaged, the run goes on from the one before."""
+    keep_every_epochs: int | None = None
+    """Also keep that of every so many epochs; None: no others."""
+    retry_minutes: float = 10.0
+    """How long the run goes on while its storage is away or full, before it ends."""
 
     def __post_init__(self) -> None:
         require(
@@ -101,3 +115,9 @@ class CheckpointConfig:
             self.every_minutes is None or self.every_minutes > 0,
             f"checkpoint.every_minutes must be positive, got {self.every_minutes}",
         )
+        require(self.keep_last >= 1, f"checkpoint.keep_last must be at least 1, got {self.keep_last}")
+        require(
+            self.keep_every_epochs is None or self.keep_every_epochs >= 1,
+            f"checkpoint.keep_every_epochs must be at least 1, got {self.keep_every_epochs}",
+        )
+        require(self.retry_minutes >= 0, f"checkpoint.retry_minutes must not be negative, got {self.retry_minutes}")

@@ -22,7 +22,7 @@ from diffvit.data.loader import EVAL_BATCH_SIZE, BatchLoader
 from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.sources import SAMPLE, Dataset, open_dataset
 from diffvit.data.stream import RayStream
-from diffvit.training.checkpoint import checkpoint_name
+from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.cluster import connect, require_resources
 from diffvit.training.loop import RunStopped, Worker, fit
 from diffvit.training.run_folder import open_run, summarise, write_results
@@ -64,7 +64,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         raise
     finally:
         progress.shutdown(force=True)
-        results |= _saved_metrics(config)
+        results |= summarise(CheckpointStore(config.folder, config.checkpoint).entries())
         results |= {"seed": config.seed, "wall_seconds": round(time.monotonic() - started, 1)}
         write_results(config.folder, results)
     if results["status"] == "stopped":
@@ -123,9 +123,9 @@ def _trainer(config: RunConfig, dataset: Dataset, progress: Queue) -> TorchTrain
         run_config=ray.train.RunConfig(
             name=config.name,
             storage_path=config.storage,
-            # the best and, always, the last
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="top1"),
-            failure_config=ray.train.FailureConfig(max_failures=config.scale.max_failures),
+            failure_config=ray.train.FailureConfig(
+                max_failures=config.scale.max_failures, max_preemption_failures=config.scale.max_preemptions
+            ),
         ),
     )
 
@@ -149,33 +149,21 @@ def _train_worker(job: dict[str, Any]) -> str | None:
         broadcast_from_rank_zero,
     )
 
-    def report(metrics: dict[str, Any], folder: Path | None) -> None:
-        checkpoint = ray.train.Checkpoint.from_directory(folder) if folder else None
-        ray.train.report(metrics, checkpoint, checkpoint_dir_name=checkpoint_name(metrics["step"]))
-
     def publish(kind: str, fields: dict[str, Any]) -> None:
         progress.actor.put_nowait.remote((kind, fields))  # not waited for
 
-    saved = ray.train.get_checkpoint()
     worker = Worker(
         device=get_device(),
-        report=report,
+        report=ray.train.report,
         publish=publish,
         rank=rank,
         workers=config.scale.workers,
-        checkpoint=Path(saved.path) if saved else None,
+        store=CheckpointStore(config.folder, config.checkpoint),
+        agree=broadcast_from_rank_zero,
+        preempted=lambda: ray.train.get_preemption_info() is not None,
     )
     try:
         fit(config, train_plan, eval_plan, stream, worker)
     except RunStopped as stop:
         return str(stop)
     return None
-
-
-def _saved_metrics(config: RunConfig) -> dict[str, Any]:
-    """What the run's checkpoints say of it: the best, the last, and the speed of the last epoch."""
-    try:
-        kept = ray.train.Result.from_path(str(config.folder)).best_checkpoints
-    except RuntimeError:  # Ray Train has not written its list of checkpoints yet
-        kept = None
-    return summarise([(Path(checkpoint.path), metrics) for checkpoint, metrics in kept or []])
