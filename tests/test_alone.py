@@ -15,6 +15,7 @@ from diffvit.config import RunConfig
 from diffvit.data.batches import Batch
 from diffvit.data.loader import LocalStream
 from diffvit.data.sources import Dataset, open_dataset
+from diffvit.training import logbook
 from diffvit.training.alone import train_alone
 from diffvit.training.loop import RunStopped
 
@@ -49,6 +50,7 @@ def test_leaves_what_a_run_leaves(config: RunConfig, dataset: Dataset) -> None:
 def test_cut_it_goes_on(config: RunConfig, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
     whole = train_alone(dataclasses.replace(config, name="whole"), dataset)
     cut = dataclasses.replace(config, name="cut")
+    monkeypatch.setattr(logbook, "_SIGN_SECONDS", 0.0)
     deliver = LocalStream.train
 
     def deliver_and_die(stream: LocalStream, first_step: int) -> Iterator[Batch]:
@@ -67,6 +69,8 @@ def test_cut_it_goes_on(config: RunConfig, dataset: Dataset, monkeypatch: pytest
         last.write_bytes(last.read_bytes()[:-1])
     results = train_alone(cut, dataset)
     assert results["last"]["step"] == 12
+    (interruption,) = results["interruptions"]
+    assert interruption["steps_repeated"] == (3 if damaged else 0)  # the last sign of life is that of the save, at 6
     ours = load_file(cut.folder / results["last"]["checkpoint"] / "model.safetensors")
     theirs = load_file(cut.folder.parent / "whole" / whole["last"]["checkpoint"] / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

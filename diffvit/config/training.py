@@ -63,8 +63,9 @@ class ScaleConfig:
 
     __pydantic_config__ = STRICT
 
-    workers: int = 1
-    """Ray Train workers; must divide optim.batch_size."""
+    workers: int | tuple[int, int] = 1
+    """Ray Train workers; must divide optim.batch_size. Two numbers, least and most: as many as there is room for, more
+    when nodes come and fewer when they go; numbers that do not divide the batch are passed over."""
     gpu: bool = False
     """One GPU a worker."""
     cpus_per_worker: float = 0.5
@@ -79,7 +80,10 @@ class ScaleConfig:
     """The same where a node was taken away with notice, as spot instances are; -1: as often as it takes."""
 
     def __post_init__(self) -> None:
-        require(self.workers >= 1, f"scale.workers must be at least 1, got {self.workers}")
+        require(
+            1 <= self.min_workers <= self.max_workers,
+            f"scale.workers must be at least 1, or two numbers in order, got {self.workers}",
+        )
         require(self.cpus_per_worker > 0, f"scale.cpus_per_worker must be positive, got {self.cpus_per_worker}")
         require(self.max_failures >= 0, f"scale.max_failures must not be negative, got {self.max_failures}")
         require(self.max_preemptions >= -1, f"scale.max_preemptions must be -1 or more, got {self.max_preemptions}")
@@ -87,6 +91,14 @@ class ScaleConfig:
             self.micro_batch_size is None or self.micro_batch_size >= 1,
             f"scale.micro_batch_size must be at least 1, got {self.micro_batch_size}",
         )
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,10 @@ from diffvit.data.loader import EVAL_BATCH_SIZE, BatchLoader, LocalStream
 from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.sources import Dataset
 from diffvit.training.checkpoint_store import CheckpointStore
+from diffvit.training.logbook import Logbook
 from diffvit.training.loop import RunStopped, Worker, fit
 from diffvit.training.run_folder import open_run, summarise, write_results
+from diffvit.training.run_lock import RunLock
 from diffvit.training.tracking import Publish
 
 
@@ -35,9 +37,14 @@ def train_alone(config: RunConfig, dataset: Dataset, publish: Publish | None = N
         RunStopped: the run cannot go on; `results.json` says why.
     """
     config = dataclasses.replace(config, scale=dataclasses.replace(config.scale, workers=1))
-    earlier = open_run(config)
-    if earlier is not None and earlier["status"] == "finished":
-        return earlier
+    with RunLock(config.folder):
+        earlier = open_run(config)
+        if earlier is not None and earlier["status"] == "finished":
+            return earlier
+        return _train(config, dataset, publish or (lambda *_: None))
+
+
+def _train(config: RunConfig, dataset: Dataset, publish: Publish) -> dict[str, Any]:
     started = time.monotonic()
     plan = TrainPlan(
         num_samples=len(dataset.train),
@@ -53,7 +60,7 @@ def train_alone(config: RunConfig, dataset: Dataset, publish: Publish | None = N
     worker = Worker(
         device=torch.device("cuda" if config.scale.gpu else "cpu"),
         report=lambda _: None,
-        publish=publish or (lambda *_: None),
+        publish=publish,
         store=store,
     )
     results: dict[str, Any] = {"status": "failed", "reason": None}
@@ -64,7 +71,13 @@ def train_alone(config: RunConfig, dataset: Dataset, publish: Publish | None = N
         results |= {"status": "stopped", "reason": str(stop)}
         raise
     finally:
+        if results["reason"]:
+            Logbook(config.folder).cut(results["reason"])
         results |= summarise(store.entries())
-        results |= {"seed": config.seed, "wall_seconds": round(time.monotonic() - started, 1)}
+        results |= {
+            "interruptions": Logbook(config.folder).interruptions,
+            "seed": config.seed,
+            "wall_seconds": round(time.monotonic() - started, 1),
+        }
         write_results(config.folder, results)
     return results

@@ -21,6 +21,7 @@ import torch
 from diffvit.config import RunConfig, differing_fields, from_json, to_json
 from diffvit.models.vit import VisionTransformer
 from diffvit.training.checkpoint_store import Entry
+from diffvit.training.run_lock import LOCK_NAME
 
 CONFIG_NAME = "config.json"
 RESULTS_NAME = "results.json"
@@ -42,7 +43,7 @@ def open_run(config: RunConfig) -> dict[str, Any] | None:
     existing = folder / CONFIG_NAME
     if existing.exists():
         _require_same_run(existing, config)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(LOCK_NAME not in path.name for path in folder.iterdir()):
         raise ValueError(f"{folder} holds files but no {CONFIG_NAME}: it is not a run; choose another --name")
     _require_writable(folder, _checkpoint_bytes(config), config.checkpoint.keep_last + 2)
     _write_atomically(existing, to_json(config))

@@ -12,6 +12,7 @@ from diffvit.training.checkpoint import TrainState, checkpoint_name, roll_back, 
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.checkpoint_writer import CheckpointWriter
 from diffvit.training.health import CALM_STEPS, Health
+from diffvit.training.logbook import Logbook
 from diffvit.training.worker import RunStopped, Worker
 
 _POLL_SECONDS = 2.0
@@ -52,7 +53,9 @@ class Saver:
     def __init__(self, config: RunConfig, state: TrainState, worker: Worker) -> None:
         self._config, self._state, self._worker = config, state, worker
         self._writer = None
+        self._logbook = Logbook(config.folder)
         if worker.rank == 0 and worker.store is not None:
+            self._logbook.begin(state.step, state.train_seconds, worker.workers)
             self._writer = CheckpointWriter(worker.store, config.checkpoint.retry_minutes, worker.warn)
         self._good_step = state.step or None
         self._preempted = False
@@ -60,7 +63,8 @@ class Saver:
         self._every_minutes = config.checkpoint.every_minutes or math.inf
 
     def asks(self, minutes_since_save: float) -> Ask:
-        """What rank 0 asks for now."""
+        """What rank 0 asks for now; and a sign of its life."""
+        self._logbook.alive(self._state.step, self._state.train_seconds, self._worker.workers)
         ask = Ask(0)
         if minutes_since_save >= self._every_minutes:
             ask |= Ask.SAVE
@@ -84,6 +88,7 @@ class Saver:
             if not self._preempted and self._worker.preempted():
                 notice = self._preempted = True
                 self._every_minutes = min(self._every_minutes, _PREEMPTED_SAVE_MINUTES)
+                self._logbook.cut("preempted: a node was about to go")
                 self._worker.warn(f"a node is about to go: saving at step {self._state.step}")
         return notice or Ask.SAVE in ask
 
