@@ -48,9 +48,4 @@ def test_every_cut_is_written_down_once(tmp_path: Path, clock: list[float]) -> N
     }
     assert Logbook(tmp_path).interruptions == [first, second]
     Logbook(tmp_path).begin(20, 40.0, 3)
-    assert Logbook(tmp_path).interruptions == [
-        first,
-        {"when": "1970-01-12T13:47:56+00:00", "why": "resized from 2 to 3 workers", "steps_repeated": 0, "seconds_lost": 5.0},
-    ]  # fmt: skip
-    Logbook(tmp_path).begin(20, 40.0, 3)
     assert Logbook(tmp_path).interruptions[2]["why"] == "ended without a word: killed, or its node was lost"

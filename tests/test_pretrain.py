@@ -22,6 +22,7 @@ from diffvit.config import RunConfig, from_json
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
 from diffvit.training.launch import RunStopped, train
+from diffvit.training.run_lock import RunLock
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -77,6 +78,10 @@ def test_a_killed_worker_costs_nothing_but_time(config: RunConfig, tmp_path: Pat
     killer.join()
     assert results["last"]["step"] == whole["last"]["step"] == 80
     assert results["world_sizes"] == [2, 2]
+    (interruption,) = results["interruptions"]
+    assert interruption["why"].startswith(("worker 0 was lost", "worker 1 was lost"))
+    assert interruption["seconds_lost"] > 0
+    assert whole["interruptions"] == []
     ours = load_file(cut.folder / results["last"]["checkpoint"] / "model.safetensors")
     theirs = load_file(cut.folder.parent / "whole" / whole["last"]["checkpoint"] / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -84,6 +89,18 @@ def test_a_killed_worker_costs_nothing_but_time(config: RunConfig, tmp_path: Pat
               for run in (cut.folder, cut.folder.parent / "whole")]  # fmt: skip
     assert audits[0].equals(audits[1])
     assert audits[0].num_rows == 2 * 480
+
+
+def test_a_second_run_of_the_name_is_refused(config: RunConfig) -> None:
+    with RunLock(config.folder), pytest.raises(ValueError, match=f"being worked on by process {os.getpid()}"):
+        train(config)
+
+
+def test_an_open_number_of_workers_takes_what_divides_the_batch(config: RunConfig) -> None:
+    """Of 6 CPUs one is for decoding: there is room for 5 workers, but only 2, 3, 4 and 6 divide a batch of 12."""
+    results = train(with_fields(config, scale={"workers": (2, 5), "cpus_per_worker": 1.0}, optim={"epochs": 1}))
+    assert results["world_sizes"] == [4]
+    assert results["last"]["step"] == 3
 
 
 def kill_a_worker_after_the_first_checkpoint(folder: Path) -> None:
