@@ -72,7 +72,7 @@ def test_a_killed_worker_costs_nothing_but_time(config: RunConfig, tmp_path: Pat
     )
     whole = train(dataclasses.replace(config, name="whole"))
     cut = dataclasses.replace(config, name="cut")
-    killer = threading.Thread(target=kill_a_worker_after_the_first_checkpoint, args=(cut.folder,))
+    killer = threading.Thread(target=kill_a_worker_after_the_first_checkpoint, args=(cut.folder,), daemon=True)
     killer.start()
     results = train(cut)
     killer.join()
