@@ -64,13 +64,14 @@ class Console:
         model, scale = self._config.model, self._config.scale
         heads = f"{model.num_heads} head{'s' * (model.num_heads > 1)}"
         device = "GPU" if scale.gpu else "CPU"
+        workers = scale.workers if isinstance(scale.workers, int) else "{} to {}".format(*scale.workers)
         self._console.print(
             f"[bold]{self._config.name}[/]: {_VARIANT_NAMES[model.variant]}, {model.embed_dim} wide, "
             f"{model.depth} blocks, {heads}, {model.image_size} px in patches of {model.patch_size}"
         )
         self._console.print(
             f"{len(self._dataset.train):,} training and {len(self._dataset.val):,} validation images, "
-            f"{len(self._dataset.classes)} classes; {scale.workers} worker{'s' * (scale.workers > 1)} on {device}, "
+            f"{len(self._dataset.classes)} classes; {workers} worker{'s' * (scale.max_workers > 1)} on {device}, "
             f"{self._plan.epochs} epochs of {self._plan.steps_per_epoch} steps"
         )
         self._console.print(f"watch:  tensorboard --logdir {self._config.folder.parent}", style="dim")
@@ -87,7 +88,8 @@ class Console:
                 continue
             except Exception:  # the cluster is going down; the run's own error says why
                 return
-            {"step": self._show_step, "epoch": self._show_epoch, "skipped": self._show_skipped}[kind](fields)
+            show = {"step": self._show_step, "epoch": self._show_epoch, "skipped": self._show_skipped}
+            show.get(kind, self._show_warning)(fields)
 
     def _show_step(self, fields: dict[str, Any]) -> None:
         line = (
@@ -126,6 +128,9 @@ class Console:
                 self._console.print(f"skipped {image}", style="yellow", markup=False)
             elif len(self._skipped) == _SKIPPED_SHOWN + 1:
                 self._console.print(f"more are skipped; see {self._config.folder / 'skipped.txt'}", style="yellow")
+
+    def _show_warning(self, fields: dict[str, Any]) -> None:
+        self._console.print(fields["message"], style="yellow", markup=False)
 
 
 def print_results(folder: Path, results: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,8 +12,10 @@ from conftest import with_fields
 from safetensors.torch import load_file
 
 from diffvit.config import RunConfig
+from diffvit.data.batches import Batch
+from diffvit.data.loader import LocalStream
 from diffvit.data.sources import Dataset, open_dataset
-from diffvit.training import alone
+from diffvit.training import logbook
 from diffvit.training.alone import train_alone
 from diffvit.training.loop import RunStopped
 
@@ -34,9 +36,9 @@ def test_leaves_what_a_run_leaves(config: RunConfig, dataset: Dataset) -> None:
     assert results["status"] == "finished"
     assert (results["last"]["epoch"], results["last"]["step"]) == (4, 12)
     kept = {path.name for path in config.folder.glob("checkpoint_step_*")}
-    assert kept == {results["best"]["checkpoint"], results["last"]["checkpoint"]}
+    assert kept == {results["best"]["checkpoint"], "checkpoint_step_00000009", results["last"]["checkpoint"]}
     assert list((config.folder / "tensorboard").glob("events.*"))
-    assert not list(config.folder.glob(".checkpoint*"))
+    assert not list(config.folder.glob(".partial*"))
     finished = (config.folder / "results.json").stat().st_mtime_ns
     train_alone(config, dataset)
     assert (config.folder / "results.json").stat().st_mtime_ns == finished
@@ -48,23 +50,27 @@ def test_leaves_what_a_run_leaves(config: RunConfig, dataset: Dataset) -> None:
 def test_cut_it_goes_on(config: RunConfig, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
     whole = train_alone(dataclasses.replace(config, name="whole"), dataset)
     cut = dataclasses.replace(config, name="cut")
-    keep = alone._keep
+    monkeypatch.setattr(logbook, "_SIGN_SECONDS", 0.0)
+    deliver = LocalStream.train
 
-    def keep_and_die(folder: Path, name: Path) -> None:
-        keep(folder, name)
-        if name.name.endswith("6"):
-            raise KeyboardInterrupt
+    def deliver_and_die(stream: LocalStream, first_step: int) -> Iterator[Batch]:
+        for batch in deliver(stream, first_step):
+            if batch.row == 7:
+                raise KeyboardInterrupt
+            yield batch
 
-    monkeypatch.setattr(alone, "_keep", keep_and_die)
+    monkeypatch.setattr(LocalStream, "train", deliver_and_die)
     with pytest.raises(KeyboardInterrupt):
         train_alone(cut, dataset)
     assert json.loads((cut.folder / "results.json").read_text())["status"] == "failed"
-    monkeypatch.setattr(alone, "_keep", keep)
+    monkeypatch.setattr(LocalStream, "train", deliver)
     if damaged:
         last = cut.folder / "checkpoint_step_00000006/training.pt"
         last.write_bytes(last.read_bytes()[:-1])
     results = train_alone(cut, dataset)
     assert results["last"]["step"] == 12
+    (interruption,) = results["interruptions"]
+    assert interruption["steps_repeated"] == (3 if damaged else 0)  # the last sign of life is that of the save, at 6
     ours = load_file(cut.folder / results["last"]["checkpoint"] / "model.safetensors")
     theirs = load_file(cut.folder.parent / "whole" / whole["last"]["checkpoint"] / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

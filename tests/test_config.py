@@ -38,7 +38,14 @@ def test_recipes_are_valid_and_round_trip(recipe: str) -> None:
             "must divide optim.batch_size, got 5 and 12; the nearest batch sizes are 10 and 15",
         ),
         ({"scale": {"micro_batch_size": 5}}, r"worker's share of the batch \(12 / 1 = 12\), got 5"),
+        ({"scale": {"workers": (3, 2)}}, r"at least 1, or two numbers in order, got \(3, 2\)"),
+        ({"scale": {"workers": (5, 5)}}, r"\(5, 5\) must hold a number that divides optim.batch_size = 12"),
+        ({"scale": {"workers": (12, 99)}, "augment": {"mixup": 0.5}}, "even ones where images are mixed"),
+        ({"scale": {"max_preemptions": -2}}, "max_preemptions must be -1 or more, got -2"),
         ({"checkpoint": {"every_steps": 0}}, "every_steps must be at least 1"),
+        ({"checkpoint": {"keep_last": 0}}, "keep_last must be at least 1, got 0"),
+        ({"checkpoint": {"keep_every_epochs": 0}}, "keep_every_epochs must be at least 1, got 0"),
+        ({"optim": {"max_skipped_steps": -1}}, "max_skipped_steps must not be negative"),
     ],
 )
 def test_impossible_combinations_say_rule_and_value(tiny_config: RunConfig, sections, message: str) -> None:
@@ -116,3 +123,28 @@ def test_wrong_command_lines_end_with_status_2_and_a_hint(arguments, message, ca
         parse_run_config("", arguments)
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("workers", "micro_batch_size", "mixup", "counts", "steps"),
+    [
+        (3, None, 0.0, (3,), [1]),
+        (3, 2, 0.0, (3,), [2]),
+        ((2, 7), None, 0.0, (2, 3, 4, 6), [1, 1, 1, 1]),
+        ((1, 4), 5, 0.0, (1, 2, 3, 4), [3, 2, 1, 1]),  # shares of 12, 6, 4, 3 in micro-batches of 4, 3, 4, 3
+        ((1, 4), 5, 0.3, (1, 2, 3), [3, 3, 1]),  # even ones only: 4, 2, 4
+    ],
+)
+def test_numbers_of_workers_that_a_run_can_have(
+    tiny_config: RunConfig, workers, micro_batch_size, mixup, counts, steps
+) -> None:
+    scale = {"workers": workers, "micro_batch_size": micro_batch_size}
+    config = with_fields(tiny_config, scale=scale, augment={"mixup": mixup})
+    assert config.worker_counts == counts
+    assert [config.accumulation_steps_of(count) for count in counts] == steps
+    assert from_json(to_json(config), "") == config
+
+
+def test_workers_on_the_command_line() -> None:
+    assert parse_run_config("", ["sample", "--scale.workers", "4"]).scale.workers == 4
+    assert parse_run_config("", ["sample", "--scale.workers", "1", "4"]).scale.workers == (1, 4)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import math
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +19,102 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffvit.config import RunConfig
+from diffvit.data.batches import Batch
 from diffvit.data.loader import BatchLoader, LocalStream
 from diffvit.data.order import EvalPlan, TrainPlan, epoch_permutation
 from diffvit.data.sources import open_dataset
-from diffvit.training import loop
+from diffvit.models.vit import VisionTransformer
+from diffvit.training import loop, saver
+from diffvit.training import step as step_module
+from diffvit.training.checkpoint import Snapshot
+from diffvit.training.checkpoint_store import CheckpointStore
+from diffvit.training.checkpoint_writer import CheckpointWriter
 from diffvit.training.loop import RunStopped, Worker, fit
 
 
-class Run:
-    """Runs `fit` as rank 0 of 1 and keeps what it reports; `stop_after` ends it as a crash would."""
+@pytest.fixture(autouse=True)
+def _every_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These steps take less time than a checkpoint, which a later one would replace before it is written."""
+    submit = CheckpointWriter.submit
 
-    def __init__(self, config: RunConfig, folder: Path, *, start: Path | None = None, stop_after: int | None = None):
+    def submit_and_wait(writer: CheckpointWriter, snapshot: Snapshot, pinned: tuple[int, ...] = ()) -> None:
+        submit(writer, snapshot, pinned)
+        writer.wait()
+
+    monkeypatch.setattr(CheckpointWriter, "submit", submit_and_wait)
+
+
+class Run:
+    """Runs `fit` as rank 0 of 1, with every checkpoint in `folder`; `stop_after` ends it there as a crash would.
+
+    `source` makes the images look otherwise to the loop: it maps a batch to the one that is seen.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        *,
+        stop_after: int | None = None,
+        keep_last: int = 99,
+        source: Callable[[Batch], Batch] = lambda batch: batch,
+        preempted: Callable[[], bool] = lambda: False,
+    ) -> None:
         dataset = open_dataset(config.data)
-        config = with_fields(config, model={"num_classes": len(dataset.classes)})
-        self.folder, self.stop_after = folder, stop_after
-        self.reports: list[dict[str, Any]] = []
+        config = with_fields(config, model={"num_classes": len(dataset.classes)}, checkpoint={"keep_last": keep_last})
+        self.stop_after = stop_after
+        self.epochs: list[dict[str, Any]] = []
         self.published: list[tuple[str, dict[str, Any]]] = []
+        self.store = CheckpointStore(folder, config.checkpoint)
         plan = TrainPlan(
             len(dataset.train), config.seed, config.optim.epochs, config.optim.batch_size, 1, config.accumulation_steps
         )
         eval_plan = EvalPlan(len(dataset.val), 4)
         stream = LocalStream(BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, eval_plan))
-        worker = Worker(torch.device("cpu"), self.report, lambda *event: self.published.append(event), checkpoint=start)
+        train = stream.train
+        stream.train = lambda first_step: self.watched(map(source, train(first_step)), plan)  # type: ignore[method-assign]
+        worker = Worker(
+            torch.device("cpu"),
+            self.epochs.append,
+            lambda *event: self.published.append(event),
+            store=self.store,
+            preempted=preempted,
+        )
         fit(config, plan, eval_plan, stream, worker)
 
-    def report(self, metrics: dict[str, Any], folder: Path | None) -> None:
-        assert folder is not None
-        self.reports.append(metrics)
-        shutil.copytree(folder, self.folder / f"step-{metrics['step']}")
-        if metrics["step"] == self.stop_after:
-            raise KeyboardInterrupt
+    def watched(self, batches: Iterator[Batch], plan: TrainPlan) -> Iterator[Batch]:
+        for batch in batches:
+            if plan.locate(batch.row)[0] == self.stop_after:
+                raise KeyboardInterrupt
+            yield batch
+
+    @property
+    def steps(self) -> list[int]:
+        return [entry.step for entry in self.store.entries()]
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [entry.metrics for entry in self.store.entries()]
+
+    @property
+    def warnings(self) -> list[str]:
+        return [fields["message"] for kind, fields in self.published if kind == "warning"]
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    return folder / f"checkpoint_step_{step:08d}"
+
+
+def cut(config: RunConfig, folder: Path, after: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        Run(config, folder, stop_after=after)
+
+
+def damage(file: Path) -> None:
+    """Change one bit."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -60,11 +129,11 @@ def scalars(config: RunConfig, name: str) -> list[tuple[int, float]]:
 def test_learns_and_reports_each_epoch(tiny_config: RunConfig, tmp_path: Path) -> None:
     config = with_fields(tiny_config, optim={"epochs": 12})
     run = Run(config, tmp_path)
-    last = run.reports[-1]
-    assert [r["epoch"] for r in run.reports] == list(range(1, 13))
+    last = run.metrics[-1]
+    assert [r["epoch"] for r in run.metrics] == list(range(1, 13))
     assert last["step"] == 12 * 3
     assert last["top1"] > 80
-    assert last["loss"] < run.reports[0]["loss"]
+    assert last["loss"] < run.metrics[0]["loss"]
     assert last["top5"] == 100  # three classes
     assert 0 <= last["data_wait_fraction"] <= 1
     assert last["images_per_second"] > 0
@@ -72,7 +141,7 @@ def test_learns_and_reports_each_epoch(tiny_config: RunConfig, tmp_path: Path) -
 
 def test_tensorboard_has_every_curve(tiny_config: RunConfig, tmp_path: Path) -> None:
     run = Run(tiny_config, tmp_path)
-    assert scalars(tiny_config, "val/top1") == [(3, run.reports[0]["top1"]), (6, pytest.approx(run.reports[1]["top1"]))]
+    assert scalars(tiny_config, "val/top1") == [(3, run.metrics[0]["top1"]), (6, pytest.approx(run.metrics[1]["top1"]))]
     for name in ("train/loss", "train/top1", "train/lr", "speed/images_per_second", "speed/data_wait_fraction",
                  "val/loss", "val/top5", "lambda/layer_00", "lambda/layer_01"):  # fmt: skip
         assert [step for step, _ in scalars(tiny_config, name)] == [3, 6], name
@@ -81,21 +150,20 @@ def test_tensorboard_has_every_curve(tiny_config: RunConfig, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-@pytest.mark.parametrize("cut", [2, 3, 4])
+@pytest.mark.parametrize("after", [2, 3, 4, 5])
 def test_cut_anywhere_and_continued_ends_with_the_same_bits(
-    tiny_config: RunConfig, tmp_path: Path, cut: int, ema_decay: float
+    tiny_config: RunConfig, tmp_path: Path, after: int, ema_decay: float
 ) -> None:
     config = with_fields(
         tiny_config, model={"drop_path": 0.3}, optim={"ema_decay": ema_decay}, checkpoint={"every_steps": 2}
     )
     whole = tmp_path / "whole"
     Run(config, whole)
-    with pytest.raises(KeyboardInterrupt):
-        Run(config, tmp_path / "cut", stop_after=cut)
-    resumed = Run(config, tmp_path / "resumed", start=tmp_path / "cut" / f"step-{cut}")
-    assert resumed.reports[-1]["step"] == 6
-    assert resumed.reports[-1]["world_sizes"] == [1, 1]
-    ours, theirs = weights(tmp_path / "resumed/step-6"), weights(whole / "step-6")
+    cut(config, tmp_path / "cut", after)
+    resumed = Run(config, tmp_path / "cut")
+    assert resumed.metrics[-1]["step"] == 6
+    assert resumed.metrics[-1]["world_sizes"] == [1, 1]
+    ours, theirs = weights(checkpoint(tmp_path / "cut", 6)), weights(checkpoint(whole, 6))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert ours.keys() == theirs.keys()
 
@@ -104,28 +172,136 @@ def test_accumulation_gives_the_same_step(tiny_config: RunConfig, tmp_path: Path
     one_epoch = with_fields(tiny_config, optim={"epochs": 1})
     Run(one_epoch, tmp_path / "whole")
     Run(with_fields(one_epoch, scale={"micro_batch_size": 4}), tmp_path / "pieces")
-    ours, theirs = weights(tmp_path / "pieces/step-3"), weights(tmp_path / "whole/step-3")
+    ours, theirs = weights(checkpoint(tmp_path / "pieces", 3)), weights(checkpoint(tmp_path / "whole", 3))
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-5)
 
 
 def test_continued_curves_have_no_second_version(tiny_config: RunConfig, tmp_path: Path) -> None:
     config = with_fields(tiny_config, checkpoint={"every_steps": 1})
-    with pytest.raises(KeyboardInterrupt):
-        Run(config, tmp_path / "cut", stop_after=4)
-    Run(config, tmp_path / "resumed", start=tmp_path / "cut/step-3")  # step 4 is taken again
+    cut(config, tmp_path, 4)
+    shutil.rmtree(checkpoint(tmp_path, 4))  # step 4 is taken again
+    Run(config, tmp_path)
     assert [step for step, _ in scalars(config, "train/loss")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_divergence_names_the_step_and_the_last_good_checkpoint(tiny_config: RunConfig, tmp_path: Path) -> None:
-    config = with_fields(tiny_config, optim={"lr": 1e30, "warmup_epochs": 0.0, "clip_norm": 0.0, "epochs": 4})
-    with pytest.raises(RunStopped, match=r"not finite at step [23]; the last good checkpoint does not exist"):
-        Run(config, tmp_path)
-    config = with_fields(config, checkpoint={"every_steps": 1})
+def test_curves_of_a_run_cut_before_its_first_checkpoint(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "LOG_EVERY_STEPS", 1)
+    cut(tiny_config, tmp_path, 2)
+    Run(tiny_config, tmp_path)
+    assert [step for step, _ in scalars(tiny_config, "train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def poison(*steps: int) -> Callable[[Batch], Batch]:
+    """Images of these steps (from 1) whose loss is not a number: the model's weights meet infinity at one pixel."""
+
+    def change(batch: Batch) -> Batch:
+        return dataclasses.replace(batch, row=-1) if batch.row + 1 in steps else batch
+
+    return change
+
+
+@pytest.fixture
+def poisonable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches marked by `poison` reach the model as infinities."""
+    plain = step_module.to_device
+
+    def to_device(batch: Batch, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = plain(batch, *rest)
+        return (torch.full_like(images, float("inf")), labels) if batch.row < 0 else (images, labels)
+
+    monkeypatch.setattr(step_module, "to_device", to_device)
+
+
+@pytest.mark.usefixtures("poisonable")
+def test_a_poisoned_batch_changes_nothing(tiny_config: RunConfig, tmp_path: Path) -> None:
+    config = with_fields(tiny_config, checkpoint={"every_steps": 1})
+    run = Run(config, tmp_path, source=poison(3))
+    before, after = (torch.load(checkpoint(tmp_path, n) / "training.pt", weights_only=True) for n in (2, 3))
+    for name, tensor in weights(checkpoint(tmp_path, 2)).items():
+        assert torch.equal(tensor, weights(checkpoint(tmp_path, 3))[name]), name
+        assert not torch.equal(tensor, weights(checkpoint(tmp_path, 4))[name]), name
+    for number, moments in before["optimizer"]["state"].items():
+        assert all(torch.equal(value, after["optimizer"]["state"][number][key]) for key, value in moments.items())
+    assert after["schedule"]["last_epoch"] == 3  # the learning rate goes on
+    assert [metrics["poisoned_steps"] for metrics in run.metrics] == [0, 0, 1, 1, 1, 1]
+    assert all(math.isfinite(metrics["train_loss"]) for metrics in run.metrics)
+
+
+@pytest.mark.usefixtures("poisonable")
+def test_too_many_poisoned_steps_take_the_weights_back_and_the_order_on(tiny_config: RunConfig, tmp_path: Path) -> None:
+    config = with_fields(
+        tiny_config,
+        checkpoint={"every_steps": 1},
+        optim={"epochs": 4, "max_skipped_steps": 2, "ema_decay": 0.5},
+        data={"audit": True},
+    )
+    run = Run(config, tmp_path, source=poison(5, 7, 8))
+    # steps 5, 7, 8 are three with fewer than ten good ones between them; the last good checkpoint is that of step 4
+    assert run.warnings == [
+        "step 8: too many steps whose loss or gradient is not finite; back to the weights of "
+        "checkpoint_step_00000004, on with the samples after step 8"
+    ]
+    states = {n: torch.load(checkpoint(tmp_path, n) / "training.pt", weights_only=True) for n in (4, 6, 8)}
+    for name, tensor in states[4]["model"].items():
+        assert torch.equal(tensor, states[8]["model"][name]), name
+        assert not torch.equal(tensor, states[6]["model"][name]), name
+    assert states[8]["schedule"]["last_epoch"] == 8
+    lr = loop.build_schedule(loop.build_optimizer(VisionTransformer(config.model), config.optim), config.optim, 3)
+    assert states[8]["schedule"]["_last_lr"] == [lr.base_lrs[0] * lr.lr_lambdas[0](8)] * 2
+    assert (run.metrics[-1]["poisoned_steps"], run.metrics[-1]["rollbacks"]) == (3, 1)
+    # what the weights have seen: every step but 5 to 8
+    assert {row["step"] for row in audited(config)} == {1, 2, 3, 4, 9, 10, 11, 12}
+
+
+@pytest.mark.usefixtures("poisonable")
+def test_rollbacks_are_bounded(tiny_config: RunConfig, tmp_path: Path) -> None:
+    config = with_fields(
+        tiny_config, checkpoint={"every_steps": 1}, optim={"epochs": 4, "max_skipped_steps": 0, "max_rollbacks": 1}
+    )
     with pytest.raises(
-        RunStopped, match=r"not finite at step [23]; the last good checkpoint is checkpoint_step_0000000"
+        RunStopped,
+        match=r"not finite at step 6, after 1 such steps .* 1 times the run went back .* is checkpoint_step_00000005",
     ):
+        Run(config, tmp_path, source=poison(3, 6))
+
+
+def test_diverged_weights_end_the_run_with_a_report(tiny_config: RunConfig, tmp_path: Path) -> None:
+    config = with_fields(tiny_config, optim={"lr": 1e30, "warmup_epochs": 0.0, "clip_norm": 0.0, "epochs": 4})
+    with pytest.raises(RunStopped, match=r"after epoch 1: the weights have diverged; the last good .* does not exist"):
         Run(config, tmp_path)
+
+
+def test_a_node_about_to_go_is_answered_by_a_checkpoint(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "LOG_EVERY_STEPS", 1)
+    monkeypatch.setattr(saver, "_POLL_SECONDS", 0.0)
+    asked: list[bool] = []
+
+    def preempted() -> bool:
+        asked.append(len(asked) == 1)  # the second look, after step 2
+        return asked[-1]
+
+    run = Run(tiny_config, tmp_path, preempted=preempted)
+    assert run.steps == [2, 3, 6]
+    assert run.warnings == ["a node is about to go: saving at step 2"]
+    assert asked == [False, True]  # not asked again: the answer is known
+
+
+def test_a_store_that_stays_away_ends_the_run(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(store: CheckpointStore, snapshot: Snapshot) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(CheckpointStore, "put", refuse)
+    config = with_fields(tiny_config, checkpoint={"retry_minutes": 0.0})
+    with pytest.raises(RunStopped, match=r"no checkpoint could be written for 0 minutes: .*No space left on device"):
+        Run(config, tmp_path)
+    assert [step for step, _ in scalars(config, "train/loss")] == [3, 6]  # found at the second save
 
 
 def test_bad_images_are_skipped_counted_and_named(tiny_config: RunConfig, folder: Path, tmp_path: Path) -> None:
@@ -134,7 +310,7 @@ def test_bad_images_are_skipped_counted_and_named(tiny_config: RunConfig, folder
     run = Run(tiny_config, tmp_path)
     named = {image for kind, fields in run.published if kind == "skipped" for image in fields["images"]}
     assert {image.split(":")[0] for image in named} == {"train/red/003.png", "val/blue/001.png"}
-    assert run.reports[-1]["skipped_images"] == 2 + 1  # the training image in each of two epochs
+    assert run.metrics[-1]["skipped_images"] == 2 + 1  # the training image in each of two epochs
 
 
 def test_too_many_bad_images_end_the_run(tiny_config: RunConfig, folder: Path, tmp_path: Path) -> None:
@@ -145,25 +321,54 @@ def test_too_many_bad_images_end_the_run(tiny_config: RunConfig, folder: Path, t
         Run(config, tmp_path)
 
 
-def test_damaged_checkpoint_is_refused(tiny_config: RunConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("harm", ["bit", "truncated", "missing file", "no manifest", "half a manifest", "empty"])
+def test_a_damaged_checkpoint_is_passed_over(tiny_config: RunConfig, tmp_path: Path, harm: str) -> None:
+    config = with_fields(tiny_config, checkpoint={"every_steps": 2}, data={"audit": True})
+    uncut = Run(dataclasses.replace(config, name="uncut"), tmp_path / "uncut")
+    cut(config, tmp_path / "cut", 5)
+    last = checkpoint(tmp_path / "cut", 4)
+    if harm == "bit":
+        damage(last / "training.pt")
+    elif harm == "truncated":
+        (last / "model.safetensors").write_bytes((last / "model.safetensors").read_bytes()[:-7])
+    elif harm == "missing file":
+        (last / "training.pt").unlink()
+    elif harm == "no manifest":
+        (last / "checkpoint.json").unlink()
+    elif harm == "half a manifest":
+        (last / "checkpoint.json").write_text((last / "checkpoint.json").read_text()[:100])
+    else:
+        shutil.rmtree(last)
+        last.mkdir()
+    resumed = Run(config, tmp_path / "cut")
+    if harm != "empty":  # which is not seen, as on an object store
+        assert "checkpoint_step_00000004 is passed over" in resumed.warnings[0]
+    assert resumed.steps == uncut.steps == [2, 3, 4, 6]
+    ours, theirs = weights(checkpoint(tmp_path / "cut", 6)), weights(checkpoint(tmp_path / "uncut", 6))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # the record follows the step that the run really went on from, 3
+    assert [step for step, _ in scalars(config, "train/loss")] == [2, 3, 4, 6]
+    assert audited(config) == audited(dataclasses.replace(config, name="uncut"))
+
+
+def test_no_whole_checkpoint_ends_the_run(tiny_config: RunConfig, tmp_path: Path) -> None:
     Run(tiny_config, tmp_path)
-    file = tmp_path / "step-3/model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(RunStopped, match=r"sha256 of model.safetensors"):
-        Run(tiny_config, tmp_path / "resumed", start=tmp_path / "step-3")
+    for step in (3, 6):
+        damage(checkpoint(tmp_path, step) / "model.safetensors")
+    with pytest.raises(RunStopped, match=r"none of the 2 checkpoints in .* is whole.*sha256 of model.safetensors"):
+        Run(tiny_config, tmp_path)
 
 
 def test_checkpoint_describes_itself(tiny_config: RunConfig, tmp_path: Path) -> None:
     run = Run(with_fields(tiny_config, checkpoint={"every_steps": 2}), tmp_path)
-    manifest = json.loads((tmp_path / "step-6/checkpoint.json").read_text())
+    manifest = json.loads((checkpoint(tmp_path, 6) / "checkpoint.json").read_text())
     assert manifest["step"] == 6
     assert manifest["seed"] == 0
     assert manifest["model"]["num_classes"] == 3
-    assert manifest["metrics"]["top1"] == run.reports[-1]["top1"]
+    assert manifest["metrics"]["top1"] == run.metrics[-1]["top1"]
     assert sorted(manifest["sha256"]) == ["model.safetensors", "training.pt"]
-    assert [r["step"] for r in run.reports] == [2, 3, 4, 6]
+    assert run.steps == [2, 3, 4, 6]
+    assert [metrics["step"] for metrics in run.epochs] == [3, 6]
 
 
 def audited(config: RunConfig) -> list[dict[str, Any]]:
@@ -188,28 +393,27 @@ def test_audit_names_every_sample_of_the_order(tiny_config: RunConfig, tmp_path:
 def test_audit_of_a_cut_run_is_that_of_the_uncut_one(tiny_config: RunConfig, tmp_path: Path) -> None:
     uncut = with_fields(tiny_config, data={"audit": True}, checkpoint={"every_steps": 2})
     Run(uncut, tmp_path / "uncut")
-    cut = dataclasses.replace(uncut, name="cut")
-    with pytest.raises(KeyboardInterrupt):
-        Run(cut, tmp_path / "cut", stop_after=4)
-    # the last checkpoint is lost, so the run goes on from the one before, and what was audited after it goes
-    Run(cut, tmp_path / "resumed", start=tmp_path / "cut/step-2")
-    assert audited(cut) == audited(uncut)
+    short = dataclasses.replace(uncut, name="cut")
+    cut(short, tmp_path / "cut", 5)
+    # the last checkpoints are lost, so the run goes on from the one before, and what was audited after it goes
+    for step in (3, 4):
+        shutil.rmtree(checkpoint(tmp_path / "cut", step))
+    Run(short, tmp_path / "cut")
+    assert audited(short) == audited(uncut)
 
 
 def test_checkpoints_by_the_clock(tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "LOG_EVERY_STEPS", 1)
-    run = Run(with_fields(tiny_config, checkpoint={"every_minutes": 1e-6}), tmp_path)
-    assert [report["step"] for report in run.reports] == [1, 2, 3, 4, 5, 6]
-    run = Run(
-        dataclasses.replace(with_fields(tiny_config, checkpoint={"every_minutes": 60.0}), name="b"), tmp_path / "b"
-    )
-    assert [report["step"] for report in run.reports] == [3, 6]
+    config = with_fields(tiny_config, checkpoint={"every_minutes": 1e-6})
+    assert Run(config, tmp_path).steps == [1, 2, 3, 4, 5, 6]
+    config = dataclasses.replace(with_fields(tiny_config, checkpoint={"every_minutes": 60.0}), name="b")
+    assert Run(config, tmp_path / "b").steps == [3, 6]
 
 
 def test_mixing_trains(tiny_config: RunConfig, tmp_path: Path) -> None:
-    plain = Run(tiny_config, tmp_path / "plain").reports[-1]
+    plain = Run(tiny_config, tmp_path / "plain").metrics[-1]
     config = dataclasses.replace(with_fields(tiny_config, augment={"mixup": 0.8, "cutmix": 1.0}), name="mixed")
-    mixed = Run(config, tmp_path / "mixed").reports[-1]
+    mixed = Run(config, tmp_path / "mixed").metrics[-1]
     assert mixed["train_loss"] != plain["train_loss"]
     again = dataclasses.replace(with_fields(config, scale={"micro_batch_size": 4}), name="again")
-    assert Run(again, tmp_path / "again").reports[-1]["train_loss"] == pytest.approx(mixed["train_loss"], rel=1e-4)
+    assert Run(again, tmp_path / "again").metrics[-1]["train_loss"] == pytest.approx(mixed["train_loss"], rel=1e-4)

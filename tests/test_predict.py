@@ -22,7 +22,8 @@ from diffvit.data.sources import open_dataset
 from diffvit.models.saved import load_saved
 from diffvit.models.vit import VisionTransformer
 from diffvit.predict import predict
-from diffvit.training.checkpoint import TrainState, save_checkpoint
+from diffvit.training.checkpoint import TrainState, checkpoint_name, take_snapshot
+from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.loop import Worker, fit
 from diffvit.training.optim import build_optimizer, build_schedule
 
@@ -40,15 +41,12 @@ def checkpoint(tiny_config: RunConfig, tmp_path: Path) -> Path:
     config = with_fields(tiny_config, model={"num_classes": 3}, data={"classes": dataset.classes}, optim={"epochs": 12})
     plan = TrainPlan(36, 0, 12, 12)
     stream = LocalStream(BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, EvalPlan(15, 5)))
+    store = CheckpointStore(tmp_path, config.checkpoint)
+    fit(
+        config, plan, EvalPlan(15, 5), stream, Worker(torch.device("cpu"), lambda _: None, lambda *_: None, store=store)
+    )
     saved = tmp_path / "checkpoint"
-
-    def report(metrics: dict[str, object], folder: Path | None) -> None:
-        if metrics["step"] == plan.total_steps:
-            assert folder is not None
-            folder.rename(saved)
-            folder.mkdir()
-
-    fit(config, plan, EvalPlan(15, 5), stream, Worker(torch.device("cpu"), report, lambda *_: None))
+    (tmp_path / checkpoint_name(plan.total_steps)).rename(saved)
     return saved
 
 
@@ -156,7 +154,7 @@ def test_a_checkpoint_loads_without_its_run(tiny_config: RunConfig, tmp_path: Pa
     optimizer = build_optimizer(model, config.optim)
     state = TrainState(model, optimizer, build_schedule(optimizer, config.optim, 3), None)
     (tmp_path / "c").mkdir()
-    save_checkpoint(tmp_path / "c", state, config, {})
+    take_snapshot(state, config, {}).write(tmp_path / "c")
     saved = load_saved(tmp_path / "c")
     assert (saved.config, saved.classes, saved.mean, saved.std) == (config.model, ("x", "y", "z"), (0.5,), (0.25,))
     assert not saved.model.training

@@ -22,6 +22,7 @@ from diffvit.config import RunConfig, from_json
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
 from diffvit.training.launch import RunStopped, train
+from diffvit.training.run_lock import RunLock
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -41,9 +42,10 @@ def test_a_run_from_start_to_finish(config: RunConfig, capsys: pytest.CaptureFix
     assert results["best"]["top1"] >= results["last"]["top1"]
     assert results["world_sizes"] == [2]
     assert set(written["versions"]) >= {"torch", "ray"}
-    # what lies in the folder: the best and the last checkpoint, nothing half written
+    # what lies in the folder: the best and the last two checkpoints, nothing half written
     checkpoints = {path.name for path in config.folder.glob("checkpoint_step_*")}
-    assert checkpoints == {results["best"]["checkpoint"], results["last"]["checkpoint"]}
+    assert checkpoints == {results["best"]["checkpoint"], "checkpoint_step_00000006", results["last"]["checkpoint"]}
+    assert not list(config.folder.glob(".partial*"))
     assert from_json((config.folder / "config.json").read_text(), "").model.num_classes == 3
     assert list((config.folder / "tensorboard").glob("events.*"))
     load_weights(VisionTransformer(with_fields(config, model={"num_classes": 3}).model), config.folder)
@@ -70,12 +72,16 @@ def test_a_killed_worker_costs_nothing_but_time(config: RunConfig, tmp_path: Pat
     )
     whole = train(dataclasses.replace(config, name="whole"))
     cut = dataclasses.replace(config, name="cut")
-    killer = threading.Thread(target=kill_a_worker_after_the_first_checkpoint, args=(cut.folder,))
+    killer = threading.Thread(target=kill_a_worker_after_the_first_checkpoint, args=(cut.folder,), daemon=True)
     killer.start()
     results = train(cut)
     killer.join()
     assert results["last"]["step"] == whole["last"]["step"] == 80
     assert results["world_sizes"] == [2, 2]
+    (interruption,) = results["interruptions"]
+    assert interruption["why"].startswith(("worker 0 was lost", "worker 1 was lost"))
+    assert interruption["seconds_lost"] > 0
+    assert whole["interruptions"] == []
     ours = load_file(cut.folder / results["last"]["checkpoint"] / "model.safetensors")
     theirs = load_file(cut.folder.parent / "whole" / whole["last"]["checkpoint"] / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -85,11 +91,22 @@ def test_a_killed_worker_costs_nothing_but_time(config: RunConfig, tmp_path: Pat
     assert audits[0].num_rows == 2 * 480
 
 
+def test_a_second_run_of_the_name_is_refused(config: RunConfig) -> None:
+    with RunLock(config.folder), pytest.raises(ValueError, match=f"being worked on by process {os.getpid()}"):
+        train(config)
+
+
+def test_an_open_number_of_workers_takes_what_divides_the_batch(config: RunConfig) -> None:
+    """Of 6 CPUs one is for decoding: there is room for 5 workers, but only 2, 3, 4 and 6 divide a batch of 12."""
+    results = train(with_fields(config, scale={"workers": (2, 5), "cpus_per_worker": 1.0}, optim={"epochs": 1}))
+    assert results["world_sizes"] == [4]
+    assert results["last"]["step"] == 3
+
+
 def kill_a_worker_after_the_first_checkpoint(folder: Path) -> None:
     while not (pids := own_processes("ray::RayTrainWorker")):
         time.sleep(0.1)
-    # not the checkpoint's folder: the controller takes reports in about once a second, and one that it has not is lost
-    while not list(folder.glob("checkpoint_manager_snapshot.json")):
+    while not list(folder.glob("checkpoint_step_*")):
         time.sleep(0.01)
     os.kill(pids[0], signal.SIGKILL)
 

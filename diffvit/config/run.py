@@ -53,20 +53,30 @@ class RunConfig:
             len(self.data.mean) in (0, 1, self.model.in_channels),
             f"data.mean must have 1 or model.in_channels = {self.model.in_channels} values, got {self.data.mean}",
         )
-        share, rest = divmod(self.optim.batch_size, self.scale.workers)
+        if isinstance(self.scale.workers, int):
+            self._require_workers(self.scale.workers)
+        else:
+            require(
+                bool(self.worker_counts),
+                f"scale.workers = {self.scale.workers} must hold a number that divides optim.batch_size = "
+                f"{self.optim.batch_size} into shares that the model can take (even ones where images are mixed)",
+            )
+
+    def _require_workers(self, workers: int) -> None:
+        share, rest = divmod(self.optim.batch_size, workers)
         require(
             rest == 0,
-            f"scale.workers must divide optim.batch_size, got {self.scale.workers} and {self.optim.batch_size}; "
-            f"the nearest batch sizes are {self.scale.workers * share} and {self.scale.workers * (share + 1)}",
+            f"scale.workers must divide optim.batch_size, got {workers} and {self.optim.batch_size}; "
+            f"the nearest batch sizes are {workers * share} and {workers * (share + 1)}",
         )
         micro = self.scale.micro_batch_size
         require(
             micro is None or share % micro == 0,
             f"scale.micro_batch_size must divide a worker's share of the batch "
-            f"({self.optim.batch_size} / {self.scale.workers} = {share}), got {micro}",
+            f"({self.optim.batch_size} / {workers} = {share}), got {micro}",
         )
         require(
-            not (self.augment.mixup or self.augment.cutmix) or (micro or share) % 2 == 0,
+            not self._mixes or (micro or share) % 2 == 0,
             "augment.mixup and augment.cutmix mix pairs of images, so a worker's micro-batch must be even, "
             f"got {micro or share}",
         )
@@ -77,15 +87,37 @@ class RunConfig:
         )
 
     @property
+    def _mixes(self) -> bool:
+        return bool(self.augment.mixup or self.augment.cutmix)
+
+    @property
     def folder(self) -> Path:
         """`<storage>/<name>`, absolute: workers have other working directories."""
         return Path(self.storage).expanduser().absolute() / self.name
 
     @property
+    def worker_counts(self) -> tuple[int, ...]:
+        """The numbers of workers that the run can have, ascending."""
+        return tuple(
+            count
+            for count in range(self.scale.min_workers, self.scale.max_workers + 1)
+            if self.optim.batch_size % count == 0 and self._fitting_steps(count)
+        )
+
+    @property
     def accumulation_steps(self) -> int:
-        """Micro-batches a worker takes in a step."""
-        share = self.optim.batch_size // self.scale.workers
-        return share // (self.scale.micro_batch_size or share)
+        """Micro-batches a worker takes in a step, with the most workers that the run can have."""
+        return self.accumulation_steps_of(self.worker_counts[-1])
+
+    def accumulation_steps_of(self, workers: int) -> int:
+        """Micro-batches each of so many workers takes in a step: as few as `scale.micro_batch_size` allows."""
+        return self._fitting_steps(workers)[0]
+
+    def _fitting_steps(self, workers: int) -> list[int]:
+        share = self.optim.batch_size // workers
+        largest = self.scale.micro_batch_size or share
+        multiple = 2 if self._mixes else 1
+        return [n for n in range(1, share + 1) if share % (n * multiple) == 0 and share // n <= largest]
 
 
 _ADAPTER = TypeAdapter(RunConfig)

@@ -41,6 +41,11 @@ class OptimConfig:
     """Share of the target spread over all classes."""
     ema_decay: float = 0.0
     """Decay per step of the weight average that is evaluated and saved; 0 for none."""
+    max_skipped_steps: int = 3
+    """A step whose loss or gradient is not finite changes nothing and is counted. More of them than this, without ten
+    good steps in between, take the weights back to the last good checkpoint; the order of samples goes on."""
+    max_rollbacks: int = 2
+    """Times that is tried before the run ends."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -57,7 +62,7 @@ class OptimConfig:
         )
         require(0.0 < self.layer_decay <= 1.0, f"optim.layer_decay must be in (0, 1], got {self.layer_decay}")
         require(0.0 <= self.min_lr_ratio <= 1.0, f"optim.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
-        for name in ("weight_decay", "clip_norm"):
+        for name in ("weight_decay", "clip_norm", "max_skipped_steps", "max_rollbacks"):
             require(getattr(self, name) >= 0, f"optim.{name} must not be negative, got {getattr(self, name)}")
         for name in ("beta1", "beta2", "label_smoothing", "ema_decay"):
             require_fraction(f"optim.{name}", getattr(self, name))
@@ -69,8 +74,9 @@ class ScaleConfig:
 
     __pydantic_config__ = STRICT
 
-    workers: int = 1
-    """Ray Train workers; must divide optim.batch_size."""
+    workers: int | tuple[int, int] = 1
+    """Ray Train workers; must divide optim.batch_size. Two numbers, least and most: as many as there is room for, more
+    when nodes come and fewer when they go; numbers that do not divide the batch are passed over."""
     gpu: bool = False
     """One GPU a worker."""
     cpus_per_worker: float = 0.5
@@ -83,15 +89,29 @@ class ScaleConfig:
     """Minutes to wait for nodes that the cluster's autoscaler has still to start."""
     max_failures: int = 3
     """Times a lost worker group is restarted from the last checkpoint."""
+    max_preemptions: int = -1
+    """The same where a node was taken away with notice, as spot instances are; -1: as often as it takes."""
 
     def __post_init__(self) -> None:
-        require(self.workers >= 1, f"scale.workers must be at least 1, got {self.workers}")
+        require(
+            1 <= self.min_workers <= self.max_workers,
+            f"scale.workers must be at least 1, or two numbers in order, got {self.workers}",
+        )
         require(self.cpus_per_worker > 0, f"scale.cpus_per_worker must be positive, got {self.cpus_per_worker}")
         require(self.max_failures >= 0, f"scale.max_failures must not be negative, got {self.max_failures}")
+        require(self.max_preemptions >= -1, f"scale.max_preemptions must be -1 or more, got {self.max_preemptions}")
         require(
             self.micro_batch_size is None or self.micro_batch_size >= 1,
             f"scale.micro_batch_size must be at least 1, got {self.micro_batch_size}",
         )
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 @dataclass(frozen=True)
@@ -104,6 +124,12 @@ class CheckpointConfig:
     """Also save every this many steps; None: at the end of each epoch only."""
     every_minutes: float | None = None
     """Also save when so many minutes have gone since the last checkpoint (looked at every few steps)."""
+    keep_last: int = 2
+    """Checkpoints kept beside the best one: should the last be damaged, the run goes on from the one before."""
+    keep_every_epochs: int | None = None
+    """Also keep that of every so many epochs; None: no others."""
+    retry_minutes: float = 10.0
+    """How long the run goes on while its storage is away or full, before it ends."""
 
     def __post_init__(self) -> None:
         require(
@@ -114,3 +140,9 @@ class CheckpointConfig:
             self.every_minutes is None or self.every_minutes > 0,
             f"checkpoint.every_minutes must be positive, got {self.every_minutes}",
         )
+        require(self.keep_last >= 1, f"checkpoint.keep_last must be at least 1, got {self.keep_last}")
+        require(
+            self.keep_every_epochs is None or self.keep_every_epochs >= 1,
+            f"checkpoint.keep_every_epochs must be at least 1, got {self.keep_every_epochs}",
+        )
+        require(self.retry_minutes >= 0, f"checkpoint.retry_minutes must not be negative, got {self.retry_minutes}")

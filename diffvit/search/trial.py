@@ -12,7 +12,6 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import copytree
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.sources import Dataset
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
-from diffvit.training.checkpoint import checkpoint_name
+from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.evaluation import evaluate
 from diffvit.training.loop import RunStopped, Worker, fit
 
@@ -116,9 +115,7 @@ def _train_here(config: RunConfig, dataset: Dataset, reports: Reports, *, keep: 
     eval_plan = EvalPlan(len(dataset.val), EVAL_BATCH_SIZE)
     stream = LocalStream(BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, eval_plan))
 
-    def report(metrics: dict[str, Any], folder: Path | None) -> None:
-        if keep and folder is not None and metrics["step"] == plan.total_steps:
-            copytree(folder, config.folder / checkpoint_name(metrics["step"]), dirs_exist_ok=True)
+    def report(metrics: dict[str, Any]) -> None:
         told = reports.of(metrics)
         if told is not None:
             tune.report(told)
@@ -128,7 +125,8 @@ def _train_here(config: RunConfig, dataset: Dataset, reports: Reports, *, keep: 
             with (config.folder / "skipped.txt").open("a") as file:
                 file.writelines(image + "\n" for image in fields["images"])
 
-    fit(config, plan, eval_plan, stream, Worker(_device(config), report, publish))
+    store = CheckpointStore(config.folder, config.checkpoint) if keep else None
+    fit(config, plan, eval_plan, stream, Worker(_device(config), report, publish, store=store))
 
 
 def latency_ms(config: RunConfig) -> float:

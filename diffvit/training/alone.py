@@ -7,10 +7,7 @@ comparison. Images are decoded in this process too.
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +16,11 @@ from diffvit.config import RunConfig
 from diffvit.data.loader import EVAL_BATCH_SIZE, BatchLoader, LocalStream
 from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.sources import Dataset
-from diffvit.manifest import MANIFEST_NAME, read_manifest
-from diffvit.training.checkpoint import checkpoint_name
+from diffvit.training.checkpoint_store import CheckpointStore
+from diffvit.training.logbook import Logbook
 from diffvit.training.loop import RunStopped, Worker, fit
 from diffvit.training.run_folder import open_run, summarise, write_results
+from diffvit.training.run_lock import RunLock
 from diffvit.training.tracking import Publish
 
 
@@ -39,9 +37,14 @@ def train_alone(config: RunConfig, dataset: Dataset, publish: Publish | None = N
         RunStopped: the run cannot go on; `results.json` says why.
     """
     config = dataclasses.replace(config, scale=dataclasses.replace(config.scale, workers=1))
-    earlier = open_run(config)
-    if earlier is not None and earlier["status"] == "finished":
-        return earlier
+    with RunLock(config.folder):
+        earlier = open_run(config)
+        if earlier is not None and earlier["status"] == "finished":
+            return earlier
+        return _train(config, dataset, publish or (lambda *_: None))
+
+
+def _train(config: RunConfig, dataset: Dataset, publish: Publish) -> dict[str, Any]:
     started = time.monotonic()
     plan = TrainPlan(
         num_samples=len(dataset.train),
@@ -53,15 +56,12 @@ def train_alone(config: RunConfig, dataset: Dataset, publish: Publish | None = N
     eval_plan = EvalPlan(len(dataset.val), EVAL_BATCH_SIZE)
     stream = LocalStream(BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, eval_plan))
 
-    def report(metrics: dict[str, Any], folder: Path | None) -> None:
-        assert folder is not None, "a lone worker is rank 0"
-        _keep(folder, config.folder / checkpoint_name(metrics["step"]))
-
+    store = CheckpointStore(config.folder, config.checkpoint)
     worker = Worker(
         device=torch.device("cuda" if config.scale.gpu else "cpu"),
-        report=report,
-        publish=publish or (lambda *_: None),
-        checkpoint=_newest(config.folder),
+        report=lambda _: None,
+        publish=publish,
+        store=store,
     )
     results: dict[str, Any] = {"status": "failed", "reason": None}
     try:
@@ -71,40 +71,13 @@ def train_alone(config: RunConfig, dataset: Dataset, publish: Publish | None = N
         results |= {"status": "stopped", "reason": str(stop)}
         raise
     finally:
-        results |= summarise(_checkpoints(config.folder))
-        results |= {"seed": config.seed, "wall_seconds": round(time.monotonic() - started, 1)}
+        if results["reason"]:
+            Logbook(config.folder).cut(results["reason"])
+        results |= summarise(store.entries())
+        results |= {
+            "interruptions": Logbook(config.folder).interruptions,
+            "seed": config.seed,
+            "wall_seconds": round(time.monotonic() - started, 1),
+        }
         write_results(config.folder, results)
     return results
-
-
-def _keep(folder: Path, name: Path) -> None:
-    """Copy a finished checkpoint to its place in one move, and drop those that are neither the best nor the last."""
-    partial = name.with_name(f".{name.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(folder, partial)
-    shutil.rmtree(name, ignore_errors=True)
-    partial.rename(name)
-    found = _checkpoints(name.parent)
-    evaluated = [(metrics["top1"], path) for path, metrics in found if "top1" in metrics]
-    kept = {name, max(evaluated, key=lambda pair: pair[0])[1] if evaluated else name}
-    for path, _ in found:
-        if path not in kept:
-            shutil.rmtree(path)
-
-
-def _checkpoints(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """(folder, metrics) of every checkpoint of the run, by step."""
-    found = sorted(path.parent for path in folder.glob(f"checkpoint_step_*/{MANIFEST_NAME}"))
-    return [(path, json.loads((path / MANIFEST_NAME).read_text())["metrics"]) for path in found]
-
-
-def _newest(folder: Path) -> Path | None:
-    """The last checkpoint that is whole."""
-    path: Path
-    for path, _ in reversed(_checkpoints(folder)):
-        try:
-            read_manifest(path)
-        except ValueError:
-            continue
-        return path
-    return None

@@ -28,15 +28,24 @@ class Audit:
         self._batches: list[tuple[int, pa.Array]] = []
         if rank == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for file in self._folder.glob("*.parquet"):
-                if int(file.name.split("-")[0]) >= first_step:
-                    file.unlink()
+            self._delete("*.parquet", first_step)
 
     def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, taken down."""
         for batch in batches:
             self._batches.append((batch.row, pa.array(batch.samples)))
             yield batch
+
+    def forget(self, since: int, step: int) -> None:
+        """Steps `since` + 1 to `step` were undone: the weights have not seen their samples."""
+        self._batches.clear()
+        self._delete(f"*-{self._rank:04d}.parquet", since)
+        self._first_step = step
+
+    def _delete(self, pattern: str, since: int) -> None:
+        for file in self._folder.glob(pattern):
+            if int(file.name.split("-")[0]) >= since:
+                file.unlink()
 
     def write(self, step: int) -> None:
         """Write what was taken down since the last call; `step` steps are done."""
@@ -54,6 +63,8 @@ class Audit:
             }
             tables.append(pa.table(columns))
         self._batches.clear()
+        if not tables:  # nothing since what was undone
+            return
         name = self._folder / f"{self._first_step:08d}-{step:08d}-{self._rank:04d}.parquet"
         temporary = name.with_suffix(".tmp")
         pq.write_table(pa.concat_tables(tables), temporary)

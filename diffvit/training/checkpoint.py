@@ -23,6 +23,8 @@ from diffvit.manifest import WEIGHTS_NAME, read_manifest, write_manifest
 from diffvit.models.vit import VisionTransformer
 
 _TRAINING_STATE_NAME = "training.pt"
+_COUNTS = ("skipped", "train_seconds", "world_sizes", "poisoned_steps", "rollbacks")
+"""Fields of `TrainState` that are saved as they are."""
 
 
 @dataclass
@@ -43,6 +45,10 @@ class TrainState:
     """Time spent training and evaluating, over all sittings."""
     world_sizes: list[int] = field(default_factory=list)
     """Number of workers of each sitting."""
+    poisoned_steps: int = 0
+    """Steps so far whose update was skipped because the loss or its gradient was not finite."""
+    rollbacks: int = 0
+    """Times the run went back to the last good checkpoint because there were too many of those."""
 
     @property
     def evaluated_model(self) -> VisionTransformer:
@@ -55,36 +61,72 @@ def checkpoint_name(step: int) -> str:
     return f"checkpoint_step_{step:08d}"
 
 
-def save_checkpoint(folder: Path, state: TrainState, config: RunConfig, metrics: dict[str, Any]) -> None:
-    """Write the checkpoint of this moment into the empty folder `folder`."""
-    weights = {name: tensor.contiguous() for name, tensor in state.evaluated_model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS_NAME)
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of one moment in CPU memory: what is written while training goes on with the next steps."""
+
+    step: int
+    weights: dict[str, torch.Tensor]
+    training: dict[str, Any]
+    fields: dict[str, Any]
+    """What `checkpoint.json` says beside the files."""
+    copied: torch.cuda.Event | None
+    """Copies from a GPU are whole once it has happened."""
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        metrics: dict[str, Any] = self.fields["metrics"]
+        return metrics
+
+    def write(self, folder: Path) -> None:
+        """Write the checkpoint into the empty folder `folder`."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        save_file(self.weights, folder / WEIGHTS_NAME)
+        torch.save(self.training, folder / _TRAINING_STATE_NAME)
+        write_manifest(folder, self.fields)
+
+
+def take_snapshot(state: TrainState, config: RunConfig, metrics: dict[str, Any]) -> Snapshot:
+    """Copy the state of this moment. A GPU's copies are queued behind its work and not waited for."""
     training = {
         "optimizer": state.optimizer.state_dict(),
         "schedule": state.schedule.state_dict(),
-        "skipped": state.skipped,
-        "train_seconds": state.train_seconds,
-        "world_sizes": state.world_sizes,
+        **{name: getattr(state, name) for name in _COUNTS},
     }
     if state.ema is not None:
         training["model"] = state.model.state_dict()
         training["ema_updates"] = state.ema.n_averaged
-    torch.save(training, folder / _TRAINING_STATE_NAME)
-    write_manifest(
-        folder,
-        {
-            "model": dataclasses.asdict(config.model),
-            "data": {
-                "classes": config.data.classes,
-                "mean": config.data.mean,
-                "std": config.data.std,
-                "eval_crop_ratio": config.augment.eval_crop_ratio,
-            },
-            "step": state.step,
-            "seed": config.seed,
-            "metrics": metrics,
+    device = next(state.model.parameters()).device
+    weights = _to_host(state.evaluated_model.state_dict())
+    training = _to_host(training)
+    copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+    fields = {
+        "model": dataclasses.asdict(config.model),
+        "data": {
+            "classes": config.data.classes,
+            "mean": config.data.mean,
+            "std": config.data.std,
+            "eval_crop_ratio": config.augment.eval_crop_ratio,
         },
-    )
+        "step": state.step,
+        "seed": config.seed,
+        "metrics": metrics,
+    }
+    return Snapshot(state.step, weights, training, fields, copied)
+
+
+def _to_host(value: Any) -> Any:
+    """A copy of a nest of dicts and lists, with its tensors in (pinned) CPU memory."""
+    if isinstance(value, torch.Tensor):
+        source = value.detach()
+        copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+        return copy.copy_(source, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: _to_host(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_to_host(item) for item in value]
+    return value
 
 
 def load_checkpoint(folder: Path, state: TrainState) -> None:
@@ -104,6 +146,20 @@ def load_checkpoint(folder: Path, state: TrainState) -> None:
     state.optimizer.load_state_dict(training["optimizer"])
     state.schedule.load_state_dict(training["schedule"])
     state.step = manifest["step"]
-    state.skipped = training["skipped"]
-    state.train_seconds = training["train_seconds"]
-    state.world_sizes = training["world_sizes"]
+    for name in _COUNTS:
+        if name in training:  # an earlier version did not count everything
+            setattr(state, name, training[name])
+
+
+def roll_back(folder: Path, state: TrainState) -> None:
+    """Take weights and optimiser of a checkpoint, but stay where the run is: the steps in between are given up.
+
+    Order, schedule and every count go on from `state.step`.
+    """
+    here = {name: getattr(state, name) for name in ("step", *_COUNTS)}
+    load_checkpoint(folder, state)
+    for name, value in here.items():
+        setattr(state, name, value)
+    state.schedule.last_epoch = state.step - 1
+    state.schedule.step()
+    state.rollbacks += 1

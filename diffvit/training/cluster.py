@@ -33,7 +33,7 @@ def connect(scale: ScaleConfig | None = None) -> None:
     if os.environ.get("RAY_ADDRESS") or read_ray_address():
         ray.init(address="auto", **quiet)
     else:
-        workers_cpus = math.ceil(scale.workers * scale.cpus_per_worker) if scale else 0
+        workers_cpus = math.ceil(scale.max_workers * scale.cpus_per_worker) if scale else 0
         logical_cpus = max(os.cpu_count() or 1, workers_cpus + 1)
         ray.init(
             address="local",
@@ -57,11 +57,11 @@ def wait_for_cluster(scale: ScaleConfig, say: Callable[[str], None]) -> None:
 def _bundles(scale: ScaleConfig) -> list[dict[str, float]]:
     """What each worker takes, and the CPU that decoding needs."""
     worker = {"CPU": scale.cpus_per_worker} | ({"GPU": 1.0} if scale.gpu else {})
-    return [worker] * scale.workers + [{"CPU": 1.0}]
+    return [worker] * scale.min_workers + [{"CPU": 1.0}]
 
 
 def require_resources(scale: ScaleConfig) -> None:
-    """Check that the nodes can hold the workers and leave a CPU for decoding.
+    """Check that the nodes can hold the (least) workers and leave a CPU for decoding.
 
     Raises:
         ValueError: they never could; says what there is. (Ray would wait for ever.)
@@ -70,15 +70,19 @@ def require_resources(scale: ScaleConfig) -> None:
     cpus = sum(node.get("CPU", 0) for node in nodes)
     gpus = sum(node.get("GPU", 0) for node in nodes)
     places = sum(
-        min(int(node.get("CPU", 0) // scale.cpus_per_worker), int(node.get("GPU", 0)) if scale.gpu else scale.workers)
+        min(
+            int(node.get("CPU", 0) // scale.cpus_per_worker),
+            int(node.get("GPU", 0)) if scale.gpu else scale.min_workers,
+        )
         for node in nodes
     )
     has = f"the cluster has {len(nodes)} node(s) with {cpus:g} CPUs and {gpus:g} GPUs in all"
-    if places < scale.workers:
+    workers = scale.min_workers
+    if places < workers:
         each = f"{scale.cpus_per_worker:g} CPUs" + (" and a GPU" if scale.gpu else "")
-        raise ValueError(f"scale.workers = {scale.workers} workers need {each} each; {has}, room for {places}")
-    if room_for(_bundles(scale)) <= scale.workers:
+        raise ValueError(f"scale.workers = {workers} workers need {each} each; {has}, room for {places}")
+    if room_for(_bundles(scale)) <= workers:
         raise ValueError(
-            f"scale.workers x scale.cpus_per_worker = {scale.workers} x {scale.cpus_per_worker:g} leaves no CPU "
+            f"scale.workers x scale.cpus_per_worker = {workers} x {scale.cpus_per_worker:g} leaves no CPU "
             f"for decoding; {has}"
         )

@@ -1,4 +1,4 @@
-"""From a config to a trained run on a Ray cluster. The only place that builds a `TorchTrainer`."""
+"""From a config to a trained run on a Ray cluster. The only place that builds a trainer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import ray.train
 import torch
 from ray.train import TrainingFailedError, UserCallback
 from ray.train.collective import broadcast_from_rank_zero
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchConfig, get_device
 from ray.util.queue import Queue
 
 from diffvit.config import RunConfig, from_json, to_json
@@ -24,10 +24,13 @@ from diffvit.data.sources import SAMPLE, Dataset, open_dataset
 from diffvit.data.stream import RayStream
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import HUB, load_weights
-from diffvit.training.checkpoint import checkpoint_name
+from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.cluster import connect, require_resources, wait_for_cluster
+from diffvit.training.elastic import FittingTrainer
+from diffvit.training.logbook import Logbook
 from diffvit.training.loop import RunStopped, Worker, fit
 from diffvit.training.run_folder import open_run, summarise, write_results
+from diffvit.training.run_lock import RunLock
 
 __all__ = ["RunStopped", "TrainingFailedError", "resolve", "train", "train_group"]
 
@@ -46,11 +49,16 @@ def train(config: RunConfig) -> dict[str, Any]:
     started = time.monotonic()
     dataset = open_dataset(config.data)
     config = resolve(config, dataset)
-    train_plan, _ = _plans(config, dataset)
+    train_plan, _ = _plans(config, dataset, config.worker_counts[-1])
     _require_weights(config)
-    earlier = open_run(config)
-    if earlier is not None and earlier["status"] == "finished":
-        return earlier
+    with RunLock(config.folder):
+        earlier = open_run(config)
+        if earlier is not None and earlier["status"] == "finished":
+            return earlier
+        return _train(config, dataset, train_plan, started)
+
+
+def _train(config: RunConfig, dataset: Dataset, train_plan: TrainPlan, started: float) -> dict[str, Any]:
     connect(config.scale)
     wait_for_cluster(config.scale, print)
     require_resources(config.scale)
@@ -68,8 +76,14 @@ def train(config: RunConfig) -> dict[str, Any]:
         raise
     finally:
         progress.shutdown(force=True)
-        results |= _saved_metrics(config)
-        results |= {"seed": config.seed, "wall_seconds": round(time.monotonic() - started, 1)}
+        if results["reason"]:
+            Logbook(config.folder).cut(results["reason"].splitlines()[0])
+        results |= summarise(CheckpointStore(config.folder, config.checkpoint).entries())
+        results |= {
+            "interruptions": Logbook(config.folder).interruptions,
+            "seed": config.seed,
+            "wall_seconds": round(time.monotonic() - started, 1),
+        }
         write_results(config.folder, results)
     if results["status"] == "stopped":
         raise RunStopped(results["reason"])
@@ -126,14 +140,14 @@ def _channel_statistics(config: RunConfig, dataset: Dataset) -> tuple[tuple[floa
     return mean, std
 
 
-def _plans(config: RunConfig, dataset: Dataset) -> tuple[TrainPlan, EvalPlan]:
+def _plans(config: RunConfig, dataset: Dataset, workers: int) -> tuple[TrainPlan, EvalPlan]:
     train_plan = TrainPlan(
         num_samples=len(dataset.train),
         seed=config.seed,
         epochs=config.optim.epochs,
         batch_size=config.optim.batch_size,
-        workers=config.scale.workers,
-        accumulation_steps=config.accumulation_steps,
+        workers=workers,
+        accumulation_steps=config.accumulation_steps_of(workers),
     )
     for name, steps in (
         ("optim.warmup_steps", config.optim.warmup_steps),
@@ -146,9 +160,10 @@ def _plans(config: RunConfig, dataset: Dataset) -> tuple[TrainPlan, EvalPlan]:
 
 def _trainer(
     config: RunConfig, dataset: Dataset, progress: Queue | None, callbacks: list[UserCallback] | None = None
-) -> TorchTrainer:
+) -> FittingTrainer:
     resources = {"CPU": config.scale.cpus_per_worker} | ({"GPU": 1} if config.scale.gpu else {})
-    return TorchTrainer(
+    return FittingTrainer(
+        config.worker_counts,
         _train_worker,
         train_loop_config={"config": to_json(config), "dataset": ray.put(dataset), "progress": progress},
         torch_config=TorchConfig(backend="nccl" if config.scale.gpu else "gloo"),
@@ -158,12 +173,24 @@ def _trainer(
         run_config=ray.train.RunConfig(
             name=config.name,
             storage_path=config.storage,
-            # the best and, always, the last
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="top1"),
-            failure_config=ray.train.FailureConfig(max_failures=config.scale.max_failures),
-            callbacks=callbacks,
+            failure_config=ray.train.FailureConfig(
+                max_failures=config.scale.max_failures, max_preemption_failures=config.scale.max_preemptions
+            ),
+            callbacks=[_SayWhy(config.folder), *(callbacks or [])],
         ),
     )
+
+
+class _SayWhy(ray.train.UserCallback):  # type: ignore[misc]
+    """Tells the run's logbook, from Ray Train's controller, why its workers are started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+        rank, error = next(iter(worker_exceptions.items()))
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        Logbook(self._folder).cut(f"worker {rank} was lost: {lines[0]}")
 
 
 def _train_worker(job: dict[str, Any]) -> str | None:
@@ -173,46 +200,34 @@ def _train_worker(job: dict[str, Any]) -> str | None:
     """
     config, dataset, progress = from_json(job["config"], "train_loop_config"), ray.get(job["dataset"]), job["progress"]
     context = ray.train.get_context()
-    rank = context.get_world_rank()
+    rank, workers = context.get_world_rank(), context.get_world_size()
     if not config.scale.gpu:
         torch.set_num_threads(max((os.cpu_count() or 1) // context.get_local_world_size(), 1))
-    train_plan, eval_plan = _plans(config, dataset)
+    train_plan, eval_plan = _plans(config, dataset, workers)
     stream = RayStream(
         BatchLoader(config, dataset.train, train_plan),
         BatchLoader(config, dataset.val, eval_plan),
         rank,
-        config.scale.workers,
+        workers,
         broadcast_from_rank_zero,
     )
-
-    def report(metrics: dict[str, Any], folder: Path | None) -> None:
-        checkpoint = ray.train.Checkpoint.from_directory(folder) if folder else None
-        ray.train.report(metrics, checkpoint, checkpoint_dir_name=checkpoint_name(metrics["step"]))
 
     def publish(kind: str, fields: dict[str, Any]) -> None:
         if progress is not None:
             progress.actor.put_nowait.remote((kind, fields))  # not waited for
 
-    saved = ray.train.get_checkpoint()
     worker = Worker(
         device=get_device(),
-        report=report,
+        report=ray.train.report,
         publish=publish,
         rank=rank,
-        workers=config.scale.workers,
-        checkpoint=Path(saved.path) if saved else None,
+        workers=workers,
+        store=CheckpointStore(config.folder, config.checkpoint),
+        agree=broadcast_from_rank_zero,
+        preempted=lambda: ray.train.get_preemption_info() is not None,
     )
     try:
         fit(config, train_plan, eval_plan, stream, worker)
     except RunStopped as stop:
         return str(stop)
     return None
-
-
-def _saved_metrics(config: RunConfig) -> dict[str, Any]:
-    """What the run's checkpoints say of it: the best, the last, and the speed of the last epoch."""
-    try:
-        kept = ray.train.Result.from_path(str(config.folder)).best_checkpoints
-    except RuntimeError:  # Ray Train has not written its list of checkpoints yet
-        kept = None
-    return summarise([(Path(checkpoint.path), metrics) for checkpoint, metrics in kept or []])

@@ -21,16 +21,20 @@ class Sums:
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(6, dtype=torch.float64, device=device)
 
-    def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """`loss_sum`: the loss summed over the used samples; `logits` (B, C); `labels` (B,), SKIPPED_LABEL for none."""
+    def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor, *, only_finite: bool = False) -> None:
+        """`loss_sum`: the loss summed over the used samples; `logits` (B, C); `labels` (B,), SKIPPED_LABEL for none.
+
+        With `only_finite` a batch whose loss is not finite is left out.
+        """
         used = labels != SKIPPED_LABEL
         top5 = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices
         hits = top5 == labels[:, None]
         parts = (loss_sum.detach(), hits[:, 0].sum(), hits.sum(), used.sum(), (~used).sum())
-        self._sums[:-1] += torch.stack([part.double() for part in parts])
+        stacked = torch.stack([part.double() for part in parts])
+        self._sums[:-1] += torch.where(loss_sum.isfinite(), stacked, 0.0) if only_finite else stacked
 
-    def read(self, vote: bool = False) -> dict[str, float]:
-        """Means over all ranks: `loss`, `top1` and `top5` in percent; counts: `images`, `skipped`, `votes` given.
+    def read(self, vote: int = 0) -> dict[str, float]:
+        """Means over all ranks: `loss`, `top1` and `top5` in percent; counts: `images`, `skipped`; sum of the `votes`.
 
         Resets the sums. A collective: every rank calls it at the same time.
         """

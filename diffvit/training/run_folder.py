@@ -20,6 +20,8 @@ import torch
 
 from diffvit.config import RunConfig, differing_fields, from_json, to_json
 from diffvit.models.vit import VisionTransformer
+from diffvit.training.checkpoint_store import Entry
+from diffvit.training.run_lock import LOCK_NAME
 
 CONFIG_NAME = "config.json"
 RESULTS_NAME = "results.json"
@@ -41,9 +43,9 @@ def open_run(config: RunConfig) -> dict[str, Any] | None:
     existing = folder / CONFIG_NAME
     if existing.exists():
         _require_same_run(existing, config)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(LOCK_NAME not in path.name for path in folder.iterdir()):
         raise ValueError(f"{folder} holds files but no {CONFIG_NAME}: it is not a run; choose another --name")
-    _require_writable(folder, _checkpoint_bytes(config))
+    _require_writable(folder, _checkpoint_bytes(config), config.checkpoint.keep_last + 2)
     _write_atomically(existing, to_json(config))
     results = folder / RESULTS_NAME
     return json.loads(results.read_text()) if results.exists() else None
@@ -54,20 +56,28 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
     _write_atomically(folder / RESULTS_NAME, json.dumps({**results, **_provenance()}, indent=2) + "\n")
 
 
-def summarise(checkpoints: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
-    """The best and the last checkpoint, given as (folder, metrics), and the speed of the last epoch."""
+def summarise(checkpoints: Sequence[Entry]) -> dict[str, Any]:
+    """The best and the last checkpoint, and the speed of the last epoch."""
     if not checkpoints:
         return {"best": None, "last": None}
-    entries = [{**metrics, "checkpoint": path.name} for path, metrics in checkpoints]
+    entries = [{**entry.metrics, "checkpoint": entry.name} for entry in checkpoints]
     last = max(entries, key=lambda entry: entry["step"])
     evaluated = [entry for entry in entries if "top1" in entry]
     best = max(evaluated, key=lambda entry: entry["top1"], default=None)
     names = ("epoch", "step", "top1", "top5", "loss", "checkpoint")
-    whole_run = ("images_per_second", "data_wait_fraction", "train_seconds", "skipped_images", "world_sizes")
+    whole_run = (
+        "images_per_second",
+        "data_wait_fraction",
+        "train_seconds",
+        "skipped_images",
+        "world_sizes",
+        "poisoned_steps",
+        "rollbacks",
+    )
     return {
         "best": best and {name: best[name] for name in names},
         "last": {name: last.get(name) for name in names},
-        **{name: last[name] for name in whole_run},
+        **{name: last[name] for name in whole_run if name in last},
     }
 
 
@@ -83,7 +93,7 @@ def _require_same_run(existing: Path, config: RunConfig) -> None:
         )
 
 
-def _require_writable(folder: Path, checkpoint_bytes: int) -> None:
+def _require_writable(folder: Path, checkpoint_bytes: int, checkpoints: int) -> None:
     """Try for real: permission bits say nothing of a full or read-only file system."""
     probe = folder / f".write-test-{os.getpid()}"
     try:
@@ -97,7 +107,7 @@ def _require_writable(folder: Path, checkpoint_bytes: int) -> None:
     finally:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
-    needed = 3 * checkpoint_bytes + _SPARE_BYTES  # best, last and the one being written
+    needed = checkpoints * checkpoint_bytes + _SPARE_BYTES  # the last ones, the best and the one being written
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(

@@ -15,7 +15,7 @@ from diffvit.data.order import TrainPlan
 from diffvit.training.checkpoint import TrainState
 
 Publish = Callable[[str, dict[str, Any]], None]
-"""(kind, fields): 'step', 'epoch', 'saved' or 'skipped', read by `diffvit.console`."""
+"""(kind, fields): 'step', 'epoch', 'skipped' or 'warning', read by `diffvit.console`."""
 
 TENSORBOARD_FOLDER = "tensorboard"
 _ATTENTION_GRIDS = 5
@@ -32,10 +32,8 @@ class Tracker:
         self._config, self._plan, self._state, self._publish = config, plan, state, publish
         self._writer: SummaryWriter | None = None
         if enabled:
-            # what a cut run wrote after its last checkpoint will be written again
-            purge_step = state.step + 1 if state.step else None
-            self._writer = SummaryWriter(str(config.folder / TENSORBOARD_FOLDER), purge_step=purge_step)
-        self.last_saved = state.step or None
+            # what a cut run wrote after the step it goes on from will be written again
+            self._writer = SummaryWriter(str(config.folder / TENSORBOARD_FOLDER), purge_step=state.step + 1)
         self._seconds_before, self._first_step = state.train_seconds, state.step
         self._started = self._lap_started = time.perf_counter()
         self._saved_at = self._started
@@ -134,6 +132,8 @@ class Tracker:
             "train_seconds": self._state.train_seconds,
             "skipped_images": self._state.skipped + int(self._evaluated.get("skipped", 0)),
             "world_sizes": list(self._state.world_sizes),
+            "poisoned_steps": self._state.poisoned_steps,
+            "rollbacks": self._state.rollbacks,
         }
         if step % self._plan.steps_per_epoch == 0:
             metrics |= {name: self._evaluated[name] for name in ("loss", "top1", "top5")}
@@ -143,8 +143,7 @@ class Tracker:
         return metrics
 
     def saved(self) -> None:
-        """A checkpoint was written; evaluation and writing do not count as training time in images a second."""
-        self.last_saved = self._state.step
+        """A checkpoint was handed over; evaluation and that do not count as training time in images a second."""
         self._lap_started = self._saved_at = time.perf_counter()
         self._waited = 0.0
 

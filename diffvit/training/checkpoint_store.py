@@ -1,0 +1,155 @@
+"""The checkpoints in a run's folder: which there are, which of them are whole, and which are kept.
+
+A reader never sees half of one: on a disk it is written beside its place and moved there, on an object store its
+manifest, without which it is not a checkpoint, comes last.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pyarrow as pa
+
+from diffvit.config import CheckpointConfig
+from diffvit.manifest import MANIFEST_NAME, read_manifest
+from diffvit.storage import Storage
+from diffvit.training.checkpoint import Snapshot, checkpoint_name
+
+_MANIFEST = re.compile(rf"checkpoint_step_(\d+)/{re.escape(MANIFEST_NAME)}")
+_PARTIAL = ".partial-"
+
+Warn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A checkpoint, as its manifest describes it."""
+
+    step: int
+    metrics: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return checkpoint_name(self.step)
+
+
+class CheckpointStore:
+    """The checkpoints of one run. One process at a time writes; any number may read."""
+
+    def __init__(self, folder: str | Path, config: CheckpointConfig) -> None:
+        self._storage, self._config = Storage(str(folder)), config
+
+    def entries(self) -> list[Entry]:
+        """Every checkpoint whose manifest can be read, by step; its files may still turn out to be damaged."""
+        found = []
+        for name in self._storage.sizes():
+            match = _MANIFEST.fullmatch(name)
+            if not match:
+                continue
+            try:
+                metrics = json.loads(self._storage.read(name))["metrics"]
+            except (ValueError, KeyError, TypeError, FileNotFoundError):
+                continue
+            found.append(Entry(int(match[1]), metrics))
+        return sorted(found, key=lambda entry: entry.step)
+
+    def newest_whole(self, warn: Warn, up_to: int | None = None) -> Entry | None:
+        """The last checkpoint (at or before step `up_to`) of which every file is what its manifest says.
+
+        Returns:
+            None where nothing was ever saved.
+
+        Raises:
+            ValueError: there are checkpoints, and all are damaged.
+        """
+        names = {name.split("/")[0] for name in self._storage.sizes() if name.startswith("checkpoint_step_")}
+        steps = sorted((int(name.rpartition("_")[2]) for name in names), reverse=True)
+        problems = []
+        for step in steps:
+            if up_to is not None and step > up_to:
+                continue
+            try:
+                with self.opened(step) as folder:
+                    return Entry(step, read_manifest(folder)["metrics"])
+            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+                problems.append(str(error))
+                warn(f"{checkpoint_name(step)} is passed over: {error}")
+        if problems:
+            raise ValueError(
+                f"none of the {len(problems)} checkpoints in {self._storage.uri} is whole; delete them to start from "
+                f"the first step, or put one back. The last one: {problems[0]}"
+            )
+        return None
+
+    @contextmanager
+    def opened(self, step: int) -> Iterator[Path]:
+        """The checkpoint's folder on a local disk, for as long as the `with` block runs."""
+        name = checkpoint_name(step)
+        if not self._storage.is_remote:
+            yield Path(self._storage.path(name))
+            return
+        with TemporaryDirectory(prefix="diffvit-") as folder:
+            for file in self._storage.child(name).sizes():
+                (Path(folder) / file).write_bytes(self._storage.read(f"{name}/{file}"))
+            yield Path(folder)
+
+    def put(self, snapshot: Snapshot) -> None:
+        """Write a checkpoint, in the place of one of the same step if there is one.
+
+        Raises:
+            OSError, StorageError: the store is away or full; nothing of it is left where a reader looks.
+        """
+        if self._storage.is_remote:
+            self._upload(snapshot)
+            return
+        target = Path(self._storage.path(checkpoint_name(snapshot.step)))
+        partial = target.with_name(_PARTIAL + target.name)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            snapshot.write(partial)
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _upload(self, snapshot: Snapshot) -> None:
+        name = checkpoint_name(snapshot.step)
+        with TemporaryDirectory(prefix="diffvit-") as folder:
+            snapshot.write(Path(folder))
+            files = sorted(Path(folder).iterdir(), key=lambda file: file.name == MANIFEST_NAME)
+            self._storage.delete_folder(name)
+            for file in files:
+                with pa.memory_map(str(file)) as mapped:
+                    self._storage.write(f"{name}/{file.name}", mapped.read_buffer())
+
+    def drop_others(self, newest: int, pinned: Collection[int] = ()) -> None:
+        """Delete what `kept_steps` does not name, up to step `newest`."""
+        entries = [entry for entry in self.entries() if entry.step <= newest]
+        kept = kept_steps(entries, self._config.keep_last, self._config.keep_every_epochs) | {*pinned}
+        for entry in entries:
+            if entry.step not in kept:
+                self._storage.delete_folder(entry.name)
+
+
+def kept_steps(entries: Sequence[Entry], keep_last: int, keep_every_epochs: int | None = None) -> set[int]:
+    """Steps of the last `keep_last` checkpoints, of the best (top-1; the first of equals), and of every so many epochs.
+
+    `entries` by step. Only checkpoints at the end of an epoch, which were evaluated, can be the best.
+    """
+    evaluated = [entry for entry in entries if "top1" in entry.metrics]
+    kept = {entry.step for entry in entries[-keep_last:]}
+    if evaluated:
+        kept.add(max(evaluated, key=lambda entry: float(entry.metrics["top1"])).step)
+    if keep_every_epochs:
+        kept |= {entry.step for entry in evaluated if entry.metrics["epoch"] % keep_every_epochs == 0}
+    return kept

@@ -1,0 +1,88 @@
+"""Writes checkpoints beside training: the loop hands over a copy of its state and goes on with the next step.
+
+At most one checkpoint is being written and one waits. A store that is away, or full, is tried again with back-off
+while training goes on; only when nothing could be written for `checkpoint.retry_minutes` is that the run's problem.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Collection
+
+from diffvit.training.checkpoint import Snapshot, checkpoint_name
+from diffvit.training.checkpoint_store import CheckpointStore, Warn
+
+_FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.5, 30.0
+
+
+class CheckpointWriter:
+    """A thread that writes to `store`."""
+
+    def __init__(self, store: CheckpointStore, retry_minutes: float, warn: Warn) -> None:
+        self._store, self._retry_seconds, self._warn = store, 60 * retry_minutes, warn
+        self._changed = threading.Condition()
+        self._waiting: tuple[Snapshot, Collection[int]] | None = None
+        self._busy = self._closing = False
+        self._given_up = threading.Event()
+        self.failure: str | None = None
+        """Why the run must end; None as long as checkpoints can be written, or may be again."""
+        self.last_written: int | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
+        self._thread.start()
+
+    def submit(self, snapshot: Snapshot, pinned: Collection[int] = ()) -> None:
+        """Write `snapshot` soon, in the place of one that still waits, unless only that one was evaluated.
+
+        `pinned` steps outlast what is deleted afterwards.
+        """
+        with self._changed:
+            waits = self._waiting[0] if self._waiting else None
+            if waits is None or "top1" in snapshot.metrics or "top1" not in waits.metrics:
+                self._waiting = (snapshot, pinned)
+                self._changed.notify_all()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Return when everything handed over is written or given up, or after `seconds`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting is None and not self._busy, seconds)
+
+    def close(self, seconds: float | None = None) -> None:
+        """Write what was handed over, for `seconds` at most, then end the thread."""
+        self.wait(seconds)
+        self._given_up.set()
+        with self._changed:
+            self._closing, self._waiting = True, None
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None or self._closing)
+                if self._waiting is None:
+                    return
+                snapshot, pinned = self._waiting
+                self._waiting, self._busy = None, True
+            try:
+                self._write(snapshot, pinned)
+            finally:
+                with self._changed:
+                    self._busy = False
+                    self._changed.notify_all()
+
+    def _write(self, snapshot: Snapshot, pinned: Collection[int]) -> None:
+        deadline, delay = time.monotonic() + self._retry_seconds, _FIRST_DELAY_SECONDS
+        while True:
+            try:
+                self._store.put(snapshot)
+                self._store.drop_others(snapshot.step, pinned)
+            except Exception as error:  # a full disk comes as OSError, RuntimeError or SafetensorError
+                if self._given_up.is_set() or time.monotonic() + delay > deadline:
+                    self.failure = f"no checkpoint could be written for {self._retry_seconds / 60:g} minutes: {error}"
+                    return
+                self._warn(f"{checkpoint_name(snapshot.step)} could not be written and is tried again: {error}")
+            else:
+                self.last_written = snapshot.step
+                return
+            self._given_up.wait(delay)
+            delay = min(2 * delay, _LONGEST_DELAY_SECONDS)

@@ -1,0 +1,41 @@
+"""Numbers of workers that Ray Train may pick: those that divide the global batch, and no others.
+
+Ray Train's elastic policy takes whatever number the cluster has room for. This one steps down to the next that the run
+can have. It is put in where the trainer hands its policy to the controller, because Ray 2.60 has no option for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ScalingPolicy
+
+
+class FittingPolicy(ElasticScalingPolicy):  # type: ignore[misc]
+    """As many workers of `counts` as there is room for."""
+
+    def __init__(self, scaling_config: Any, counts: tuple[int, ...]) -> None:
+        super().__init__(scaling_config)
+        self._counts = counts
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        return largest_fitting(super()._count_possible_workers(reserved_resources), self._counts)
+
+
+def largest_fitting(room: int, counts: tuple[int, ...]) -> int:
+    """The largest of `counts` that does not exceed `room`; 0, which Ray Train waits at, where there is none."""
+    return max((count for count in counts if count <= room), default=0)
+
+
+class FittingTrainer(TorchTrainer):  # type: ignore[misc]
+    """A `TorchTrainer` whose workers, where their number is left open, are one of `counts`."""
+
+    def __init__(self, counts: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._counts = counts
+
+    def _initialize_and_run_controller(self, *, scaling_policy: ScalingPolicy, **options: Any) -> Any:
+        if isinstance(scaling_policy, ElasticScalingPolicy):
+            scaling_policy = FittingPolicy(self.scaling_config, self._counts)
+        return super()._initialize_and_run_controller(scaling_policy=scaling_policy, **options)

@@ -1,0 +1,150 @@
+"""When a run is saved, which of its checkpoints is good, and the way back to it."""
+
+from __future__ import annotations
+
+import math
+import time
+from enum import IntFlag
+from typing import Any
+
+from diffvit.config import RunConfig
+from diffvit.training.checkpoint import TrainState, checkpoint_name, roll_back, take_snapshot
+from diffvit.training.checkpoint_store import CheckpointStore
+from diffvit.training.checkpoint_writer import CheckpointWriter
+from diffvit.training.health import CALM_STEPS, Health
+from diffvit.training.logbook import Logbook
+from diffvit.training.worker import RunStopped, Worker
+
+_POLL_SECONDS = 2.0
+"""Between two looks for a node that is about to go, each of which is a barrier."""
+_PREEMPTED_SAVE_MINUTES = 5 / 60
+"""Between checkpoints once a node is about to go."""
+_LAST_WRITE_SECONDS = 10.0
+"""How long a run that ends with an error still writes the checkpoint in hand."""
+
+
+class Ask(IntFlag):
+    """What rank 0, which has the clock and the disk, asks of all ranks when they agree on their metrics."""
+
+    SAVE = 1
+    POLL = 2
+    STOP = 4
+
+
+def newest_step(worker: Worker, store: CheckpointStore | None, up_to: int | None = None) -> int | None:
+    """Step of the newest whole checkpoint; rank 0 looks, and all take its word."""
+    step, problem = None, None
+    if worker.rank == 0 and store is not None:
+        try:
+            entry = store.newest_whole(worker.warn, up_to)
+            step = entry and entry.step
+        except ValueError as error:
+            problem = str(error)
+    agreed: tuple[int | None, str | None] = worker.agree((step, problem))
+    step, problem = agreed
+    if problem is not None:
+        raise RunStopped(problem)
+    return step
+
+
+class Saver:
+    """One sitting's checkpoints. Every method but `asks` is called by every rank at the same step."""
+
+    def __init__(self, config: RunConfig, state: TrainState, worker: Worker) -> None:
+        self._config, self._state, self._worker = config, state, worker
+        self._writer = None
+        self._logbook = Logbook(config.folder)
+        if worker.rank == 0 and worker.store is not None:
+            self._logbook.begin(state.step, state.train_seconds, worker.workers)
+            self._writer = CheckpointWriter(worker.store, config.checkpoint.retry_minutes, worker.warn)
+        self._good_step = state.step or None
+        self._preempted = False
+        self._polled_at = time.monotonic()
+        self._every_minutes = config.checkpoint.every_minutes or math.inf
+
+    def asks(self, minutes_since_save: float) -> Ask:
+        """What rank 0 asks for now; and a sign of its life."""
+        self._logbook.alive(self._state.step, self._state.train_seconds, self._worker.workers)
+        ask = Ask(0)
+        if minutes_since_save >= self._every_minutes:
+            ask |= Ask.SAVE
+        if time.monotonic() - self._polled_at >= _POLL_SECONDS:
+            ask |= Ask.POLL
+        if self._writer is not None and self._writer.failure:
+            ask |= Ask.STOP
+        return ask
+
+    def answer(self, ask: Ask) -> bool:
+        """Do on every rank what rank 0 asks for; whether to save now.
+
+        Raises:
+            RunStopped: checkpoints can no longer be written.
+        """
+        if Ask.STOP in ask:
+            raise RunStopped(self._writer.failure if self._writer and self._writer.failure else "see rank 0")
+        notice = False
+        if Ask.POLL in ask:
+            self._polled_at = time.monotonic()
+            if not self._preempted and self._worker.preempted():
+                notice = self._preempted = True
+                self._every_minutes = min(self._every_minutes, _PREEMPTED_SAVE_MINUTES)
+                self._logbook.cut("preempted: a node was about to go")
+                self._worker.warn(f"a node is about to go: saving at step {self._state.step}")
+        return notice or Ask.SAVE in ask
+
+    def save(self, metrics: dict[str, Any], *, good: bool) -> None:
+        """Hand a copy of the state to the writer; a `good` one is what a sick run goes back to."""
+        if good:
+            self._good_step = self._state.step
+        if self._writer is not None:
+            pinned = () if self._good_step is None else (self._good_step,)
+            self._writer.submit(take_snapshot(self._state, self._config, metrics), pinned)
+
+    def roll_back(self, health: Health) -> int:
+        """Take the weights of the last good checkpoint, and go on from here with them; the step they are of.
+
+        Raises:
+            RunStopped: there is none, or that was done `optim.max_rollbacks` times.
+        """
+        config = self._config.optim
+        if self._writer is not None:
+            self._writer.wait()
+        store = self._worker.store
+        step = None if self._good_step is None else newest_step(self._worker, store, self._good_step)
+        if store is None or step is None or self._state.rollbacks >= config.max_rollbacks:
+            raise RunStopped(
+                f"the loss or its gradient is not finite at step {health.last_poisoned}, after {health.counted} such "
+                f"steps with never {CALM_STEPS} good ones between them, more than the optim.max_skipped_steps = "
+                f"{config.max_skipped_steps} that are left out; {self._state.rollbacks} times the run went back to a "
+                f"good checkpoint; {self.last_good}. A lower optim.lr, a longer optim.warmup_epochs or a smaller "
+                "optim.clip_norm are the usual remedies"
+            )
+        with store.opened(step) as folder:
+            roll_back(folder, self._state)
+        health.cure()
+        self._worker.warn(
+            f"step {health.last_poisoned}: too many steps whose loss or gradient is not finite; back to the weights of "
+            f"{checkpoint_name(step)}, on with the samples after step {self._state.step}"
+        )
+        return step
+
+    @property
+    def last_good(self) -> str:
+        """For messages."""
+        exists = checkpoint_name(self._good_step) if self._good_step is not None else None
+        return f"the last good checkpoint {f'is {exists}' if exists else 'does not exist: none was saved yet'}"
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint.
+
+        Raises:
+            RunStopped: it cannot be written.
+        """
+        if self._writer is not None:
+            self._writer.wait()
+            if self._writer.failure:
+                raise RunStopped(self._writer.failure)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close(_LAST_WRITE_SECONDS)

@@ -1,0 +1,114 @@
+"""Two runs, one name: who is refused, and how long the dead hold on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from diffvit.training import run_lock
+from diffvit.training.run_lock import LOCK_NAME, Owner, RunLock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from diffvit.training.run_lock import RunLock
+with RunLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "_BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(run_lock, "_SILENT_SECONDS", 1.0)
+
+
+def test_the_second_is_refused_until_the_first_ends(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "a"):
+        with pytest.raises(ValueError, match=rf"run 'a' is being worked on by process {os.getpid()} on "):
+            RunLock(tmp_path / "a").__enter__()
+        with RunLock(tmp_path / "b"):
+            pass
+    with RunLock(tmp_path / "a"):
+        pass
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_a_killed_owner_of_this_host_holds_nothing(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=f"process {other.pid} on"):
+            RunLock(tmp_path).__enter__()
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        started = time.monotonic()
+        with RunLock(tmp_path):
+            assert time.monotonic() - started < 0.9  # not waited for
+
+
+def of_another_host(folder: Path, beat: int = 0) -> Path:
+    owner = replace(Owner.of_this_process(), host="node-7 boot pid:[1]", pid=42, beat=beat)
+    path = folder / LOCK_NAME
+    path.write_text(json.dumps(asdict(owner)))
+    return path
+
+
+def test_an_owner_elsewhere_lives_if_it_is_heard_of(tmp_path: Path) -> None:
+    of_another_host(tmp_path)
+    threading.Timer(0.3, of_another_host, (tmp_path, 1)).start()
+    with pytest.raises(ValueError, match="process 42 on node-7"):
+        RunLock(tmp_path).__enter__()
+
+
+@pytest.mark.parametrize("content", ["silent", "unreadable"])
+def test_an_owner_elsewhere_that_is_silent_is_gone(tmp_path: Path, content: str) -> None:
+    path = of_another_host(tmp_path)
+    if content == "unreadable":
+        path.write_text("{")
+    started = time.monotonic()
+    with RunLock(tmp_path):
+        assert 1.0 <= time.monotonic() - started < 3.0
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_many_who_want_what_was_left_behind_one_gets_it(tmp_path: Path) -> None:
+    of_another_host(tmp_path)
+    got: list[RunLock] = []
+    refused: list[str] = []
+
+    def want() -> None:
+        try:
+            got.append(RunLock(tmp_path).__enter__())
+        except ValueError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=want) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(got), len(refused)) == (1, 7)
+    got[0].__exit__(None, None, None)
+
+
+def test_an_owner_that_was_replaced_ends(tmp_path: Path) -> None:
+    def hold_until_replaced() -> None:
+        with RunLock(tmp_path):
+            of_another_host(tmp_path)
+            time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt):
+        hold_until_replaced()
+    assert (tmp_path / LOCK_NAME).exists()  # the other's
