@@ -1,0 +1,73 @@
+"""A node taken away with notice, on a cluster of two: the run saves, goes on with what is left, and repeats little."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_folder, with_fields
+
+from diffvit.config import RunConfig, to_json
+
+pytestmark = pytest.mark.ray
+
+# a process of its own, because the other tests' Ray has one node
+SCRIPT = """
+import subprocess, sys, threading, time
+from pathlib import Path
+import ray
+from ray.cluster_utils import Cluster
+from diffvit.config import from_json
+from diffvit.training.launch import train
+
+if __name__ == "__main__":
+    config = from_json(Path(sys.argv[1]).read_text(), "test")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})
+    leaving = cluster.add_node(num_cpus=3)
+    ray.init(address=cluster.address, log_to_driver=False)
+
+    def drain():
+        while not list(config.folder.glob("checkpoint_step_*")):
+            time.sleep(0.1)
+        subprocess.run(
+            [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address,
+             "--node-id", leaving.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
+             "--reason-message", "spot", "--deadline-remaining-seconds", "8"], check=True)
+
+    threading.Thread(target=drain, daemon=True).start()
+    try:
+        train(config)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+"""
+
+
+def test_a_node_that_is_taken_away(tiny_config: RunConfig, tmp_path: Path) -> None:
+    images = make_folder(tmp_path / "more", images_per_class=160, val_per_class=5)  # 40 steps an epoch
+    config = with_fields(
+        tiny_config,
+        data={"path": str(images), "audit": True},
+        optim={"epochs": 25},
+        scale={"workers": (1, 2), "cpus_per_worker": 2.0, "max_failures": 0},
+    )
+    (tmp_path / "config.json").write_text(to_json(config))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "config.json")]
+        done = subprocess.run(command, stdout=file, stderr=file, check=False, timeout=300, env=os.environ)
+    assert done.returncode == 0, log.read_text()[-3000:]
+    results = json.loads((config.folder / "results.json").read_text())
+    assert (results["status"], results["last"]["step"]) == ("finished", 1000)
+    assert results["world_sizes"] == [2, 1]
+    (interruption,) = results["interruptions"]
+    assert interruption["why"].startswith("preempted")
+    rows = pq.read_table(config.folder / "audit").to_pylist()
+    seen = sorted((row["epoch"], row["position"]) for row in rows)
+    assert seen == [(epoch, position) for epoch in range(1, 26) for position in range(480)]
