@@ -1,5 +1,5 @@
 # make pretrain   set up .venv and train a Diff-ViT on the embedded sample
-# make test       every test on one machine; make test-fast: those that need no Ray
+# make test       every test on one machine; make test-fast: those that need neither Ray nor seconds
 # make test-cluster  `ray up` on several hosts, made of namespaces (root on Linux, sshd, rsync; else they skip)
 # make lint       ruff, mypy, import-linter
 # make clean      remove what these made, but not runs/
@@ -16,7 +16,7 @@ test: .venv/installed-dev
 	.venv/bin/python -m pytest $(ARGS)
 
 test-fast: .venv/installed-dev
-	.venv/bin/python -m pytest -m "not ray" $(ARGS)
+	.venv/bin/python -m pytest -m "not ray and not slow" $(ARGS)
 
 test-cluster: .venv/installed-dev
 	.venv/bin/python -m pytest tests/cluster $(ARGS)

@@ -21,7 +21,7 @@ REGION = "eu-central-1"
 STATEMENTS = json.loads((Path(__file__).parent.parent / "cluster/aws-head-policy.json").read_text())["Statement"]
 ACTIONS = sorted({a for s in STATEMENTS for a in ([s["Action"]] if isinstance(s["Action"], str) else s["Action"])})
 
-pytestmark = pytest.mark.filterwarnings("default")  # moto's own
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # moto, whose own warnings do not concern us
 
 
 @pytest.fixture

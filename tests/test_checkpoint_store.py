@@ -75,6 +75,7 @@ def test_an_object_store(object_store: ObjectStore, tmp_path: Path) -> None:
     assert newest.step == 8
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_an_object_store_is_away(
     object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

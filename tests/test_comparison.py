@@ -265,6 +265,7 @@ class Page(HTMLParser):
         self.text += data
 
 
+@pytest.mark.slow
 def test_the_report_stands_alone(result: dict[str, Any], tmp_path: Path) -> None:
     path = write_report(result, tmp_path / "out")
     assert path == tmp_path / "out" / "report.html"

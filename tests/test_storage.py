@@ -46,6 +46,7 @@ def test_writing_again_replaces(storage: Storage) -> None:
     assert storage.read("x") == b"three"
 
 
+@pytest.mark.slow
 def test_an_absent_store_is_waited_for(object_store: ObjectStore) -> None:
     storage = Storage(object_store.uri("patience"))
     storage.write("x", b"still there")
@@ -58,6 +59,7 @@ def test_an_absent_store_is_waited_for(object_store: ObjectStore) -> None:
     back.join()
 
 
+@pytest.mark.slow
 def test_a_store_that_stays_away_is_named(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.1)
     storage = Storage(object_store.uri("gone"))
