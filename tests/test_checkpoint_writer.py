@@ -49,7 +49,7 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return []
 
 
-def test_training_does_not_wait_and_one_at_most_waits(tmp_path: Path, warnings: list[str]) -> None:
+def test_training_does_not_wait_and_what_may_be_the_best_is_written(tmp_path: Path, warnings: list[str]) -> None:
     store = Gate(tmp_path)
     writer = CheckpointWriter(store, 1, warnings.append)
     started = time.monotonic()
@@ -57,14 +57,16 @@ def test_training_does_not_wait_and_one_at_most_waits(tmp_path: Path, warnings: 
     assert store.entered.wait(10)
     for step in (2, 3):  # 3 takes the place of 2
         writer.submit(snapshot(step))
-    writer.submit(snapshot(4, top1=50.0))
-    writer.submit(snapshot(5))  # passed over, because 4 was evaluated
+    for epoch in (4, 5):  # these were evaluated, and stay
+        writer.submit(snapshot(epoch, top1=50.0))
+    for step in (6, 7):
+        writer.submit(snapshot(step))
     assert time.monotonic() - started < 5
     assert store.steps == []
     store.open.set()
     writer.close()
-    assert store.steps == [1, 4]
-    assert (writer.last_written, writer.failure, warnings) == (4, None, [])
+    assert store.steps == [1, 4, 5, 7]
+    assert (writer.last_written, writer.failure, warnings) == (7, None, [])
 
 
 def test_a_store_that_comes_back(tmp_path: Path, warnings: list[str]) -> None:
@@ -115,3 +117,20 @@ def test_a_reader_never_sees_half_of_one(tmp_path: Path, monkeypatch: pytest.Mon
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_step_00000003"]
     newest: Any = store.newest_whole(warnings.append)
     assert newest.step == 3
+
+
+def test_a_full_disk_that_is_made_room_on(small_disk: Path, warnings: list[str]) -> None:
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(3 * 2**19))
+    store = Gate(small_disk / "run")
+    store.open.set()
+    writer = CheckpointWriter(store, 1, warnings.append)
+    weights = {"w": torch.zeros(2**18)}  # 1 MiB, of which half fits
+    writer.submit(Snapshot(7, weights, {}, {"metrics": {"epoch": 1}}, None))
+    while len(warnings) < 2:
+        assert writer.failure is None
+        time.sleep(0.01)
+    assert [path.name for path in (small_disk / "run").iterdir()] == []
+    filler.unlink()
+    writer.close()
+    assert store.steps == [7]

@@ -97,10 +97,12 @@ def test_a_second_run_of_the_name_is_refused(config: RunConfig) -> None:
 
 
 def test_an_open_number_of_workers_takes_what_divides_the_batch(config: RunConfig) -> None:
-    """Of 6 CPUs one is for decoding: there is room for 5 workers, but only 2, 3, 4 and 6 divide a batch of 12."""
-    results = train(with_fields(config, scale={"workers": (2, 5), "cpus_per_worker": 1.0}, optim={"epochs": 1}))
-    assert results["world_sizes"] == [4]
-    assert results["last"]["step"] == 3
+    """Of 6 CPUs there is room for 3 workers of 2, but only 2 and 4 divide a batch of 8."""
+    results = train(
+        with_fields(config, scale={"workers": (2, 5), "cpus_per_worker": 2.0}, optim={"epochs": 1, "batch_size": 8})
+    )
+    assert results["world_sizes"] == [2]
+    assert results["last"]["step"] == 4
 
 
 def kill_a_worker_after_the_first_checkpoint(folder: Path) -> None:

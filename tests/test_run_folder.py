@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import subprocess
 from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,17 +52,6 @@ def test_too_little_space(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 5 * 2**20))
     with pytest.raises(ValueError, match=r"has 5 MiB free, this model's checkpoints need 64 MiB"):
         open_run(tiny_config)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_full_disk(tiny_config: RunConfig, small_disk: Path) -> None:

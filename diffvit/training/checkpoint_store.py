@@ -80,7 +80,8 @@ class CheckpointStore:
                 with self.opened(step) as folder:
                     return Entry(step, read_manifest(folder)["metrics"])
             except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-                problems.append(str(error))
+                if not (self._storage.is_remote and isinstance(error, FileNotFoundError)):  # there: an upload was cut
+                    problems.append(str(error))
                 warn(f"{checkpoint_name(step)} is passed over: {error}")
         if problems:
             raise ValueError(
@@ -100,6 +101,12 @@ class CheckpointStore:
             for file in self._storage.child(name).sizes():
                 (Path(folder) / file).write_bytes(self._storage.read(f"{name}/{file}"))
             yield Path(folder)
+
+    def sweep(self) -> None:
+        """Delete what a writer that was killed left half done."""
+        if not self._storage.is_remote:
+            for partial in Path(self._storage.path()).glob(f"{_PARTIAL}*"):
+                shutil.rmtree(partial, ignore_errors=True)
 
     def put(self, snapshot: Snapshot) -> None:
         """Write a checkpoint, in the place of one of the same step if there is one.

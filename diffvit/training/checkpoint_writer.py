@@ -1,6 +1,7 @@
 """Writes checkpoints beside training: the loop hands over a copy of its state and goes on with the next step.
 
-At most one checkpoint is being written and one waits. A store that is away, or full, is tried again with back-off
+One checkpoint is written at a time. Of those that wait a newer one takes the place of the one before, unless that was
+evaluated, and so may be the best. A store that is away, or full, is tried again with back-off
 while training goes on; only when nothing could be written for `checkpoint.retry_minutes` is that the run's problem.
 """
 
@@ -22,7 +23,7 @@ class CheckpointWriter:
     def __init__(self, store: CheckpointStore, retry_minutes: float, warn: Warn) -> None:
         self._store, self._retry_seconds, self._warn = store, 60 * retry_minutes, warn
         self._changed = threading.Condition()
-        self._waiting: tuple[Snapshot, Collection[int]] | None = None
+        self._waiting: list[tuple[Snapshot, Collection[int]]] = []
         self._busy = self._closing = False
         self._given_up = threading.Event()
         self.failure: str | None = None
@@ -32,37 +33,33 @@ class CheckpointWriter:
         self._thread.start()
 
     def submit(self, snapshot: Snapshot, pinned: Collection[int] = ()) -> None:
-        """Write `snapshot` soon, in the place of one that still waits, unless only that one was evaluated.
-
-        `pinned` steps outlast what is deleted afterwards.
-        """
+        """Write `snapshot` soon. `pinned` steps outlast what is deleted afterwards."""
         with self._changed:
-            waits = self._waiting[0] if self._waiting else None
-            if waits is None or "top1" in snapshot.metrics or "top1" not in waits.metrics:
-                self._waiting = (snapshot, pinned)
-                self._changed.notify_all()
+            evaluated = [pair for pair in self._waiting if "top1" in pair[0].metrics]
+            self._waiting = [*evaluated, (snapshot, pinned)]
+            self._changed.notify_all()
 
     def wait(self, seconds: float | None = None) -> None:
         """Return when everything handed over is written or given up, or after `seconds`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting is None and not self._busy, seconds)
+            self._changed.wait_for(lambda: not self._waiting and not self._busy, seconds)
 
     def close(self, seconds: float | None = None) -> None:
         """Write what was handed over, for `seconds` at most, then end the thread."""
         self.wait(seconds)
         self._given_up.set()
         with self._changed:
-            self._closing, self._waiting = True, None
+            self._closing, self._waiting = True, []
             self._changed.notify_all()
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None or self._closing)
-                if self._waiting is None:
+                self._changed.wait_for(lambda: self._waiting or self._closing)
+                if not self._waiting:
                     return
-                snapshot, pinned = self._waiting
-                self._waiting, self._busy = None, True
+                snapshot, pinned = self._waiting.pop(0)
+                self._busy = True
             try:
                 self._write(snapshot, pinned)
             finally:

@@ -38,6 +38,7 @@ class Logbook:
 
         `seconds_lost` is the time from its last sign of life until now, and that of training the repeated steps.
         """
+        self._alive.parent.mkdir(parents=True, exist_ok=True)
         last = _read(self._alive)
         if last is not None:
             why = (_read(self._cut) or {}).get("why")

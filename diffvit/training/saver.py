@@ -56,6 +56,7 @@ class Saver:
         self._logbook = Logbook(config.folder)
         if worker.rank == 0 and worker.store is not None:
             self._logbook.begin(state.step, state.train_seconds, worker.workers)
+            worker.store.sweep()
             self._writer = CheckpointWriter(worker.store, config.checkpoint.retry_minutes, worker.warn)
         self._good_step = state.step or None
         self._preempted = False
