@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +31,7 @@ def connect(scale: ScaleConfig | None = None) -> None:
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     # "auto" alone would also join whatever else runs on this machine, such as another user's job
-    if os.environ.get("RAY_ADDRESS") or read_ray_address():
+    if os.environ.get("RAY_ADDRESS") or _answers(read_ray_address()):
         ray.init(address="auto", **quiet)
     else:
         workers_cpus = math.ceil(scale.max_workers * scale.cpus_per_worker) if scale else 0
@@ -46,6 +47,18 @@ def connect(scale: ScaleConfig | None = None) -> None:
             (Path.home() / ".ray" / "auth_token").chmod(0o600)
     for library in ("ray.train", "ray.data"):
         logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def _answers(address: str | None) -> bool:
+    """Whether anybody listens at `host:port`; a cluster that died leaves its address behind."""
+    if not address:
+        return False
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 def wait_for_cluster(scale: ScaleConfig, say: Callable[[str], None]) -> None:

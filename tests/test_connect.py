@@ -1,0 +1,42 @@
+"""Which cluster a job joins."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from diffvit.training import cluster
+
+
+def test_only_an_address_that_answers_is_joined() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        assert cluster._answers(address)
+    assert not cluster._answers(address)
+    assert not cluster._answers(None)
+
+
+@pytest.mark.parametrize(
+    ("environment", "answers", "joined"), [(None, False, "local"), (None, True, "auto"), ("1.2.3.4:5", False, "auto")]
+)
+def test_a_job_joins_what_submitted_it_else_what_runs_here_else_starts_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, environment: str | None, answers: bool, joined: str
+) -> None:
+    addresses: list[str] = []
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", lambda address, **_: addresses.append(address))
+    monkeypatch.setattr(cluster, "_answers", lambda _: answers)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    token = tmp_path / ".ray/auth_token"
+    token.parent.mkdir()
+    token.write_text("secret")
+    token.chmod(0o644)
+    if environment is None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    else:
+        monkeypatch.setenv("RAY_ADDRESS", environment)
+    cluster.connect()
+    assert addresses == [joined]
+    assert (token.stat().st_mode & 0o077 == 0) == (joined == "local")  # Ray made it, for everybody to read
