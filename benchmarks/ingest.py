@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import multiprocessing
 import platform
-import re
 import shutil
 import statistics
 import tempfile
@@ -27,7 +26,6 @@ import numpy.typing as npt
 import torch
 import tyro
 from PIL import Image
-from ray._private.internal_api import memory_summary
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
@@ -187,9 +185,8 @@ def peak_object_store() -> Iterator[list[float]]:
 
     def watch() -> None:
         while not stop.wait(0.5):
-            found = re.search(r"Plasma memory usage (\d+) MiB", memory_summary(stats_only=True))
-            if found:
-                peaks[-1] = max(peaks[-1], float(found[1]))
+            free = ray.available_resources().get("object_store_memory", 0.0)
+            peaks[-1] = max(peaks[-1], (ray.cluster_resources()["object_store_memory"] - free) / 2**20)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

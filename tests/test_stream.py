@@ -111,6 +111,12 @@ def test_segments_and_chunks_do_not_show(tiny_config: RunConfig, monkeypatch: py
     assert_same(batches, LocalStream(train, val).train(1))
 
 
+def test_chunks_grow_and_cover() -> None:
+    assert stream_module._chunk_ends(20, 6) == [0, 1, 3, 7, 13, 19, 20]
+    assert stream_module._chunk_ends(3, 1) == [0, 1, 2, 3]
+    assert stream_module._chunk_ends(1, 9) == [0, 1]
+
+
 def test_bad_images_keep_their_place(tiny_config: RunConfig) -> None:
     file = open_dataset(tiny_config.data).train
     Path(file.root, file.key(7)).write_bytes(b"")

@@ -6,8 +6,9 @@ nor follow a new number of workers), splits it and hands the other ranks their p
 a block, Ray's output splitter deals blocks to the ranks in turn, so chunk i reaches rank i mod W; `_receive` checks
 that every micro-batch came, once, in its place.
 
-Why chunks: Ray Data's scheduling loop takes up finished blocks about ten times a second, so a block must hold some
-tenths of a second of decoding, however small the micro-batches are.
+Why chunks: Ray Data's scheduling loop takes up finished blocks about ten times a second, so a block should hold a
+second of decoding, however small the micro-batches are. The first ones are small and each twice the one before, so
+that training need not wait a second for its first batch.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from diffvit.data.order import EvalPlan, Indices, TrainPlan
 if TYPE_CHECKING:  # the process that deals the chunks out imports this module, and need not load torch
     from diffvit.data.loader import BatchLoader
 
-_CHUNK_BYTES = 16 * 2**20
+_CHUNK_BYTES = 64 * 2**20
 _CHUNK_IMAGES = 1024
-"""A chunk is as many micro-batches as stay under both (at least one)."""
+"""A chunk grows to as many micro-batches as stay under both (at least one)."""
 
 _SEGMENT_CHUNKS = 4096
 """Chunks planned in one Ray data set: bounds the memory of the plan, whatever the length of the run."""
@@ -106,19 +107,27 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
         preserve_order=True, resource_limits=ExecutionResources(object_store_memory=_READY_BYTES)
     )
     reference = ray.put(loader)
-    size = _rows_per_chunk(loader)
+    ends = _chunk_ends(len(rows[::workers]), _rows_per_chunk(loader))
 
     def load_chunk(row: dict[str, Any]) -> dict[str, Any]:
         os.setpriority(os.PRIO_PROCESS, 0, 19)  # where decoding and training share CPUs, decoding yields
         number, rank = divmod(int(row["id"]), workers)
-        mine = rows[rank::workers][number * size : (number + 1) * size]
+        mine = rows[rank::workers][ends[number] : ends[number + 1]]
         return _pack(_fetch(reference), mine)
 
-    chunks_per_rank = -(-len(rows[::workers]) // size)
-    chunks = chunks_per_rank * workers
+    chunks = (len(ends) - 1) * workers
     dataset = ray.data.range(chunks, override_num_blocks=chunks).map(load_chunk)
     splits: list[DataIterator] = dataset.streaming_split(workers, equal=False)
     return splits
+
+
+def _chunk_ends(rows: int, size: int) -> list[int]:
+    """0 and where each chunk ends, of `rows` micro-batches of a rank: 1, 2, 4, … up to `size` in a chunk."""
+    ends, step = [0], 1
+    while ends[-1] < rows:
+        ends.append(min(ends[-1] + step, rows))
+        step = min(2 * step, size)
+    return ends
 
 
 def _fetch(reference: Any) -> BatchLoader:
