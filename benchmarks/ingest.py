@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import ray
 import torch
 import tyro
 from PIL import Image
