@@ -86,10 +86,15 @@ def wait_for(url: str, log: Path) -> None:
 
 def submit(address: str, environment: dict[str, str], arguments: list[str]) -> subprocess.CompletedProcess[str]:
     command = [str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--"]
-    return subprocess.run(
-        [*command, "python", "ray_jobs/pretrain.py", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    for _ in range(20):
+        done = subprocess.run(
+            [*command, "python", "ray_jobs/pretrain.py", *arguments],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False,
+        )  # fmt: skip
+        if "No available agent" not in done.stderr:  # the dashboard answers before it can take a job
+            break
+        time.sleep(1)
+    return done
 
 
 def test_submitted_job_trains_and_a_wrong_one_says_why(

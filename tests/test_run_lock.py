@@ -104,11 +104,16 @@ def test_of_many_who_want_what_was_left_behind_one_gets_it(tmp_path: Path) -> No
 
 
 def test_an_owner_that_was_replaced_ends(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+
     def hold_until_replaced() -> None:
         with RunLock(tmp_path):
             of_another_host(tmp_path)
             time.sleep(5)
 
-    with pytest.raises(KeyboardInterrupt):
-        hold_until_replaced()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            hold_until_replaced()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (tmp_path / LOCK_NAME).exists()  # the other's

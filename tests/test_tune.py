@@ -103,7 +103,8 @@ def test_a_failed_trial_is_named_and_a_cut_one_repeated(sweep: SweepConfig, monk
     drawn = journal.study.trials[1].params
     (failed, _) = journal.records("trial")
     assert failed.status == "failed"
-    assert failed.reason.startswith("RunStopped: the loss or its gradient is not finite at step")
+    assert failed.reason.startswith("RunStopped: ")
+    assert "not finite" in failed.reason
 
     with contextlib.suppress(SweepFailed):  # where every rate drawn was hopeless
         run_sweep(cut)
