@@ -50,6 +50,8 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=3",
         "--node-ip-address=127.0.0.1", f"--port={free_port()}", "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard}", "--object-store-memory=300000000", f"--temp-dir={short}",
+        # with Ray's fixed one, another Ray on this machine leaves the head without the agent that takes jobs
+        f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
     ]  # fmt: skip
     with (tmp_path / "ray.log").open("w") as log:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
