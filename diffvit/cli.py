@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
@@ -88,15 +90,29 @@ def run_training(config: RunConfig) -> None:
     from diffvit.console import print_results  # after the options are found good: these imports take seconds
     from diffvit.training.launch import RunStopped, TrainingFailedError, train
 
-    try:
+    with job_ends("from the last checkpoint", RunStopped, TrainingFailedError):
         results = train(config)
+    print_results(config.folder, results)
+
+
+@contextmanager
+def job_ends(goes_on: str, *stops: type[Exception]) -> Iterator[None]:
+    """End a job that an error ends with one message: status 2 for wrong input, 130 for Ctrl-C, else 1.
+
+    Args:
+        goes_on: where the same command goes on.
+        stops: the errors, beside OSError, that are no defect of the program.
+    """
+    try:
+        yield
     except ValueError as error:
         fail(str(error), status=2)
-    except (RunStopped, TrainingFailedError) as error:
+    except stops as error:
         fail(str(error), status=1)
+    except OSError as error:
+        fail(f"{error}; the same command goes on {goes_on}", status=1)
     except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from the last checkpoint", status=130)
-    print_results(config.folder, results)
+        fail(f"interrupted; the same command goes on {goes_on}", status=130)
 
 
 def parse_options(kind: type[T], description: str, arguments: list[str] | None = None) -> T:

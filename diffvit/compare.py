@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,12 +21,10 @@ from diffvit.analysis.comparison import CompareOptions, compare
 from diffvit.analysis.figures import draw
 from diffvit.analysis.finished_runs import load_run
 from diffvit.analysis.report import write_report
-from diffvit.config import ModelConfig, RunConfig, from_json, to_json
-from diffvit.data.batches import Batch
-from diffvit.data.loader import EVAL_BATCH_SIZE, BatchLoader
-from diffvit.data.order import EvalPlan
-from diffvit.data.prepare import Progress
+from diffvit.config import ModelConfig, RunConfig, differing_fields, from_json, to_json
+from diffvit.data.loader import validation_batches
 from diffvit.data.sources import Dataset, open_dataset
+from diffvit.data.tasks import Report
 from diffvit.training.alone import train_alone
 from diffvit.training.launch import resolve
 from diffvit.training.loop import RunStopped
@@ -58,7 +55,7 @@ class CompareConfig:
             raise ValueError(f"concurrent must not be negative, got {self.concurrent}")
 
 
-def run_comparison(config: CompareConfig, progress: Progress) -> Path:
+def run_comparison(config: CompareConfig, report: Report) -> Path:
     """Compare, on the connected cluster; the path of the report.
 
     Raises:
@@ -66,17 +63,17 @@ def run_comparison(config: CompareConfig, progress: Progress) -> Path:
         RunStopped: an arm could not be trained; the others are, and the same call goes on.
     """
     out = Path(config.out).expanduser().absolute()
-    folders = [Path(run).expanduser() for run in config.runs] or train_arms(config, out / "runs", progress)
+    folders = [Path(run).expanduser() for run in config.runs] or train_arms(config, out / "runs", report)
     arms: dict[str, list[FinishedRun]] = {}
     for folder in folders:
         run = load_run(folder)
         arms.setdefault(_name(run, arms), []).append(run)
     first = next(iter(arms.values()))[0].config
     dataset = open_dataset(first.data)
-    device = torch.device("cuda" if config.run.scale.gpu else "cpu")
+    device = torch.device(config.run.scale.device_type)
     images = len(dataset.val)
     batches = validation_batches(first, dataset)
-    result = compare(arms, batches, config.compare, device, lambda seen: progress("comparing", seen, images))
+    result = compare(arms, batches, config.compare, device, lambda seen: report("comparing", seen, images))
     _write_tensorboard(result, out / "tensorboard")
     return write_report(result, out)
 
@@ -84,36 +81,32 @@ def run_comparison(config: CompareConfig, progress: Progress) -> Path:
 def _name(run: FinishedRun, arms: dict[str, list[FinishedRun]]) -> str:
     """The arm of the same config but for the seed, else a new one named after the variant."""
     for name, runs in arms.items():
-        if dataclasses.replace(runs[0].config, **_OWN) == dataclasses.replace(run.config, **_OWN):
+        if set(differing_fields(runs[0].config, run.config)) <= {"seed"}:
             return name
     name = _ARM_NAMES[run.config.model.variant]
     return name if name not in arms else f"{name} ({run.config.name})"
 
 
-_OWN: dict[str, Any] = {"seed": 0, "name": "run", "storage": "runs"}
-
-
 def arm_configs(recipe: RunConfig) -> dict[str, RunConfig]:
     """The recipe for each variant: as many maps in V1 as the plain ViT has heads, and as many parameters in all.
 
-    V2 has D^2 more in the queries of each block; its MLP gives up as many (`mlp_ratio` - 0.5, since an MLP has 2 D^2
-    `mlp_ratio`).
+    V2 has D^2 more in the queries of each block; its MLP gives up as many: `mlp_ratio`, which is that of the plain ViT
+    whatever the recipe's variant, less 0.5, since an MLP has 2 D^2 `mlp_ratio`.
     """
     model = recipe.model
     heads = 2 * model.num_heads if model.variant == "diff" else model.num_heads
     if heads % 2:
         raise ValueError(f"V1 takes half the plain model's heads, so model.num_heads must be even, got {heads}")
-    mlp_ratio = model.mlp_ratio + (0.5 if model.variant == "diff_v2" else 0)
     shapes: dict[str, ModelConfig] = {
-        "plain": dataclasses.replace(model, variant="softmax", num_heads=heads, mlp_ratio=mlp_ratio),
-        "v1": dataclasses.replace(model, variant="diff", num_heads=heads // 2, mlp_ratio=mlp_ratio),
-        "v2": dataclasses.replace(model, variant="diff_v2", num_heads=heads, mlp_ratio=mlp_ratio - 0.5),
+        "plain": dataclasses.replace(model, variant="softmax", num_heads=heads),
+        "v1": dataclasses.replace(model, variant="diff", num_heads=heads // 2),
+        "v2": dataclasses.replace(model, variant="diff_v2", num_heads=heads, mlp_ratio=model.mlp_ratio - 0.5),
     }
     scale = dataclasses.replace(recipe.scale, workers=1)
     return {arm: dataclasses.replace(recipe, model=shape, scale=scale) for arm, shape in shapes.items()}
 
 
-def train_arms(config: CompareConfig, storage: Path, progress: Progress) -> list[Path]:
+def train_arms(config: CompareConfig, storage: Path, report: Report) -> list[Path]:
     """Train every arm under every seed, each in a process of its own; their folders, the plain ViT's first."""
     dataset = open_dataset(config.run.data)
     configs = [
@@ -124,12 +117,18 @@ def train_arms(config: CompareConfig, storage: Path, progress: Progress) -> list
     data, gpu = ray.put(dataset), config.run.scale.gpu
     options: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if gpu else 0, "max_retries": config.run.scale.max_failures}
     train_arm = ray.remote(**options)(_train_arm)
-    limit = config.concurrent or int(ray.cluster_resources().get("GPU" if gpu else "CPU", 1))
+    kind = "GPU" if gpu else "CPU"
+    room = int(ray.cluster_resources().get(kind, 0))
+    if not room:
+        raise ValueError(
+            f"each arm needs one {kind}; the cluster has none" + ("; leave --scale.gpu out" if gpu else "")
+        )
+    limit = config.concurrent or room
     # seed by seed, so that a comparison that is cut has whole seeds
     waiting = sorted(range(len(configs)), key=lambda place: configs[place].seed)
     running: dict[Any, RunConfig] = {}
     stopped: list[str] = []
-    progress("training", 0, len(configs))
+    report("training", 0, len(configs))
     while waiting or running:
         while waiting and len(running) < limit:
             chosen = configs[waiting.pop(0)]
@@ -139,7 +138,7 @@ def train_arms(config: CompareConfig, storage: Path, progress: Progress) -> list
         reason = ray.get(done)
         if reason:
             stopped.append(f"{finished.name}: {reason}")
-        progress("training", len(configs) - len(waiting) - len(running), len(configs))
+        report("training", len(configs) - len(waiting) - len(running), len(configs))
     if stopped:
         raise RunStopped(f"{len(stopped)} of {len(configs)} runs stopped: {'; '.join(stopped)}")
     return [arm.folder for arm in configs]
@@ -153,12 +152,6 @@ def _train_arm(config: str, dataset: Dataset) -> str | None:
     except RunStopped as stop:
         return str(stop)
     return None
-
-
-def validation_batches(config: RunConfig, dataset: Dataset) -> Iterator[Batch]:
-    """Every validation image once, in this process."""
-    plan = EvalPlan(len(dataset.val), EVAL_BATCH_SIZE)
-    return map(BatchLoader(config, dataset.val, plan), range(plan.num_rows))
 
 
 def _write_tensorboard(result: dict[str, Any], folder: Path) -> None:

@@ -31,14 +31,15 @@ from diffvit.data.claim import STAGING, claim, identity_of, release, require_sam
 from diffvit.data.images import ImageError, decode_image, eval_transform, normalize
 from diffvit.data.indexing import find_units
 from diffvit.data.packing import read_entries_content
-from diffvit.data.prepare import Progress, collect_entries
+from diffvit.data.prepare import collect_entries
+from diffvit.data.tasks import Report, fetch
 from diffvit.manifest import WEIGHTS_NAME, sha256_of
 from diffvit.models.saved import SavedModel, load_saved
 from diffvit.models.weights import find_checkpoint
 from diffvit.storage import Storage
 
 RESULTS_NAME = "predictions.json"
-_PART_IMAGES = 1024
+_PART_IMAGES = 512
 _PARTS = "predictions"
 
 _PREDICTION_SCHEMA = pa.schema(
@@ -54,7 +55,7 @@ _PREDICTION_SCHEMA = pa.schema(
 )
 
 
-def predict(config: PredictConfig, progress: Progress) -> dict[str, Any]:
+def predict(config: PredictConfig, report: Report) -> dict[str, Any]:
     """Predict every image that `config` names, on the connected cluster; the content of `predictions.json`.
 
     Raises:
@@ -72,12 +73,12 @@ def predict(config: PredictConfig, progress: Progress) -> dict[str, Any]:
     if finished is not None:
         return finished
     claim(target, identity)
-    entries = collect_entries(units, config, target.child(STAGING), progress)
+    entries = collect_entries(units, config, target.child(STAGING), report)
     if config.split:
         entries = entries.filter(pc.equal(entries["split"], config.split))
     if not entries.num_rows:
         raise ValueError(f"{config.images} holds no images" + (f" of split {config.split!r}" if config.split else ""))
-    _predict_parts(config, saved, entries.combine_chunks(), target, progress)
+    _predict_parts(config, saved, entries.combine_chunks(), target, report)
     results = _summarise(saved, entries.num_rows, identity, target)
     release(target)
     return results
@@ -97,7 +98,7 @@ def _part_name(number: int) -> str:
 
 
 def _predict_parts(
-    config: PredictConfig, saved: SavedModel, entries: pa.Table, target: Storage, progress: Progress
+    config: PredictConfig, saved: SavedModel, entries: pa.Table, target: Storage, report: Report
 ) -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -105,13 +106,13 @@ def _predict_parts(
     there = target.sizes(_PARTS)
     todo = [number for number in range(parts) if _part_name(number) not in there]
     done = sum(len(entries[n * _PART_IMAGES : (n + 1) * _PART_IMAGES]) for n in range(parts) if n not in set(todo))
-    progress("predicting", done, entries.num_rows)
+    report("predicting", done, entries.num_rows)
     if not todo:
         return
     job = ray.put(_Job(config, saved, entries, target))
 
     def load(row: dict[str, Any]) -> dict[str, Any]:
-        return _load_part(ray.get(job), int(row["item"]))
+        return _load_part(fetch(job), int(row["item"]))
 
     decoded = ray.data.from_items(todo, override_num_blocks=len(todo)).map(load)
     gpus = 1 if config.gpu else 0
@@ -120,7 +121,7 @@ def _predict_parts(
     )
     for row in predicted.iter_rows():
         done += int(row["images"])
-        progress("predicting", done, entries.num_rows)
+        report("predicting", done, entries.num_rows)
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class _Predictor:
     """Holds the model; an actor of the Ray Data job."""
 
     def __init__(self, job: Any) -> None:
-        self._job: _Job = ray.get(job)
+        self._job: _Job = fetch(job)
         self._device = torch.device("cuda" if self._job.config.gpu else "cpu")
         self._model = self._job.saved.model.to(self._device).eval()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffvit.cli import fail, parse_compare_config
+from diffvit.cli import job_ends, parse_compare_config
 
 
 def main() -> None:
@@ -13,17 +13,10 @@ def main() -> None:
     from diffvit.training.cluster import connect
     from diffvit.training.loop import RunStopped
 
-    try:
+    with job_ends("with the runs that are not finished", RunStopped), Progress() as progress:
         if not config.runs:
             connect()
-        with Progress() as progress:
-            report = run_comparison(config, progress.show)
-    except ValueError as error:
-        fail(str(error), status=2)
-    except RunStopped as error:
-        fail(str(error), status=1)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on with the runs that are not finished", status=130)
+        report = run_comparison(config, progress.show)
     print(f"report: {report}\ncurves: tensorboard --logdir {report.parent}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffvit.cli import fail, parse_options
+from diffvit.cli import job_ends, parse_options
 from diffvit.config import PredictConfig
 
 
@@ -14,16 +14,9 @@ def main() -> None:
     from diffvit.storage import StorageError
     from diffvit.training.cluster import connect
 
-    try:
+    with job_ends("from here", StorageError), Progress() as progress:
         connect()
-        with Progress() as progress:
-            results = predict(config, progress.show)
-    except ValueError as error:
-        fail(str(error), status=2)
-    except (StorageError, OSError) as error:
-        fail(f"{error}; the same command goes on from here", status=1)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from here", status=130)
+        results = predict(config, progress.show)
     print_predictions(config.out, results)
 
 

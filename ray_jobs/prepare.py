@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from diffvit.cli import fail, parse_options
+from diffvit.cli import job_ends, parse_options
 from diffvit.config import PrepareConfig
 
 
@@ -17,16 +17,9 @@ def main() -> None:
     from diffvit.training.cluster import connect
 
     started = time.perf_counter()
-    try:
+    with job_ends("from here", StorageError), Progress() as progress:
         connect()
-        with Progress() as progress:
-            info = prepare(config, progress.show)
-    except ValueError as error:
-        fail(str(error), status=2)
-    except (StorageError, OSError) as error:
-        fail(f"{error}; the same command goes on from here", status=1)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from here", status=130)
+        info = prepare(config, progress.show)
     print_dataset(config.out, info, time.perf_counter() - started)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffvit.cli import fail, parse_sweep_config
+from diffvit.cli import job_ends, parse_sweep_config
 
 
 def main() -> None:
@@ -11,14 +11,8 @@ def main() -> None:
     from diffvit.search.console import print_sweep  # after the options are found good: these imports take seconds
     from diffvit.search.sweep import SweepFailed, run_sweep
 
-    try:
+    with job_ends("with the trials that are left", SweepFailed):
         results = run_sweep(sweep)
-    except ValueError as error:
-        fail(str(error), status=2)
-    except SweepFailed as error:
-        fail(str(error), status=1)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on with the trials that are left", status=130)
     print_sweep(sweep.run.folder, results)
 
 

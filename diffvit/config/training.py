@@ -106,6 +106,10 @@ class ScaleConfig:
         )
 
     @property
+    def device_type(self) -> Literal["cuda", "cpu"]:
+        return "cuda" if self.gpu else "cpu"
+
+    @property
     def min_workers(self) -> int:
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 

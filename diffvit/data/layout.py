@@ -13,14 +13,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from diffvit.data.order import SHUFFLE
 from diffvit.data.splitting import hold_out
 
 Rows = npt.NDArray[np.int64]
 
 _MAX_SHARD_IMAGES = 8192
 """However small they are, so that packing them spreads over the cluster."""
-
-_SHUFFLE_STREAM = 4  # apart from the streams of order.py and splitting.py
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def _shuffle_and_cut(
     shards = []
     start = 0
     for number, (split, members) in enumerate(splits.items()):
-        shuffled = np.random.default_rng((seed, _SHUFFLE_STREAM, number)).permutation(members)
+        shuffled = np.random.default_rng((seed, SHUFFLE, number)).permutation(members)
         count = max(round(int(lengths[shuffled].sum()) / shard_bytes), -(-len(shuffled) // _MAX_SHARD_IMAGES))
         cuts = np.linspace(start, start + len(shuffled), count + 1).astype(int).tolist()
         shards += [(f"{split}/{i:05d}.parquet", *ends) for i, ends in enumerate(pairwise(cuts))]

@@ -14,9 +14,38 @@ from diffvit.config import RunConfig
 from diffvit.data.batches import SKIPPED_LABEL, Batch
 from diffvit.data.images import ImageError, decode_image, eval_transform, train_transform
 from diffvit.data.order import EvalPlan, Indices, TrainPlan, sample_seed
-from diffvit.data.sources import Split
+from diffvit.data.sources import Dataset, Split
 
-EVAL_BATCH_SIZE = 250
+_EVAL_ROW_SIZE = 250
+
+
+def plan_run(config: RunConfig, dataset: Dataset, workers: int = 1) -> tuple[TrainPlan, EvalPlan]:
+    """What is trained on and evaluated when.
+
+    Raises:
+        ValueError: the run has fewer steps than something in it is to take.
+    """
+    train_plan = TrainPlan(
+        num_samples=len(dataset.train),
+        seed=config.seed,
+        epochs=config.optim.epochs,
+        batch_size=config.optim.batch_size,
+        workers=workers,
+        accumulation_steps=config.accumulation_steps_of(workers),
+    )
+    for name, steps in (
+        ("optim.warmup_steps", config.optim.warmup_steps),
+        ("init.gate_opening_steps", config.init.gate_opening_steps),
+    ):
+        if (steps or 0) > train_plan.total_steps:
+            raise ValueError(f"{name} must not exceed the {train_plan.total_steps} steps of the run, got {steps}")
+    return train_plan, EvalPlan(len(dataset.val), _EVAL_ROW_SIZE)
+
+
+def validation_batches(config: RunConfig, dataset: Dataset) -> Iterator[Batch]:
+    """Every validation image once, in this process."""
+    plan = EvalPlan(len(dataset.val), _EVAL_ROW_SIZE)
+    return map(BatchLoader(config, dataset.val, plan), range(plan.num_rows))
 
 
 class BatchLoader:

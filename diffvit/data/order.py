@@ -17,9 +17,8 @@ import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
 
-_ORDER, _AUGMENT, _MODEL = range(3)
-_MIX = 5  # 3 and 4 are those of splitting.py and layout.py
-"""Streams of random numbers that never meet."""
+_ORDER, _AUGMENT, _MODEL, HOLD_OUT, SHUFFLE, _MIX = range(6)
+"""Streams of random numbers that never meet: the second entry of every seed in the project."""
 
 
 def epoch_permutation(num_samples: int, seed: int, epoch: int) -> Indices:

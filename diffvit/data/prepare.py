@@ -6,16 +6,13 @@ call goes on where an earlier one was cut. `dataset.json` comes last and `.stagi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-import ray.data
-from ray.data import DataContext
 
 from diffvit.config import PrepareConfig, SourceOptions
 from diffvit.data.claim import STAGING, claim, identity_of, release, require_same
@@ -38,13 +35,11 @@ from diffvit.data.shards import (
     read_info,
     write_info,
 )
+from diffvit.data.tasks import Report, map_anywhere
 from diffvit.storage import Storage
 
-Progress = Callable[[str, int, int], None]
-"""(what is being done, images done, images in all)."""
 
-
-def prepare(config: PrepareConfig, progress: Progress) -> DatasetInfo:
+def prepare(config: PrepareConfig, report: Report) -> DatasetInfo:
     """Write the data set that `config` asks for, on the connected cluster; its description.
 
     Raises:
@@ -61,12 +56,12 @@ def prepare(config: PrepareConfig, progress: Progress) -> DatasetInfo:
     if finished is not None:
         return finished
     claim(target, identity)
-    entries = collect_entries(units, config, target.child(STAGING), progress)
+    entries = collect_entries(units, config, target.child(STAGING), report)
     layout = plan_layout(
         entries, val_fraction=config.val_fraction, seed=config.seed, shard_bytes=int(config.shard_mib * 2**20)
     )
     limits = Limits(config.max_pixels, config.max_image_bytes, config.max_side)
-    packed = _pack_all(layout, target, limits, progress)
+    packed = _pack_all(layout, target, limits, report)
     info = _finish(config, identity, layout, packed, target)
     release(target)
     return info
@@ -82,7 +77,7 @@ def _finished(target: Storage, identity: dict[str, Any]) -> DatasetInfo | None:
     return info
 
 
-def collect_entries(units: list[Unit], options: SourceOptions, staging: Storage, progress: Progress) -> pa.Table:
+def collect_entries(units: list[Unit], options: SourceOptions, staging: Storage, report: Report) -> pa.Table:
     """The entries of every unit, in order; each unit is indexed once, anywhere in the cluster.
 
     Raises:
@@ -92,9 +87,9 @@ def collect_entries(units: list[Unit], options: SourceOptions, staging: Storage,
     there = staging.sizes("index")
     todo = [number for number, name in enumerate(names) if name not in there]
     done = len(units) - len(todo)
-    progress("indexing", done, len(units))
+    report("indexing", done, len(units))
 
-    def index(number: int) -> str:
+    def index(units: list[Unit], number: int) -> str:
         try:
             table = index_unit(units[number], options, Staging(staging, f"images/{number:06d}.bin"))
         except (ValueError, OSError) as error:  # pyarrow's errors are ValueErrors
@@ -104,46 +99,31 @@ def collect_entries(units: list[Unit], options: SourceOptions, staging: Storage,
 
     # a torchvision set lies on this machine, which the tasks' need not share
     local = [number for number in todo if units[number].kind == "torchvision"]
-    for error in (*map(index, local), *map_anywhere(index, [n for n in todo if n not in set(local)])):
+    anywhere = [number for number in todo if units[number].kind != "torchvision"]
+    for error in chain((index(units, number) for number in local), map_anywhere(index, units, anywhere)):
         if error:
             raise ValueError(f"the source cannot be read: {error}")
         done += 1
-        progress("indexing", done, len(units))
+        report("indexing", done, len(units))
     return pa.concat_tables(read_entries(staging, name) for name in names)
 
 
-def map_anywhere(work: Callable[[int], str], numbers: list[int]) -> Iterator[str]:
-    """`work(number)` for each number, one Ray Data task each, in whatever order they end."""
-    if not numbers:
-        return
-    DataContext.get_current().enable_progress_bars = False
-
-    def call(row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": work(int(row["item"]))}
-
-    results = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map(call)
-    for row in results.iter_rows():
-        yield str(row["result"])
-
-
-def _pack_all(layout: Layout, target: Storage, limits: Limits, progress: Progress) -> list[PackedShard]:
+def _pack_all(layout: Layout, target: Storage, limits: Limits, report: Report) -> list[PackedShard]:
     """Every shard packed; those of an earlier attempt are taken as they are."""
     packed = {number: read_packed(target, name) for number, (name, _, _) in enumerate(layout.shards)}
     sizes = [end - first for _, first, end in layout.shards]
     todo = [number for number, shard in packed.items() if shard is None]
     done = sum(sizes) - sum(sizes[number] for number in todo)
-    progress("packing", done, sum(sizes))
-    reference = ray.put(layout)
+    report("packing", done, sum(sizes))
 
-    def pack(number: int) -> str:
-        plan: Layout = ray.get(reference)
+    def pack(plan: Layout, number: int) -> str:
         name, first, end = plan.shards[number]
         pack_shard(plan.entries[first:end], plan.labels[first:end].tolist(), target, name, limits)
         return str(number)
 
-    for result in map_anywhere(pack, todo):
+    for result in map_anywhere(pack, layout, todo):
         done += sizes[int(result)]
-        progress("packing", done, sum(sizes))
+        report("packing", done, sum(sizes))
     return [packed[n] or _require(read_packed(target, name)) for n, (name, _, _) in enumerate(layout.shards)]
 
 

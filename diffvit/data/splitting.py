@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-_SPLIT_STREAM = 3  # apart from the streams of order.py
+from diffvit.data.order import HOLD_OUT
 
 Rows = npt.NDArray[np.int64]
 
@@ -21,7 +21,7 @@ def hold_out(labels: npt.NDArray[np.int64], fraction: float, seed: int, classes:
     Raises:
         ValueError: a class has one image only.
     """
-    rng = np.random.default_rng((seed, _SPLIT_STREAM))
+    rng = np.random.default_rng((seed, HOLD_OUT))
     held_out = []
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)

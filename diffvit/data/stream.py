@@ -25,6 +25,7 @@ from ray.data import DataContext, DataIterator, ExecutionOptions, ExecutionResou
 
 from diffvit.data.batches import Batch
 from diffvit.data.order import EvalPlan, Indices, TrainPlan
+from diffvit.data.tasks import fetch
 
 if TYPE_CHECKING:  # the process that deals the chunks out imports this module, and need not load torch
     from diffvit.data.loader import BatchLoader
@@ -113,7 +114,7 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
         os.setpriority(os.PRIO_PROCESS, 0, 19)  # where decoding and training share CPUs, decoding yields
         number, rank = divmod(int(row["id"]), workers)
         mine = rows[rank::workers][ends[number] : ends[number + 1]]
-        return _pack(_fetch(reference), mine)
+        return _pack(fetch(reference), mine)
 
     chunks = (len(ends) - 1) * workers
     dataset = ray.data.range(chunks, override_num_blocks=chunks).map(load_chunk)
@@ -128,19 +129,6 @@ def _chunk_ends(rows: int, size: int) -> list[int]:
         ends.append(min(ends[-1] + step, rows))
         step = min(2 * step, size)
     return ends
-
-
-def _fetch(reference: Any) -> BatchLoader:
-    """What the driver put there.
-
-    Raises:
-        RuntimeError: this node cannot unpack it. As it comes from Ray, Ray Data would try again for ever, and silently.
-    """
-    try:
-        loader: BatchLoader = ray.get(reference)
-    except ray.exceptions.RaySystemError as error:
-        raise RuntimeError(f"a node lacks what the images' reader needs: {error}") from None
-    return loader
 
 
 def _pack(loader: BatchLoader, rows: range) -> dict[str, Any]:

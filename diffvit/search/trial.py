@@ -19,8 +19,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from diffvit.config import RunConfig, from_json
-from diffvit.data.loader import EVAL_BATCH_SIZE, BatchLoader, LocalStream
-from diffvit.data.order import EvalPlan, TrainPlan
+from diffvit.data.loader import BatchLoader, LocalStream, plan_run, validation_batches
 from diffvit.data.sources import Dataset
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
@@ -105,14 +104,7 @@ def train_trial(tune_config: dict[str, Any], *, dataset: Dataset, time_latency: 
 
 
 def _train_here(config: RunConfig, dataset: Dataset, reports: Reports, *, keep: bool) -> None:
-    plan = TrainPlan(
-        num_samples=len(dataset.train),
-        seed=config.seed,
-        epochs=config.optim.epochs,
-        batch_size=config.optim.batch_size,
-        accumulation_steps=config.accumulation_steps,
-    )
-    eval_plan = EvalPlan(len(dataset.val), EVAL_BATCH_SIZE)
+    plan, eval_plan = plan_run(config, dataset)
     stream = LocalStream(BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, eval_plan))
 
     def report(metrics: dict[str, Any]) -> None:
@@ -126,12 +118,12 @@ def _train_here(config: RunConfig, dataset: Dataset, reports: Reports, *, keep: 
                 file.writelines(image + "\n" for image in fields["images"])
 
     store = CheckpointStore(config.folder, config.checkpoint) if keep else None
-    fit(config, plan, eval_plan, stream, Worker(_device(config), report, publish, store=store))
+    fit(config, plan, eval_plan, stream, Worker(torch.device(config.scale.device_type), report, publish, store=store))
 
 
 def latency_ms(config: RunConfig) -> float:
     """Median time of one image through the model of `config`, in milliseconds, on the device that it trains on."""
-    device = _device(config)
+    device = torch.device(config.scale.device_type)
     model = VisionTransformer(config.model).to(device).eval()
     image = torch.zeros(1, config.model.in_channels, config.model.image_size, config.model.image_size, device=device)
     seconds = []
@@ -147,14 +139,8 @@ def score(config_json: str, dataset: Dataset, folder: str) -> dict[str, float]:
     """`top1`, `top5` and `loss` of the run's last checkpoint on the whole of `dataset.val`, each image once."""
     config = from_json(config_json, folder)
     last = max(Path(folder).glob("checkpoint_step_*"))
-    device = _device(config)
+    device = torch.device(config.scale.device_type)
     model = VisionTransformer(config.model).to(device)
     load_weights(model, last)
-    plan = EvalPlan(len(dataset.val), EVAL_BATCH_SIZE)
-    loader = BatchLoader(config, dataset.val, plan)
-    found = evaluate(model, map(loader, range(plan.num_rows)), plan.num_samples, config, device)
+    found = evaluate(model, validation_batches(config, dataset), len(dataset.val), config, device)
     return {name: found[name] for name in ("top1", "top5", "loss")}
-
-
-def _device(config: RunConfig) -> torch.device:
-    return torch.device("cuda" if config.scale.gpu else "cpu")

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from diffvit.config import RunConfig
-from diffvit.data.loader import EVAL_BATCH_SIZE, BatchLoader, LocalStream
-from diffvit.data.order import EvalPlan, TrainPlan
+from diffvit.data.loader import BatchLoader, LocalStream, plan_run
 from diffvit.data.sources import Dataset
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.logbook import Logbook
@@ -46,19 +45,12 @@ def train_alone(config: RunConfig, dataset: Dataset, publish: Publish | None = N
 
 def _train(config: RunConfig, dataset: Dataset, publish: Publish) -> dict[str, Any]:
     started = time.monotonic()
-    plan = TrainPlan(
-        num_samples=len(dataset.train),
-        seed=config.seed,
-        epochs=config.optim.epochs,
-        batch_size=config.optim.batch_size,
-        accumulation_steps=config.accumulation_steps,
-    )
-    eval_plan = EvalPlan(len(dataset.val), EVAL_BATCH_SIZE)
+    plan, eval_plan = plan_run(config, dataset)
     stream = LocalStream(BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, eval_plan))
 
     store = CheckpointStore(config.folder, config.checkpoint)
     worker = Worker(
-        device=torch.device("cuda" if config.scale.gpu else "cpu"),
+        device=torch.device(config.scale.device_type),
         report=lambda _: None,
         publish=publish,
         store=store,

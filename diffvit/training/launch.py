@@ -18,8 +18,8 @@ from ray.util.queue import Queue
 
 from diffvit.config import RunConfig, from_json, to_json
 from diffvit.console import Console
-from diffvit.data.loader import EVAL_BATCH_SIZE, BatchLoader
-from diffvit.data.order import EvalPlan, TrainPlan
+from diffvit.data.loader import BatchLoader, plan_run
+from diffvit.data.order import TrainPlan
 from diffvit.data.sources import SAMPLE, Dataset, open_dataset
 from diffvit.data.stream import RayStream
 from diffvit.models.vit import VisionTransformer
@@ -49,7 +49,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     started = time.monotonic()
     dataset = open_dataset(config.data)
     config = resolve(config, dataset)
-    train_plan, _ = _plans(config, dataset, config.worker_counts[-1])
+    train_plan, _ = plan_run(config, dataset, config.worker_counts[-1])
     _require_weights(config)
     with RunLock(config.folder):
         earlier = open_run(config)
@@ -140,24 +140,6 @@ def _channel_statistics(config: RunConfig, dataset: Dataset) -> tuple[tuple[floa
     return mean, std
 
 
-def _plans(config: RunConfig, dataset: Dataset, workers: int) -> tuple[TrainPlan, EvalPlan]:
-    train_plan = TrainPlan(
-        num_samples=len(dataset.train),
-        seed=config.seed,
-        epochs=config.optim.epochs,
-        batch_size=config.optim.batch_size,
-        workers=workers,
-        accumulation_steps=config.accumulation_steps_of(workers),
-    )
-    for name, steps in (
-        ("optim.warmup_steps", config.optim.warmup_steps),
-        ("init.gate_opening_steps", config.init.gate_opening_steps),
-    ):
-        if (steps or 0) > train_plan.total_steps:
-            raise ValueError(f"{name} must not exceed the {train_plan.total_steps} steps of the run, got {steps}")
-    return train_plan, EvalPlan(len(dataset.val), EVAL_BATCH_SIZE)
-
-
 def _trainer(
     config: RunConfig, dataset: Dataset, progress: Queue | None, callbacks: list[UserCallback] | None = None
 ) -> FittingTrainer:
@@ -203,7 +185,7 @@ def _train_worker(job: dict[str, Any]) -> str | None:
     rank, workers = context.get_world_rank(), context.get_world_size()
     if not config.scale.gpu:
         torch.set_num_threads(max((os.cpu_count() or 1) // context.get_local_world_size(), 1))
-    train_plan, eval_plan = _plans(config, dataset, workers)
+    train_plan, eval_plan = plan_run(config, dataset, workers)
     stream = RayStream(
         BatchLoader(config, dataset.train, train_plan),
         BatchLoader(config, dataset.val, eval_plan),
