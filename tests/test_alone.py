@@ -46,6 +46,19 @@ def test_leaves_what_a_run_leaves(config: RunConfig, dataset: Dataset) -> None:
         train_alone(with_fields(config, optim={"lr": 1.0}), dataset)
 
 
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"optim": {"epochs": 4, "warmup_epochs": 0, "warmup_steps": 13}},
+        {"model": {"variant": "diff_v2"}, "init": {"weights": "plain.safetensors", "gate_opening_steps": 13}},
+    ],
+)
+def test_more_steps_than_the_run_has_are_refused(config: RunConfig, dataset: Dataset, sections) -> None:
+    with pytest.raises(ValueError, match=r"_steps must not exceed the 12 steps of the run, got 13"):
+        train_alone(with_fields(config, **sections), dataset)
+    assert not config.folder.exists()
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 def test_cut_it_goes_on(config: RunConfig, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
     whole = train_alone(dataclasses.replace(config, name="whole"), dataset)

@@ -39,6 +39,13 @@ def test_arms_have_the_same_parameters_and_recipe(recipe: str) -> None:
     assert arms["plain"].model.num_heads == arms["v2"].model.num_heads == 2 * arms["v1"].model.num_heads
 
 
+def test_the_mlp_of_the_recipe_is_that_of_the_plain_vit() -> None:
+    ratios = [
+        [arm.model.mlp_ratio for arm in arm_configs(RECIPES[name]()).values()] for name in ("sample", "sample-v2")
+    ]
+    assert ratios == [[2.0, 2.0, 1.5]] * 2
+
+
 def test_odd_heads_are_refused() -> None:
     recipe = RECIPES["sample-vit"]()
     with pytest.raises(ValueError, match=r"model\.num_heads must be even, got 3"):
@@ -82,6 +89,11 @@ class TestRuns:
     def test_a_run_that_diverges_is_named_when_the_others_are_done(self, config: CompareConfig) -> None:
         run = with_fields(config.run, optim={"lr": 1e30, "warmup_epochs": 0.0, "clip_norm": 0.0})
         with pytest.raises(RunStopped, match=r"6 of 6 runs stopped: .*v1-seed0: the .* not finite"):
+            run_comparison(dataclasses.replace(config, run=run), quiet)
+
+    def test_a_cluster_without_gpus_is_refused(self, config: CompareConfig) -> None:
+        run = with_fields(config.run, scale={"gpu": True})
+        with pytest.raises(ValueError, match=r"each arm needs one GPU; the cluster has none; leave --scale\.gpu out"):
             run_comparison(dataclasses.replace(config, run=run), quiet)
 
     def test_an_unfinished_run_is_refused(self, config: CompareConfig, tmp_path: Path) -> None:

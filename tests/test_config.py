@@ -4,7 +4,7 @@ import json
 import pytest
 from conftest import with_fields
 
-from diffvit.cli import parse_run_config
+from diffvit.cli import job_ends, parse_run_config
 from diffvit.config import ModelConfig, RunConfig, differing_fields, from_json, model_preset, to_json, valid_num_heads
 from diffvit.recipes import RECIPES
 
@@ -32,7 +32,11 @@ def test_recipes_are_valid_and_round_trip(recipe: str) -> None:
         ({"augment": {"flip": 1.5}}, "flip is a probability"),
         ({"optim": {"lr": 0.0}}, "lr must be positive"),
         ({"optim": {"warmup_epochs": 3.0}}, "between 0 and optim.epochs = 2, got 3.0"),
+        ({"optim": {"warmup_steps": 5}}, "instead of optim.warmup_epochs, which must then be 0; got 5 and 1"),
         ({"optim": {"batch_size": 0}}, "batch_size must be at least 1"),
+        ({"augment": {"mixup": 0.2}, "optim": {"batch_size": 9}}, "micro-batch must be even, got 9"),
+        ({"augment": {"rand_augment_layers": 2, "auto_augment": "svhn"}}, "exclude each other, got 'svhn' and 2"),
+        ({"augment": {"color_jitter": -0.1}}, "color_jitter must not be negative"),
         (
             {"scale": {"workers": 5}},
             "must divide optim.batch_size, got 5 and 12; the nearest batch sizes are 10 and 15",
@@ -43,6 +47,7 @@ def test_recipes_are_valid_and_round_trip(recipe: str) -> None:
         ({"scale": {"workers": (12, 99)}, "augment": {"mixup": 0.5}}, "even ones where images are mixed"),
         ({"scale": {"max_preemptions": -2}}, "max_preemptions must be -1 or more, got -2"),
         ({"checkpoint": {"every_steps": 0}}, "every_steps must be at least 1"),
+        ({"checkpoint": {"every_minutes": 0.0}}, "every_minutes must be positive, got 0.0"),
         ({"checkpoint": {"keep_last": 0}}, "keep_last must be at least 1, got 0"),
         ({"checkpoint": {"keep_every_epochs": 0}}, "keep_every_epochs must be at least 1, got 0"),
         ({"optim": {"max_skipped_steps": -1}}, "max_skipped_steps must not be negative"),
@@ -148,3 +153,23 @@ def test_numbers_of_workers_that_a_run_can_have(
 def test_workers_on_the_command_line() -> None:
     assert parse_run_config("", ["sample", "--scale.workers", "4"]).scale.workers == 4
     assert parse_run_config("", ["sample", "--scale.workers", "1", "4"]).scale.workers == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (ValueError("x must be 1, got 2"), 2, "error: x must be 1, got 2\n"),
+        (RuntimeError("it stopped"), 1, "error: it stopped\n"),
+        (OSError("disk gone"), 1, "error: disk gone; the same command goes on from here\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted; the same command goes on from here\n"),
+    ],
+)
+def test_jobs_end_with_one_line_and_a_status(error: BaseException, status: int, said: str, capsys) -> None:
+    with pytest.raises(SystemExit) as end, job_ends("from here", RuntimeError):
+        raise error
+    assert (end.value.code, capsys.readouterr().err) == (status, said)
+
+
+def test_a_defect_of_the_program_keeps_its_traceback() -> None:
+    with pytest.raises(KeyError), job_ends("from here", RuntimeError):
+        raise KeyError("bug")

@@ -116,6 +116,67 @@ def test_augmentation_depends_on_the_seed_alone() -> None:
     assert not torch.equal(draw(5), draw(6))
 
 
+def mean_change(augment: AugmentConfig, image: torch.Tensor) -> list[float]:
+    """How far 40 augmented copies are from the image, on average, in grey levels."""
+    transform = train_transform(augment, image.shape[-1])
+    changes = []
+    for seed in range(40):
+        torch.default_generator.manual_seed(seed)
+        changes.append((transform(image).float() - image.float()).abs().mean().item())
+    return changes
+
+
+STILL = {"crop": "none", "eval_crop_ratio": 1.0, "flip": 0.0}
+
+
+def test_colour_jitter_moves_colours_and_nothing_else() -> None:
+    flat = torch.tensor([60, 120, 180], dtype=torch.uint8).view(3, 1, 1).expand(3, 16, 16)
+    assert mean_change(AugmentConfig(**STILL), flat) == [0.0] * 40
+    small, large = (mean_change(AugmentConfig(**STILL, color_jitter=by), flat) for by in (0.05, 0.5))
+    assert 0 < np.mean(small) < np.mean(large) / 4
+    torch.default_generator.manual_seed(1)
+    out = train_transform(AugmentConfig(**STILL, color_jitter=0.5), 16)(flat)
+    assert (out == out[:, :1, :1]).all()
+
+
+@pytest.mark.parametrize("policy", ["imagenet", "cifar10", "svhn", "trivial"])
+def test_learned_policies_change_most_images(policy: str) -> None:
+    image = decode_image(encode(photo(size=(16, 16))), 3, ANY_SIZE)
+    changes = mean_change(AugmentConfig(**STILL, auto_augment=policy), image)
+    assert sum(change > 0 for change in changes) > 20
+
+
+def test_rand_augment_draws_its_magnitude_from_around_the_one_asked_for() -> None:
+    drawn = []
+
+    class Spy(torch.nn.Module):
+        def __init__(self, layers: int, magnitude: int) -> None:
+            super().__init__()
+            assert layers == 2
+            self.magnitude = magnitude
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            drawn.append(self.magnitude)
+            return image
+
+    image = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchvision.transforms.v2.RandAugment", Spy)
+        options = {"rand_augment_layers": 2, "rand_augment_magnitude": 29}
+        noisy = train_transform(AugmentConfig(**STILL, **options, rand_augment_magnitude_std=2.0), 16)
+        steady = train_transform(AugmentConfig(**STILL, **options), 16)
+    torch.default_generator.manual_seed(3)
+    for _ in range(300):
+        noisy(image)
+    assert max(drawn) == 30  # and not beyond, where torchvision has no strength
+    below = [magnitude for magnitude in drawn if magnitude < 29]
+    assert 0.3 < len(below) / 300 < 0.5  # P(N(0, 1) < -0.25) = 0.40
+    assert min(below) < 26
+    drawn.clear()
+    steady(image)
+    assert drawn == [29]
+
+
 def test_eval_crop_is_the_centre() -> None:
     image = torch.zeros(1, 32, 64, dtype=torch.uint8)
     image[:, :, 16:48] = 200

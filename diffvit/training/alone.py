@@ -14,6 +14,7 @@ import torch
 
 from diffvit.config import RunConfig
 from diffvit.data.loader import BatchLoader, LocalStream, plan_run
+from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.sources import Dataset
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.logbook import Logbook
@@ -32,20 +33,21 @@ def train_alone(config: RunConfig, dataset: Dataset, publish: Publish | None = N
         publish: hears of progress.
 
     Raises:
-        ValueError: the name is taken, or the folder cannot be written.
+        ValueError: the name is taken, the folder cannot be written, or the run has fewer steps than its warm-up.
         RunStopped: the run cannot go on; `results.json` says why.
     """
     config = dataclasses.replace(config, scale=dataclasses.replace(config.scale, workers=1))
+    plans = plan_run(config, dataset)
     with RunLock(config.folder):
         earlier = open_run(config)
         if earlier is not None and earlier["status"] == "finished":
             return earlier
-        return _train(config, dataset, publish or (lambda *_: None))
+        return _train(config, dataset, plans, publish or (lambda *_: None))
 
 
-def _train(config: RunConfig, dataset: Dataset, publish: Publish) -> dict[str, Any]:
+def _train(config: RunConfig, dataset: Dataset, plans: tuple[TrainPlan, EvalPlan], publish: Publish) -> dict[str, Any]:
     started = time.monotonic()
-    plan, eval_plan = plan_run(config, dataset)
+    plan, eval_plan = plans
     stream = LocalStream(BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, eval_plan))
 
     store = CheckpointStore(config.folder, config.checkpoint)

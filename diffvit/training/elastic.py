@@ -1,13 +1,16 @@
 """Numbers of workers that Ray Train may pick: those that divide the global batch, and no others.
 
 Ray Train's elastic policy takes whatever number the cluster has room for. This one steps down to the next that the run
-can have. It is put in where the trainer hands its policy to the controller, because Ray 2.60 has no option for it.
+can have, and counts no room on nodes that are about to go: Ray's own would start workers there, and find out when
+that times out after a minute. It is put in where the trainer hands its policy to the controller, because Ray 2.60 has
+no option for it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import ray
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ScalingPolicy
 
@@ -20,7 +23,15 @@ class FittingPolicy(ElasticScalingPolicy):  # type: ignore[misc]
         self._counts = counts
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        return largest_fitting(super()._count_possible_workers(reserved_resources), self._counts)
+        staying = _staying_nodes()
+        room = {node: resources for node, resources in reserved_resources.items() if node in staying}
+        return largest_fitting(super()._count_possible_workers(room), self._counts)
+
+
+def _staying_nodes() -> set[str]:
+    """Ids of the nodes that are there and are not being drained."""
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return alive - set(ray._private.state.state.get_draining_nodes())
 
 
 def largest_fitting(room: int, counts: tuple[int, ...]) -> int:
