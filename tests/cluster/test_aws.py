@@ -20,11 +20,6 @@ pytestmark = [
 ]
 
 CLUSTER_NAME = "diffvit-aws-test"
-# until pretrain.py itself calls it
-WAIT = (
-    "import ray; from diffvit.cluster.waiting import can_grow, wait_for_nodes; assert can_grow();"
-    "ray.init(log_to_driver=False); wait_for_nodes([{'CPU': 2}] * 2, 300, print)"
-)
 # two of the three CPUs that a node says it has here, so that two workers need two nodes
 JOB = (
     "python ray_jobs/pretrain.py sample --scale.workers 2 --scale.cpus-per-worker 2 --optim.epochs 3 "
@@ -130,9 +125,8 @@ def test_up_launches_the_head_as_the_file_says(cloud: Cloud, launcher: Launcher)
 
 
 def test_a_job_brings_up_workers_and_outlives_one(cloud: Cloud, launcher: Launcher, shared_folder: Path) -> None:
-    script, run = shared_folder / "job.sh", shared_folder / "runs/sample"
-    script.write_text(f'set -e\npython -c "{WAIT}"\n{JOB} --storage {run.parent}\n')
-    with launcher.tunnel() as address, launcher.job(address, "bash", str(script)) as job:
+    run = shared_folder / "runs/sample"
+    with launcher.tunnel() as address, launcher.job(address, *JOB.split(), "--storage", str(run.parent)) as job:
         wait_until(lambda: len(cloud.workers("running")) == 2, 60, "two workers launched")
         first = cloud.workers("running")
         assert {worker["InstanceType"] for worker in first} == {"c7i.4xlarge"}
@@ -147,7 +141,7 @@ def test_a_job_brings_up_workers_and_outlives_one(cloud: Cloud, launcher: Launch
         wait_until(lambda: len(cloud.workers("running")) >= 2, 60, "another launched in its place")
         said = job.finish(timeout=200)
     print(said)
-    assert "waiting for nodes for 2 x (2 CPU): room for 0 of 2" in said
+    assert "waiting for nodes for 2 x (2 CPU) and 1 x (1 CPU): room for 0 of 3" in said
     results = json.loads((run / "results.json").read_text())
     assert results["status"] == "finished"
     assert results["last"]["step"] == 30  # 3 epochs of 10,000 images in batches of 960
