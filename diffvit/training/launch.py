@@ -15,6 +15,7 @@ from ray.train import TrainingFailedError, UserCallback
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, get_device
 from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffvit.config import RunConfig, from_json, to_json
 from diffvit.console import Console
@@ -62,7 +63,10 @@ def _train(config: RunConfig, dataset: Dataset, train_plan: TrainPlan, started: 
     connect(config.scale)
     wait_for_cluster(config.scale, print)
     require_resources(config.scale)
-    progress = Queue(actor_options={"num_cpus": 0})
+    here = NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )  # goes with no other node
+    progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     results: dict[str, Any] = {"status": "failed", "reason": None}
     try:
         with Console(config, dataset, train_plan, progress):
