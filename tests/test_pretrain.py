@@ -129,7 +129,7 @@ def own_processes(title: str) -> list[int]:
 
 
 def test_divergence_is_not_tried_again(config: RunConfig) -> None:
-    config = with_fields(config, optim={"lr": 1e30, "warmup_epochs": 0.0, "clip_norm": 0.0})
+    config = with_fields(config, scale={"workers": 1}, optim={"lr": 1e30, "warmup_epochs": 0.0, "clip_norm": 0.0})
     with pytest.raises(RunStopped, match="not finite"):
         train(config)
     results = json.loads((config.folder / "results.json").read_text())

@@ -1,13 +1,14 @@
 """Numbers of workers that Ray Train may pick: those that divide the global batch, and no others.
 
 Ray Train's elastic policy takes whatever number the cluster has room for. This one steps down to the next that the run
-can have, and counts no room on nodes that are about to go: Ray's own would start workers there, and find out when
-that times out after a minute. It is put in where the trainer hands its policy to the controller, because Ray 2.60 has
-no option for it.
+can have, and looks at the nodes of now: Ray's own goes by those of up to 20 seconds ago and by nodes that are about to
+go, starts workers there, and finds out when that times out after a minute. It is put in where the trainer hands its
+policy to the controller, because Ray 2.60 has no option for it.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -21,6 +22,12 @@ class FittingPolicy(ElasticScalingPolicy):  # type: ignore[misc]
     def __init__(self, scaling_config: Any, counts: tuple[int, ...]) -> None:
         super().__init__(scaling_config)
         self._counts = counts
+
+    def _get_reserved_resources(self) -> Any:
+        with suppress(ray.exceptions.RayError):  # then the one before has to do
+            coordinator = self._autoscaling_coordinator
+            ray.get(coordinator.get_reserved_resources.remote(self._requester_id, recompute=True), timeout=5)
+        return super()._get_reserved_resources()
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         staying = _staying_nodes()

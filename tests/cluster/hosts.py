@@ -117,6 +117,15 @@ class HostNetwork:
         _run("ip", "link", "del", _cable(host.name), check=False)
         _run("ip", "netns", "del", host.name, check=False)
 
+    def cut(self, host: Host) -> None:
+        """Pull the host's network cable; its processes go on."""
+        _run("ip", "link", "set", _cable(host.name), "down")
+
+    def join(self, host: Host) -> None:
+        """Plug it in again."""
+        _run("ip", "link", "set", _cable(host.name), "up")
+        _wait_for_ssh(host)
+
     def _boot(self, number: int, furnish: Callable[[Path], None] | None) -> Host:
         name, address = f"{_BRIDGE}{number}", f"{_NETWORK}.{number}"
         place = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self._folder))  # a host that comes back is a new one
