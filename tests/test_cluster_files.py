@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +222,9 @@ class Closable:
 def open_connection(place: tuple[str, int]) -> Closable:
     assert place == ("127.0.0.1", 22)
     raise ConnectionRefusedError("refused")
+
+
+def test_the_lock_is_what_is_installed() -> None:
+    """A cluster's nodes install all of it, so that a line too many fails there and not here."""
+    pinned = dict(line.split("==") for line in LOCK.splitlines() if not line.startswith("#"))
+    assert {name: version(name) for name in pinned} == pinned
