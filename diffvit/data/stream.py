@@ -111,7 +111,7 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
     ends = _chunk_ends(len(rows[::workers]), _rows_per_chunk(loader))
 
     def load_chunk(row: dict[str, Any]) -> dict[str, Any]:
-        os.setpriority(os.PRIO_PROCESS, 0, 19)  # where decoding and training share CPUs, decoding yields
+        os.setpriority(os.PRIO_PROCESS, 0, 19)  # below training, which Ray runs at 15, where they share CPUs
         number, rank = divmod(int(row["id"]), workers)
         mine = rows[rank::workers][ends[number] : ends[number + 1]]
         return _pack(fetch(reference), mine)

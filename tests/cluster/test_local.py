@@ -63,7 +63,7 @@ def test_a_job_trains_on_two_hosts_and_decodes_on_all(
     launcher: Launcher, hosts: list[Host], shared_folder: Path
 ) -> None:
     with launcher.tunnel() as address:
-        done = launcher.submit(address, *JOB.split(), "--storage", str(shared_folder / "runs"), timeout=200)
+        done = launcher.submit(address, *JOB.split(), "--storage", str(shared_folder / "runs"), timeout=400)
     assert done.returncode == 0, done.stdout
     assert "2 workers on CPU, 1 epochs of 10 steps" in done.stdout
     results = json.loads((shared_folder / "runs/sample/results.json").read_text())
