@@ -62,7 +62,7 @@ def test_a_node_that_is_taken_away(tiny_config: RunConfig, tmp_path: Path) -> No
     log = tmp_path / "log"
     with log.open("w") as file:
         command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "config.json")]
-        done = subprocess.run(command, stdout=file, stderr=file, check=False, timeout=300, env=os.environ)
+        done = subprocess.run(command, stdout=file, stderr=file, check=False, timeout=600, env=os.environ)
     assert done.returncode == 0, log.read_text()[-3000:]
     results = json.loads((config.folder / "results.json").read_text())
     assert (results["status"], results["last"]["step"]) == ("finished", 400)
