@@ -145,6 +145,7 @@ def print_results(folder: Path, results: dict[str, Any]) -> None:
     if results["skipped_images"]:
         console.print(f"{results['skipped_images']} images were skipped: {folder / 'skipped.txt'}", style="yellow")
     rows = {
+        "speed": _speed(results),
         "results": folder / "results.json",
         "best checkpoint": folder / best["checkpoint"],
         "last checkpoint": folder / last["checkpoint"],
@@ -152,6 +153,22 @@ def print_results(folder: Path, results: dict[str, Any]) -> None:
     }
     for name, value in rows.items():
         console.print(f"  {name:<16} {value}")
+
+
+def _speed(results: dict[str, Any]) -> str:
+    """Of the last epoch."""
+    text = f"{results['images_per_second']:,.0f} images/s"
+    if "flops_per_second" in results:  # not in the results of an earlier version
+        text += f", {format_flops(results['flops_per_second'])}"
+    if results.get("utilisation"):
+        text += f", {100 * results['utilisation']:.1f} % of the bf16 peak of {results['device']}"
+    return text
+
+
+def format_flops(per_second: float) -> str:
+    """In GFLOP/s, or TFLOP/s from 1,000 of them."""
+    giga = per_second / 1e9
+    return f"{giga:,.1f} GFLOP/s" if giga < 1000 else f"{giga / 1000:,.1f} TFLOP/s"
 
 
 def _duration(seconds: float) -> str:

@@ -21,6 +21,7 @@ from diffvit.training.loop import RunStopped, Worker, fit
 from diffvit.training.run_folder import open_run, summarise, write_results
 from diffvit.training.run_lock import RunLock
 from diffvit.training.tracking import Publish
+from diffvit.training.utilisation import arithmetic
 
 
 def train_alone(config: RunConfig, dataset: Dataset, publish: Publish | None = None) -> dict[str, Any]:
@@ -66,6 +67,7 @@ def _train(config: RunConfig, dataset: Dataset, publish: Publish) -> dict[str, A
         if results["reason"]:
             Logbook(config.folder).cut(results["reason"])
         results |= summarise(store.entries())
+        results |= arithmetic(results, config.model)
         results |= {
             "interruptions": Logbook(config.folder).interruptions,
             "seed": config.seed,

@@ -31,6 +31,7 @@ from diffvit.training.logbook import Logbook
 from diffvit.training.loop import RunStopped, Worker, fit
 from diffvit.training.run_folder import open_run, summarise, write_results
 from diffvit.training.run_lock import RunLock
+from diffvit.training.utilisation import arithmetic
 
 __all__ = ["RunStopped", "TrainingFailedError", "resolve", "train", "train_group"]
 
@@ -79,6 +80,7 @@ def _train(config: RunConfig, dataset: Dataset, train_plan: TrainPlan, started: 
         if results["reason"]:
             Logbook(config.folder).cut(results["reason"].splitlines()[0])
         results |= summarise(CheckpointStore(config.folder, config.checkpoint).entries())
+        results |= arithmetic(results, config.model)
         results |= {
             "interruptions": Logbook(config.folder).interruptions,
             "seed": config.seed,

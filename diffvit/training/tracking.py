@@ -13,6 +13,7 @@ from diffvit.config import RunConfig
 from diffvit.data.batches import Batch, Stream
 from diffvit.data.order import TrainPlan
 from diffvit.training.checkpoint import TrainState
+from diffvit.training.utilisation import device_name
 
 Publish = Callable[[str, dict[str, Any]], None]
 """(kind, fields): 'step', 'epoch', 'skipped' or 'warning', read by `diffvit.console`."""
@@ -132,6 +133,7 @@ class Tracker:
             "train_seconds": self._state.train_seconds,
             "skipped_images": self._state.skipped + int(self._evaluated.get("skipped", 0)),
             "world_sizes": list(self._state.world_sizes),
+            "device": device_name(next(self._state.model.parameters()).device),
             "poisoned_steps": self._state.poisoned_steps,
             "rollbacks": self._state.rollbacks,
         }
