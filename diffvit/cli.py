@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import tyro
 
-from diffvit.config import RunConfig, from_json
+from diffvit.config import RehearsalOptions, RunConfig, from_json
 from diffvit.recipes import DEFAULT_RECIPE, RECIPES
 from diffvit.search.config import SearchConfig, SweepConfig
 from diffvit.search.space import Space
@@ -33,6 +33,23 @@ def parse_run_config(description: str, arguments: list[str] | None = None) -> Ru
     try:
         default = _take_default(arguments)
         return tyro.cli(RunConfig, default=default, args=arguments, description=_described(description))
+    except ValueError as error:
+        fail(str(error))
+
+
+def parse_pretrain_config(description: str, arguments: list[str] | None = None) -> tuple[RunConfig, RehearsalOptions]:
+    """As `parse_run_config`, and whether to rehearse the run only."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        default = _take_default(arguments)
+
+        def pretrain(
+            run: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
+            rehearsal: Annotated[RehearsalOptions, tyro.conf.arg(name="")] = RehearsalOptions(),  # noqa: B008 - frozen
+        ) -> tuple[RunConfig, RehearsalOptions]:
+            return run, rehearsal
+
+        return tyro.cli(pretrain, args=arguments, description=_described(description))
     except ValueError as error:
         fail(str(error))
 
@@ -93,6 +110,15 @@ def run_training(config: RunConfig) -> None:
     with job_ends("from the last checkpoint", RunStopped, TrainingFailedError):
         results = train(config)
     print_results(config.folder, results)
+
+
+def run_rehearsal(config: RunConfig, options: RehearsalOptions) -> None:
+    """Rehearse the run, print what it will take, and end the job."""
+    from diffvit.rehearse import rehearse  # as above
+    from diffvit.training.launch import RunStopped, TrainingFailedError
+
+    with job_ends("from the beginning", RunStopped, TrainingFailedError):
+        rehearse(config, options)
 
 
 @contextmanager

@@ -95,7 +95,7 @@ class Console:
         line = (
             f"epoch {fields['epoch']}/{self._plan.epochs}  step {fields['step']}/{self._plan.total_steps}  "
             f"loss {fields['loss']:.3f}  {fields['images_per_second']:,.0f} images/s  "
-            f"ETA {_duration(fields['eta_seconds'])}"
+            f"ETA {format_duration(fields['eta_seconds'])}"
         )
         if self._console.is_terminal:
             self._live.update(Text(line), refresh=True)
@@ -140,7 +140,7 @@ def print_results(folder: Path, results: dict[str, Any]) -> None:
     console.print(
         f"[bold]{folder.name} {results['status']}[/]: "
         f"top-1 {last['top1']:.2f} % after the last epoch ({last['epoch']}), best {best['top1']:.2f} % "
-        f"(epoch {best['epoch']}); {_duration(results['wall_seconds'])} in all"
+        f"(epoch {best['epoch']}); {format_duration(results['wall_seconds'])} in all"
     )
     if results["skipped_images"]:
         console.print(f"{results['skipped_images']} images were skipped: {folder / 'skipped.txt'}", style="yellow")
@@ -171,7 +171,8 @@ def format_flops(per_second: float) -> str:
     return f"{giga:,.1f} GFLOP/s" if giga < 1000 else f"{giga / 1000:,.1f} TFLOP/s"
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """As 1h02m, or 2m03s below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -27,7 +27,7 @@ from diffvit.training.step import replicate, take_step
 from diffvit.training.tracking import Tracker
 from diffvit.training.worker import RunStopped, Worker
 
-__all__ = ["RunStopped", "Worker", "fit"]
+__all__ = ["RunStopped", "Worker", "fit", "start_state"]
 
 LOG_EVERY_STEPS = 10
 """How often ranks agree on their metrics and on what rank 0 asks for; a poisoned step is found then at the latest."""
@@ -40,7 +40,7 @@ def fit(config: RunConfig, train_plan: TrainPlan, eval_plan: EvalPlan, stream: S
         RunStopped: no checkpoint is whole or can be written, the weights went bad more often than allowed, or more
             images than allowed cannot be used.
     """
-    state = _start(config, train_plan, worker)
+    state = start_state(config, train_plan, worker)
     saver = Saver(config, state, worker)
     try:
         _train(config, train_plan, eval_plan, stream, worker, state, saver)
@@ -97,7 +97,7 @@ def _train(
     tracker.close()
 
 
-def _start(config: RunConfig, plan: TrainPlan, worker: Worker) -> TrainState:
+def start_state(config: RunConfig, plan: TrainPlan, worker: Worker) -> TrainState:
     """The state before the first step, or that of the newest checkpoint that is whole."""
     torch.manual_seed(config.seed)
     model = VisionTransformer(config.model)

@@ -24,6 +24,11 @@ _ATTENTION_GRIDS = 5
 _GRID_IMAGES = 8
 
 
+def draws_attention(epoch: int, epochs: int) -> bool:
+    """Whether the attention maps are drawn after this epoch, from 1, of `epochs`."""
+    return epoch % max(epochs // _ATTENTION_GRIDS, 1) == 0 or epoch == epochs
+
+
 class Tracker:
     """Rank 0's record of a run; on other ranks (`enabled=False`) it only keeps the counts that all ranks share."""
 
@@ -112,8 +117,7 @@ class Tracker:
         step = self._state.step
         for name in ("loss", "top1", "top5"):
             self._writer.add_scalar(f"val/{name}", evaluated[name], step)
-        epoch = step // self._plan.steps_per_epoch
-        if epoch % max(self._plan.epochs // _ATTENTION_GRIDS, 1) == 0 or epoch == self._plan.epochs:
+        if draws_attention(step // self._plan.steps_per_epoch, self._plan.epochs):
             images = stream.preview(_GRID_IMAGES).images
             figure = attention_figure(self._state.evaluated_model, images, self._config)
             self._writer.add_figure("attention/last_block", figure, step)
