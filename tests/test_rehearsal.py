@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,55 +17,93 @@ from diffvit.data.batches import Batch
 from diffvit.data.loader import BatchLoader, LocalStream, plan_run
 from diffvit.data.synthetic import stand_in
 from diffvit.rehearse import rehearse
+from diffvit.training import loop, rehearsal, saver
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.loop import Worker
 from diffvit.training.rehearsal import Measured, rehearse_steps
 
-BATCH_SECONDS, EVALUATION_SECONDS = 0.03, 0.2
+
+class Clock:
+    """Time that passes only where a test lets it."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
 
 
 class SlowStream(LocalStream):
-    """Each micro-batch takes its time, the first one longer, and so does each evaluation."""
+    """Sets up for 10 seconds; a micro-batch takes 0.25, the first evaluation 8 seconds, the others 3."""
 
-    first_seconds = 0.5
+    clock: Clock
+    evaluations = 0
 
     def train(self, first_step: int) -> Iterator[Batch]:
-        time.sleep(self.first_seconds)
+        self.clock.now += 10
         for batch in super().train(first_step):
-            time.sleep(BATCH_SECONDS)
+            self.clock.now += 0.25
             yield batch
 
     def evaluate(self) -> Iterator[Batch]:
-        time.sleep(EVALUATION_SECONDS)
+        self.clock.now += 3 if self.evaluations else 8
+        self.evaluations += 1
         yield from super().evaluate()
 
+    def preview(self, count: int) -> Batch:
+        self.clock.now += 2
+        return super().preview(count)
 
-def measure(config: RunConfig, steps: int) -> Measured:
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A step computes for 1 second, a snapshot takes half of one."""
+    clock = Clock()
+
+    def slower(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            result = function(*arguments)
+            clock.now += seconds
+            return result
+
+        return call
+
+    monkeypatch.setattr(rehearsal, "time", clock)
+    monkeypatch.setattr(loop, "take_step", slower(loop.take_step, 1.0))
+    for module in (saver, rehearsal):
+        monkeypatch.setattr(module, "take_snapshot", slower(module.take_snapshot, 0.5))
+    return clock
+
+
+def test_parts_of_a_step(tiny_config: RunConfig, clock: Clock) -> None:
+    """Two micro-batches a step; 5 steps, of which 2 warm up."""
+    config = with_fields(tiny_config, scale={"micro_batch_size": 6})
     dataset, _ = stand_in(config)
     config = with_fields(config, model={"num_classes": len(dataset.classes)})
     plan, eval_plan = plan_run(config, dataset)
     stream = SlowStream(BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, eval_plan))
+    stream.clock = clock
     store = CheckpointStore(config.folder, config.checkpoint)
     worker = Worker(torch.device("cpu"), report=lambda _: None, publish=lambda *_: None, store=store)
-    return rehearse_steps(config, plan, eval_plan, stream, worker, steps)
-
-
-def test_parts_of_a_step(tiny_config: RunConfig) -> None:
-    """Two micro-batches a step; the first batch and the first steps are not in it."""
-    config = with_fields(tiny_config, scale={"micro_batch_size": 6})
-    began = time.perf_counter()
-    measured = measure(config, steps=5)
-    assert time.perf_counter() - began >= measured.seconds
-    assert (measured.workers, measured.device, measured.steps) == (1, "cpu", 3)
-    assert 2 * BATCH_SECONDS <= measured.wait_seconds < 2 * BATCH_SECONDS + 0.1
-    assert measured.wait_seconds < measured.step_seconds < measured.wait_seconds + 1.0
-    assert measured.filling_seconds > SlowStream.first_seconds / 2
-    assert measured.evaluation_images == 15
-    assert EVALUATION_SECONDS <= measured.evaluation_seconds < EVALUATION_SECONDS + 1.0
-    assert measured.communication_seconds == 0  # one worker
-    assert measured.drawing_seconds > 0
-    assert measured.snapshot_seconds > 0
+    measured = rehearse_steps(config, plan, eval_plan, stream, worker, steps=5)
     assert 50 * 2**20 < measured.peak_bytes < 20 * 2**30
+    assert dataclasses.replace(measured, peak_bytes=0) == Measured(
+        workers=1,
+        device="cpu",
+        steps=3,
+        step_seconds=1.5,
+        wait_seconds=0.5,
+        communication_seconds=0.0,  # one worker
+        filling_seconds=10.0 + 5.0,  # setting up, and what the first evaluation took longer
+        evaluation_images=15,
+        evaluation_seconds=3.0,
+        drawing_seconds=2.0,
+        snapshot_seconds=0.5,
+        writing_seconds=0.0,
+        peak_bytes=0,
+        seconds=10 + 5 * 1.5 + 8 + 2 + 0.5 + 0.5 + 3,
+    )
+    assert store.newest_whole(print) is not None
 
 
 @pytest.mark.ray
