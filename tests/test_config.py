@@ -23,6 +23,8 @@ def test_recipes_are_valid_and_round_trip(recipe: str) -> None:
         ({"model": {"in_channels": 2}}, "in_channels must be 1 or 3, got 2"),
         ({"model": {"pool": "token"}}, "must be 'avg' when model.class_token is off"),
         ({"model": {"lambda_init": 1.0}}, r"lambda_init must be 'depth' or a constant in \[0, 1\), got 1.0"),
+        ({"model": {"lambda_max": -0.5}}, "lambda_max must be positive, got -0.5"),
+        ({"augment": {"repeats": 0}}, "repeats must be at least 1, got 0"),
         ({"model": {"drop_path": 1.0}}, r"drop_path must be in \[0, 1\)"),
         ({"model": {"depth": 0}}, "depth must be at least 1"),
         ({"data": {"val_fraction": 1.0}}, "val_fraction must be between 0 and 1"),
