@@ -23,6 +23,7 @@ from diffvit.data.sources import Dataset
 from diffvit.data.synthetic import SyntheticSplit, stand_in
 from diffvit.models.flops import training_flops
 from diffvit.training.cluster import connect, require_resources, wait_for_cluster
+from diffvit.training.compilation import require_compiler
 from diffvit.training.forecast import Forecast, bottleneck, predict
 from diffvit.training.launch import join_group, require_weights, resolve, work_on_group
 from diffvit.training.rehearsal import Measured, rehearse_steps
@@ -39,6 +40,7 @@ def rehearse(config: RunConfig, options: RehearsalOptions) -> tuple[Measured, Fo
         ray.train.TrainingFailedError: the workers were lost.
     """
     started = time.monotonic()
+    require_compiler(config.scale)
     dataset, description = stand_in(config)
     config = resolve(config, dataset)
     plan, _ = plan_run(config, dataset, config.worker_counts[-1])

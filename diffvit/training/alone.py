@@ -16,6 +16,7 @@ from diffvit.config import RunConfig
 from diffvit.data.loader import BatchLoader, LocalStream, plan_run
 from diffvit.data.sources import Dataset
 from diffvit.training.checkpoint_store import CheckpointStore
+from diffvit.training.compilation import require_compiler
 from diffvit.training.logbook import Logbook
 from diffvit.training.loop import RunStopped, Worker, fit
 from diffvit.training.run_folder import open_run, summarise, write_results
@@ -33,10 +34,11 @@ def train_alone(config: RunConfig, dataset: Dataset, publish: Publish | None = N
         publish: hears of progress.
 
     Raises:
-        ValueError: the name is taken, or the folder cannot be written.
+        ValueError: the name is taken, the folder cannot be written, or there is no compiler for scale.compile.
         RunStopped: the run cannot go on; `results.json` says why.
     """
     config = dataclasses.replace(config, scale=dataclasses.replace(config.scale, workers=1))
+    require_compiler(config.scale)
     with RunLock(config.folder):
         earlier = open_run(config)
         if earlier is not None and earlier["status"] == "finished":

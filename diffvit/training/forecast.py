@@ -63,5 +63,5 @@ def bottleneck(measured: Measured) -> tuple[str, str]:
     }
     name, share = max(shares.items(), key=lambda item: item[1])
     if share > BOTTLENECK_SHARE:
-        return name, f"{100 * share:.0f} % of the step, more than {100 * BOTTLENECK_SHARE:.0f} %"
+        return name, f"{100 * share:.1f} % of the step, more than {100 * BOTTLENECK_SHARE:.0f} %"
     return "compute", f"neither data nor communication takes more than {100 * BOTTLENECK_SHARE:.0f} % of the step"

@@ -28,6 +28,7 @@ from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import HUB, load_weights
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.cluster import connect, require_resources, wait_for_cluster
+from diffvit.training.compilation import require_compiler
 from diffvit.training.elastic import FittingTrainer
 from diffvit.training.logbook import Logbook
 from diffvit.training.loop import RunStopped, Worker, fit
@@ -56,12 +57,14 @@ def train(config: RunConfig) -> dict[str, Any]:
     """Train, or continue, the run that `config` describes; its results, which are also in `results.json`.
 
     Raises:
-        ValueError: data, storage, name or cluster do not fit the config; found before anything expensive starts.
+        ValueError: data, storage, name or cluster do not fit the config, or there is no compiler for scale.compile;
+            found before anything expensive starts.
         RunStopped: the run cannot go on.
         ray.train.TrainingFailedError: workers were lost more often than `scale.max_failures` allows.
         KeyboardInterrupt: the user ended the run; the same call continues it.
     """
     started = time.monotonic()
+    require_compiler(config.scale)
     dataset = open_dataset(config.data)
     config = resolve(config, dataset)
     train_plan, _ = plan_run(config, dataset, config.worker_counts[-1])

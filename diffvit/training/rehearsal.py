@@ -146,7 +146,7 @@ def _communication_seconds(
     """A step over a batch at hand with gradients averaged, less one without; all workers train in both."""
     if worker.workers == 1:
         return 0.0
-    model = replicate(state.model, worker.workers, worker.device)
+    model = replicate(state.model, worker.workers, worker.device, compiles=config.scale.compile)
     assert isinstance(model, DistributedDataParallel)
     sums, batches = Sums(worker.device), itertools.repeat(batch)
 
