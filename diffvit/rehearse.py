@@ -29,6 +29,8 @@ from diffvit.training.launch import join_group, require_weights, resolve, work_o
 from diffvit.training.rehearsal import Measured, rehearse_steps
 from diffvit.training.utilisation import PEAK_BF16_FLOPS
 
+_DELETE_TRIES = 10
+
 
 def rehearse(config: RunConfig, options: RehearsalOptions) -> tuple[Measured, Forecast]:
     """Take a few steps of the run that `config` describes, and print what they say of all of it.
@@ -71,7 +73,7 @@ def _rehearse_worker(job: dict[str, Any], steps: int) -> Measured:
 
 @contextmanager
 def _beside(config: RunConfig) -> Iterator[RunConfig]:
-    """The same run in a folder of its own in the same storage, which is then deleted."""
+    """The same run in a folder of its own in the same storage, which is then deleted; a lost worker ends it."""
     storage = Path(config.storage)
     existed = storage.exists()
     try:
@@ -80,12 +82,22 @@ def _beside(config: RunConfig) -> Iterator[RunConfig]:
     except OSError as error:
         raise ValueError(f"storage {storage} cannot be written: {error.strerror or error}") from None
     try:
-        yield dataclasses.replace(config, storage=str(folder))
+        scale = dataclasses.replace(config.scale, max_failures=0, max_preemptions=0)  # nothing to go on from
+        yield dataclasses.replace(config, storage=str(folder), scale=scale)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _delete(folder)
         if not existed:
             with suppress(OSError):  # somebody else has put something there
                 storage.rmdir()
+
+
+def _delete(folder: Path) -> None:
+    """Also where Ray, which is ending, still writes into it."""
+    for _ in range(_DELETE_TRIES):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.2)
 
 
 def _with_fewer(dataset: Dataset, val_images: int) -> Dataset:
