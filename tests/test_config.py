@@ -4,7 +4,7 @@ import json
 import pytest
 from conftest import with_fields
 
-from diffvit.cli import parse_run_config
+from diffvit.cli import parse_pretrain_config
 from diffvit.config import ModelConfig, RunConfig, differing_fields, from_json, model_preset, to_json, valid_num_heads
 from diffvit.recipes import RECIPES
 
@@ -95,17 +95,18 @@ def test_valid_num_heads() -> None:
 
 
 def test_command_line_starts_from_a_recipe_and_applies_options() -> None:
-    config = parse_run_config("", ["sample-vit", "--optim.lr", "3e-4", "--model.lambda-init", "0.5", "--no-resume"])
+    arguments = ["sample-vit", "--optim.lr", "3e-4", "--model.lambda-init", "0.5", "--no-resume"]
+    config, _ = parse_pretrain_config("", arguments)
     assert (config.model.variant, config.optim.lr, config.model.lambda_init) == ("softmax", 3e-4, 0.5)
     assert not config.resume
-    assert parse_run_config("", []) == RECIPES["sample"]()
+    assert parse_pretrain_config("", [])[0] == RECIPES["sample"]()
 
 
 def test_command_line_starts_from_a_file(tmp_path) -> None:
     file = tmp_path / "config.json"
     file.write_text(to_json(RECIPES["sample-v2"]()))
     for arguments in (["--config", str(file), "--seed", "3"], ["--seed=3", f"--config={file}"]):
-        config = parse_run_config("", arguments)
+        config = parse_pretrain_config("", arguments)[0]
         assert (config.model.variant, config.seed) == ("diff_v2", 3)
 
 
@@ -122,7 +123,7 @@ def test_command_line_starts_from_a_file(tmp_path) -> None:
 )
 def test_wrong_command_lines_end_with_status_2_and_a_hint(arguments, message, capsys) -> None:
     with pytest.raises(SystemExit) as end:
-        parse_run_config("", arguments)
+        parse_pretrain_config("", arguments)
     assert end.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -148,5 +149,5 @@ def test_numbers_of_workers_that_a_run_can_have(
 
 
 def test_workers_on_the_command_line() -> None:
-    assert parse_run_config("", ["sample", "--scale.workers", "4"]).scale.workers == 4
-    assert parse_run_config("", ["sample", "--scale.workers", "1", "4"]).scale.workers == (1, 4)
+    assert parse_pretrain_config("", ["sample", "--scale.workers", "4"])[0].scale.workers == 4
+    assert parse_pretrain_config("", ["sample", "--scale.workers", "1", "4"])[0].scale.workers == (1, 4)
