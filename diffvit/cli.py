@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import tyro
 
-from diffvit.config import RunConfig, from_json
+from diffvit.config import RehearsalOptions, RunConfig, from_json
 from diffvit.recipes import DEFAULT_RECIPE, RECIPES
 from diffvit.search.config import SearchConfig, SweepConfig
 from diffvit.search.space import Space
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def parse_run_config(description: str, arguments: list[str] | None = None) -> RunConfig:
-    """The config that the command line asks for.
+def parse_pretrain_config(description: str, arguments: list[str] | None = None) -> tuple[RunConfig, RehearsalOptions]:
+    """The run that the command line asks for, and whether it is only to be rehearsed.
 
     Starts from a recipe, or from the JSON file of an earlier run (`--config`), and applies the options. Help ends
     with status 0; anything that is wrong with one line on stderr and status 2.
@@ -32,13 +32,20 @@ def parse_run_config(description: str, arguments: list[str] | None = None) -> Ru
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         default = _take_default(arguments)
-        return tyro.cli(RunConfig, default=default, args=arguments, description=_described(description))
+
+        def pretrain(
+            run: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
+            rehearsal: Annotated[RehearsalOptions, tyro.conf.arg(name="")] = RehearsalOptions(),  # noqa: B008 - frozen
+        ) -> tuple[RunConfig, RehearsalOptions]:
+            return run, rehearsal
+
+        return tyro.cli(pretrain, args=arguments, description=_described(description))
     except ValueError as error:
         fail(str(error))
 
 
 def parse_sweep_config(description: str, arguments: list[str] | None = None) -> SweepConfig:
-    """The sweep that the command line asks for: as `parse_run_config`, with the sections `search` and `space` too."""
+    """The sweep that the command line asks for: a run, with the sections `search` and `space` too."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         default = _take_default(arguments)
@@ -56,7 +63,7 @@ def parse_sweep_config(description: str, arguments: list[str] | None = None) -> 
 
 
 def parse_finetune_config(description: str, arguments: list[str] | None = None) -> RunConfig:
-    """As `parse_run_config`, from the recipe `finetune` and the model whose weights `--init.weights` names."""
+    """As `parse_pretrain_config`, from the recipe `finetune` and the model whose weights `--init.weights` names."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         default = _take_default(["finetune", *arguments]) if not _names_config(arguments) else _take_default(arguments)
@@ -95,6 +102,15 @@ def run_training(config: RunConfig) -> None:
     print_results(config.folder, results)
 
 
+def run_rehearsal(config: RunConfig, options: RehearsalOptions) -> None:
+    """Rehearse the run, print what it will take, and end the job."""
+    from diffvit.rehearse import rehearse  # as above
+    from diffvit.training.launch import RunStopped, TrainingFailedError
+
+    with job_ends("from the beginning", RunStopped, TrainingFailedError):
+        rehearse(config, options)
+
+
 @contextmanager
 def job_ends(goes_on: str, *stops: type[Exception]) -> Iterator[None]:
     """End a job that an error ends with one message: status 2 for wrong input, 130 for Ctrl-C, else 1.
@@ -116,7 +132,7 @@ def job_ends(goes_on: str, *stops: type[Exception]) -> Iterator[None]:
 
 
 def parse_options(kind: type[T], description: str, arguments: list[str] | None = None) -> T:
-    """The options of a job that trains nothing, from `kind`'s fields; ends like `parse_run_config`."""
+    """The options of a job that trains nothing, from `kind`'s fields; ends like `parse_pretrain_config`."""
     try:
         return tyro.cli(kind, args=arguments, description=description)
     except ValueError as error:

@@ -95,7 +95,7 @@ class Console:
         line = (
             f"epoch {fields['epoch']}/{self._plan.epochs}  step {fields['step']}/{self._plan.total_steps}  "
             f"loss {fields['loss']:.3f}  {fields['images_per_second']:,.0f} images/s  "
-            f"ETA {_duration(fields['eta_seconds'])}"
+            f"ETA {format_duration(fields['eta_seconds'])}"
         )
         if self._console.is_terminal:
             self._live.update(Text(line), refresh=True)
@@ -140,11 +140,12 @@ def print_results(folder: Path, results: dict[str, Any]) -> None:
     console.print(
         f"[bold]{folder.name} {results['status']}[/]: "
         f"top-1 {last['top1']:.2f} % after the last epoch ({last['epoch']}), best {best['top1']:.2f} % "
-        f"(epoch {best['epoch']}); {_duration(results['wall_seconds'])} in all"
+        f"(epoch {best['epoch']}); {format_duration(results['wall_seconds'])} in all"
     )
     if results["skipped_images"]:
         console.print(f"{results['skipped_images']} images were skipped: {folder / 'skipped.txt'}", style="yellow")
     rows = {
+        "speed": _speed(results),
         "results": folder / "results.json",
         "best checkpoint": folder / best["checkpoint"],
         "last checkpoint": folder / last["checkpoint"],
@@ -154,7 +155,24 @@ def print_results(folder: Path, results: dict[str, Any]) -> None:
         console.print(f"  {name:<16} {value}")
 
 
-def _duration(seconds: float) -> str:
+def _speed(results: dict[str, Any]) -> str:
+    """Of the last epoch."""
+    text = f"{results['images_per_second']:,.0f} images/s"
+    if "flops_per_second" in results:  # not in the results of an earlier version
+        text += f", {format_flops(results['flops_per_second'])}"
+    if results.get("utilisation"):
+        text += f", {100 * results['utilisation']:.1f} % of the bf16 peak of {results['device']}"
+    return text
+
+
+def format_flops(per_second: float) -> str:
+    """In GFLOP/s, or TFLOP/s from 1,000 of them."""
+    giga = per_second / 1e9
+    return f"{giga:,.1f} GFLOP/s" if giga < 1000 else f"{giga / 1000:,.1f} TFLOP/s"
+
+
+def format_duration(seconds: float) -> str:
+    """As 1h02m, or 2m03s below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

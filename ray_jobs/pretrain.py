@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from diffvit.cli import parse_run_config, run_training
+from diffvit.cli import parse_pretrain_config, run_rehearsal, run_training
 
 
 def main() -> None:
-    run_training(parse_run_config(__doc__ or ""))
+    config, rehearsal = parse_pretrain_config(__doc__ or "")
+    if rehearsal.rehearse:
+        run_rehearsal(config, rehearsal)
+    else:
+        run_training(config)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ def test_leaves_what_a_run_leaves(config: RunConfig, dataset: Dataset) -> None:
     assert json.loads((config.folder / "results.json").read_text()).items() >= results.items()
     assert results["status"] == "finished"
     assert (results["last"]["epoch"], results["last"]["step"]) == (4, 12)
+    assert results["device"] == "cpu"
+    assert results["flops_per_second"] == results["flops_per_image"] * results["images_per_second"]
     kept = {path.name for path in config.folder.glob("checkpoint_step_*")}
     assert kept == {results["best"]["checkpoint"], "checkpoint_step_00000009", results["last"]["checkpoint"]}
     assert list((config.folder / "tensorboard").glob("events.*"))

@@ -61,6 +61,11 @@ def reference_one(layer: nn.Module, x: Tensor) -> Tensor:
             k1, k2 = (projected[:, D + m * K : D + (m + 1) * K] for m in (first, second))
             v = projected[:, 2 * D + h * 2 * K : 2 * D + (h + 1) * 2 * K]
             out = (attend(q1, k1) - lam * attend(q2, k2)) @ v
+            if isinstance(layer.sub_norm, nn.LayerNorm):
+                centred = out - out.mean(dim=1, keepdim=True)
+                normed = centred / torch.sqrt((centred**2).mean(dim=1, keepdim=True) + 1e-5)
+                heads.append((normed * layer.sub_norm.weight + layer.sub_norm.bias) * (1 - layer.lambda_init))
+                continue
             rms = torch.sqrt((out**2).mean(dim=1, keepdim=True) + 1e-5)
             heads.append(out / rms * layer.sub_norm.weight * (1 - layer.lambda_init))
         else:
@@ -78,6 +83,42 @@ def test_equations(kind: type[nn.Module]) -> None:
     options = {"lambda_init": 0.37} if kind is DiffAttention else {}
     layer, x = build(kind, **options), inputs(kind)
     torch.testing.assert_close(layer(x), reference(layer, x), rtol=1e-9, atol=1e-9)
+
+
+def test_layer_norm_in_the_place_of_rms_norm() -> None:
+    layer, x = build(DiffAttention, lambda_init=0.37, head_norm="layer"), inputs(DiffAttention)
+    torch.testing.assert_close(layer(x), reference(layer, x), rtol=1e-9, atol=1e-9)
+    assert set(layer.state_dict()) == {*build(DiffAttention).state_dict(), "sub_norm.bias"}
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("dots", "lambda_max", "expected"),
+    [((1.5, 0.3), None, None), ((1.5, 0.3), 0.9, 0.9), ((0.1, 0.0), 0.9, None), ((0.1, 1.2), 0.9, 0.0)],
+)
+def test_lambda_stays_in_its_bounds_and_can_come_back(
+    dots: tuple[float, float], lambda_max: float | None, expected: float | None
+) -> None:
+    layer = DiffAttention(2, 1, lambda_init=0.3, lambda_max=lambda_max).double()
+    with torch.no_grad():
+        for name, value in zip(("q1", "k1", "q2", "k2"), (dots[0], 1.0, dots[1], 1.0), strict=True):
+            getattr(layer, f"lambda_{name}").fill_(value)
+    learned = math.exp(dots[0]) - math.exp(dots[1]) + 0.3
+    value = layer.current_lambda()
+    assert value.item() == pytest.approx(learned if expected is None else expected)
+    value.backward()
+    assert layer.lambda_k1.grad.item() == pytest.approx(dots[0] * math.exp(dots[0]))
+
+
+def test_bounds_of_lambda_are_those_of_forward() -> None:
+    layer, x = build(DiffAttention, lambda_init=0.37), inputs(DiffAttention)
+    free, lam = layer(x), layer.current_lambda().item()
+    layer.lambda_max = lam + 0.1
+    torch.testing.assert_close(layer(x), free)
+    layer.lambda_max = lam / 2
+    assert layer.attention_maps(x).weight.item() == pytest.approx(lam / 2)
+    assert (layer(x) - free).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", [DiffAttention, DiffAttentionV2])
@@ -179,6 +220,11 @@ def test_lambda_vectors_start_as_published() -> None:
 def test_width_that_does_not_divide_is_refused(kind: type[nn.Module]) -> None:
     with pytest.raises(ValueError, match="embed_dim must be divisible by"):
         kind(31, 2)
+
+
+def test_lambda_max_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="lambda_max must be positive, got 0"):
+        DiffAttention(8, 2, lambda_max=0.0)
 
 
 def test_v1_needs_two_maps_a_head() -> None:

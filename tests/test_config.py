@@ -4,7 +4,7 @@ import json
 import pytest
 from conftest import with_fields
 
-from diffvit.cli import job_ends, parse_run_config
+from diffvit.cli import job_ends, parse_pretrain_config
 from diffvit.config import ModelConfig, RunConfig, differing_fields, from_json, model_preset, to_json, valid_num_heads
 from diffvit.recipes import RECIPES
 
@@ -23,6 +23,8 @@ def test_recipes_are_valid_and_round_trip(recipe: str) -> None:
         ({"model": {"in_channels": 2}}, "in_channels must be 1 or 3, got 2"),
         ({"model": {"pool": "token"}}, "must be 'avg' when model.class_token is off"),
         ({"model": {"lambda_init": 1.0}}, r"lambda_init must be 'depth' or a constant in \[0, 1\), got 1.0"),
+        ({"model": {"lambda_max": -0.5}}, "lambda_max must be positive, got -0.5"),
+        ({"augment": {"repeats": 0}}, "repeats must be at least 1, got 0"),
         ({"model": {"drop_path": 1.0}}, r"drop_path must be in \[0, 1\)"),
         ({"model": {"depth": 0}}, "depth must be at least 1"),
         ({"data": {"val_fraction": 1.0}}, "val_fraction must be between 0 and 1"),
@@ -98,17 +100,18 @@ def test_valid_num_heads() -> None:
 
 
 def test_command_line_starts_from_a_recipe_and_applies_options() -> None:
-    config = parse_run_config("", ["sample-vit", "--optim.lr", "3e-4", "--model.lambda-init", "0.5", "--no-resume"])
+    arguments = ["sample-vit", "--optim.lr", "3e-4", "--model.lambda-init", "0.5", "--no-resume"]
+    config, _ = parse_pretrain_config("", arguments)
     assert (config.model.variant, config.optim.lr, config.model.lambda_init) == ("softmax", 3e-4, 0.5)
     assert not config.resume
-    assert parse_run_config("", []) == RECIPES["sample"]()
+    assert parse_pretrain_config("", [])[0] == RECIPES["sample"]()
 
 
 def test_command_line_starts_from_a_file(tmp_path) -> None:
     file = tmp_path / "config.json"
     file.write_text(to_json(RECIPES["sample-v2"]()))
     for arguments in (["--config", str(file), "--seed", "3"], ["--seed=3", f"--config={file}"]):
-        config = parse_run_config("", arguments)
+        config = parse_pretrain_config("", arguments)[0]
         assert (config.model.variant, config.seed) == ("diff_v2", 3)
 
 
@@ -125,7 +128,7 @@ def test_command_line_starts_from_a_file(tmp_path) -> None:
 )
 def test_wrong_command_lines_end_with_status_2_and_a_hint(arguments, message, capsys) -> None:
     with pytest.raises(SystemExit) as end:
-        parse_run_config("", arguments)
+        parse_pretrain_config("", arguments)
     assert end.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -151,8 +154,8 @@ def test_numbers_of_workers_that_a_run_can_have(
 
 
 def test_workers_on_the_command_line() -> None:
-    assert parse_run_config("", ["sample", "--scale.workers", "4"]).scale.workers == 4
-    assert parse_run_config("", ["sample", "--scale.workers", "1", "4"]).scale.workers == (1, 4)
+    assert parse_pretrain_config("", ["sample", "--scale.workers", "4"])[0].scale.workers == 4
+    assert parse_pretrain_config("", ["sample", "--scale.workers", "1", "4"])[0].scale.workers == (1, 4)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,9 @@ def test_v1_from_plain_keeps_what_is_outside_of_attention() -> None:
         for i in range(3)
         for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2", "sub_norm.weight")
     }
+    normed = VisionTransformer(dataclasses.replace(config, head_norm="layer"))
+    load_weights(normed, plain.state_dict(), from_plain=True)
+    assert not normed.state_dict()["blocks.2.attn.sub_norm.bias"].any()
     # the first value half of head 0 is read through plain head 0's own map: the direction of its output is kept
     x = torch.randn(2, 17, 48)
     maps, own = model.blocks[0].attn.attention_maps(x), plain.blocks[0].attn.attention_maps(x)

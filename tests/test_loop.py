@@ -67,7 +67,13 @@ class Run:
         self.published: list[tuple[str, dict[str, Any]]] = []
         self.store = CheckpointStore(folder, config.checkpoint)
         plan = TrainPlan(
-            len(dataset.train), config.seed, config.optim.epochs, config.optim.batch_size, 1, config.accumulation_steps
+            len(dataset.train),
+            config.seed,
+            config.optim.epochs,
+            config.optim.batch_size,
+            1,
+            config.accumulation_steps,
+            config.augment.repeats,
         )
         eval_plan = EvalPlan(len(dataset.val), 4)
         stream = LocalStream(BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, eval_plan))
@@ -388,6 +394,17 @@ def test_audit_names_every_sample_of_the_order(tiny_config: RunConfig, tmp_path:
         assert [row["step"] for row in mine] == [3 * (epoch - 1) + p // 12 + 1 for p in range(36)]
         assert [row["position"] for row in mine] == list(range(36))
     assert {row["rank"] for row in rows} == {0}
+
+
+def test_audit_names_each_copy_of_repeated_augmentation(tiny_config: RunConfig, tmp_path: Path) -> None:
+    config = with_fields(tiny_config, data={"audit": True}, augment={"repeats": 3}, scale={"micro_batch_size": 4})
+    Run(config, tmp_path)
+    train = open_dataset(config.data).train
+    rows = audited(config)
+    for epoch in (1, 2):
+        order = epoch_permutation(36, config.seed, epoch - 1)
+        steps = [[train.key(sample) for sample in order[first : first + 4]] * 3 for first in (0, 4, 8)]
+        assert [row["key"] for row in rows if row["epoch"] == epoch] == [key for step in steps for key in step]
 
 
 def test_audit_of_a_cut_run_is_that_of_the_uncut_one(tiny_config: RunConfig, tmp_path: Path) -> None:

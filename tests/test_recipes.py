@@ -16,6 +16,7 @@ BIG_VISION = {
     "optim.clip_norm": 1.0, "optim.min_lr_ratio": 0, "optim.label_smoothing": 0, "optim.ema_decay": 0,
     "augment.crop": "inception", "augment.flip": 0.5, "augment.rand_augment_layers": 2,
     "augment.rand_augment_magnitude": 10, "augment.mixup": 0.2, "augment.cutmix": 0, "augment.erasing": 0,
+    "augment.repeats": 1,
 }  # fmt: skip
 DEIT = {
     "model.patch_size": 16, "model.depth": 12, "model.class_token": True, "model.pool": "token",
@@ -23,11 +24,13 @@ DEIT = {
     "optim.weight_decay": 0.05, "optim.warmup_epochs": 5, "optim.label_smoothing": 0.1, "optim.clip_norm": 0,
     "augment.rand_augment_magnitude": 9, "augment.rand_augment_magnitude_std": 0.5, "augment.rand_augment_layers": 2,
     "augment.mixup": 0.8, "augment.cutmix": 1.0, "augment.erasing": 0.25, "augment.crop_scale": (0.08, 1.0),
+    "augment.repeats": 3,
 }  # fmt: skip
 CIFAR = {
     "model.image_size": 32, "model.patch_size": 4, "model.embed_dim": 192, "model.depth": 9, "model.num_heads": 12,
-    "model.mlp_ratio": 2, "model.drop_path": 0.1, "optim.epochs": 100, "optim.batch_size": 128, "optim.lr": 1e-3,
-    "optim.weight_decay": 0.05, "optim.warmup_epochs": 10, "optim.label_smoothing": 0.1,
+    "model.mlp_ratio": 2, "model.drop_path": 0.1, "optim.epochs": 3 * 100, "optim.batch_size": 128, "optim.lr": 1e-3,
+    "optim.weight_decay": 0.05, "optim.warmup_epochs": 3 * 10, "optim.label_smoothing": 0.1,
+    "augment.repeats": 1,  # an epoch there is 3 passes
     "augment.auto_augment": "cifar10", "augment.mixup": 1.0, "augment.cutmix": 1.0, "augment.erasing": 0.25,
 }  # fmt: skip
 PUBLISHED = {

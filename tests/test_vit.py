@@ -145,6 +145,15 @@ def test_lambda_init_follows_depth_or_is_constant() -> None:
     assert [block.attn.lambda_init for block in constant.blocks] == [0.5] * 3
 
 
+def test_options_of_v1_reach_every_layer() -> None:
+    model = VisionTransformer(ModelConfig(variant="diff", lambda_init=0.6, lambda_max=0.25, head_norm="layer", **SMALL))
+    assert model.lambdas() == pytest.approx([0.25] * 3)
+    assert all(isinstance(block.attn.sub_norm, nn.LayerNorm) for block in model.blocks)
+    assert model.state_dict()["blocks.2.attn.sub_norm.bias"].shape == (12,)
+    default = VisionTransformer(ModelConfig(variant="diff", lambda_init=0.6, **SMALL))
+    assert all(isinstance(block.attn.sub_norm, nn.RMSNorm) for block in default.blocks)
+
+
 def test_sincos_positions_by_hand() -> None:
     positions = sincos_positions(3, 8)[0]  # frequencies 1 and 1/10000
     row, column = 2, 1

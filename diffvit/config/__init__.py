@@ -8,6 +8,7 @@ costs a second and not a cluster start.
 from diffvit.config.data import AugmentConfig, DataConfig
 from diffvit.config.init import InitConfig
 from diffvit.config.model import MODEL_SIZES, ModelConfig, Variant, model_preset, valid_num_heads
+from diffvit.config.rehearsal import RehearsalOptions
 from diffvit.config.run import RunConfig, differing_fields, from_json, to_json
 from diffvit.config.source import PredictConfig, PrepareConfig, SourceOptions
 from diffvit.config.training import CheckpointConfig, OptimConfig, ScaleConfig
@@ -22,6 +23,7 @@ __all__ = [
     "OptimConfig",
     "PredictConfig",
     "PrepareConfig",
+    "RehearsalOptions",
     "RunConfig",
     "ScaleConfig",
     "SourceOptions",

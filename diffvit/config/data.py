@@ -75,10 +75,14 @@ class AugmentConfig:
     cutmix: float = 0.0
     """Alpha of CutMix (arXiv 1905.04899), the area of a pasted rectangle likewise; 0 for none. Where both are on, a
     step takes either with equal probability."""
+    repeats: int = 1
+    """Repeated augmentation (arXiv 1901.09335): a batch holds so many differently augmented copies of each of its
+    images. An epoch is not longer for it, so it shows one image in so many."""
     eval_crop_ratio: float = 0.875
     """Evaluation resizes the shorter side to image_size / this ratio, then crops the centre; 1 for no margin."""
 
     def __post_init__(self) -> None:
+        require(self.repeats >= 1, f"augment.repeats must be at least 1, got {self.repeats}")
         low, high = self.crop_scale
         require(0.0 < low <= high <= 1.0, f"augment.crop_scale must be 0 < low <= high <= 1, got {self.crop_scale}")
         require(self.padding >= 0, f"augment.padding must not be negative, got {self.padding}")

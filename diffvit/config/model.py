@@ -55,6 +55,10 @@ class ModelConfig:
     """Stochastic depth: drop rate of the last block, rising linearly from 0."""
     lambda_init: Literal["depth"] | float = "depth"
     """V1 only: 'depth' for 0.8 - 0.6 exp(-0.3 layer_index), or a constant in [0, 1)."""
+    lambda_max: float | None = None
+    """V1 only: keep each layer's lambda in [0, lambda_max]; None, as published, for no bounds."""
+    head_norm: Literal["rms", "layer"] = "rms"
+    """V1 only: the norm of each head, RMSNorm as published or LayerNorm."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "embed_dim", "depth", "num_heads"):
@@ -83,6 +87,9 @@ class ModelConfig:
             f"model.embed_dim must be divisible by 4 for sincos2d positions, got {self.embed_dim}",
         )
         require_fraction("model.drop_path", self.drop_path)
+        require(
+            self.lambda_max is None or self.lambda_max > 0, f"model.lambda_max must be positive, got {self.lambda_max}"
+        )
         if self.lambda_init != "depth":
             require(
                 0.0 <= self.lambda_init < 1.0,

@@ -83,8 +83,12 @@ class ScaleConfig:
     """CPUs a worker reserves. Decoding runs in Ray tasks beside the workers, one CPU each, and needs some left."""
     micro_batch_size: int | None = None
     """Samples a worker takes through the model at once; the rest of its share is accumulated. None: all at once."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 autocast on a GPU that has it, fp32 otherwise."""
+    precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
+    """auto: bf16 autocast on a GPU that has it, else tf32; tf32: float32, but a GPU from Ampere on multiplies with 10
+    bits of mantissa; fp32: float32 throughout. On a CPU tf32 is fp32."""
+    compile: bool = False
+    """Train through torch.compile, which fuses kernels and takes a minute to start; evaluation stays as it is. Drop
+    path draws other numbers than without. Needs a C++ compiler."""
     wait_minutes: float = 20.0
     """Minutes to wait for nodes that the cluster's autoscaler has still to start."""
     max_failures: int = 3

@@ -13,7 +13,7 @@ import torch
 from diffvit.config import RunConfig
 from diffvit.data.batches import SKIPPED_LABEL, Batch
 from diffvit.data.images import ImageError, decode_image, eval_transform, train_transform
-from diffvit.data.order import EvalPlan, Indices, TrainPlan, sample_seed
+from diffvit.data.order import EvalPlan, Indices, TrainPlan
 from diffvit.data.sources import Dataset, Split
 
 _EVAL_ROW_SIZE = 250
@@ -32,6 +32,7 @@ def plan_run(config: RunConfig, dataset: Dataset, workers: int = 1) -> tuple[Tra
         batch_size=config.optim.batch_size,
         workers=workers,
         accumulation_steps=config.accumulation_steps_of(workers),
+        repeats=config.augment.repeats,
     )
     for name, steps in (
         ("optim.warmup_steps", config.optim.warmup_steps),
@@ -62,9 +63,7 @@ class BatchLoader:
 
     def __call__(self, row: int) -> Batch:
         if isinstance(self.plan, TrainPlan):
-            epoch, samples = self.plan.samples(row)
-            seeds = [sample_seed(self.plan.seed, epoch, int(sample)) for sample in samples]
-            return self._load(row, samples, seeds)
+            return self._load(row, self.plan.samples(row)[1], self.plan.seeds(row))
         return self._load(row, self.plan.samples(row), None)
 
     def preview(self, count: int) -> Batch:

@@ -3,8 +3,8 @@
 The order depends neither on the number of workers nor on where a run was cut, so a run that goes on elsewhere goes on
 with the next unseen sample. (MosaicML Streaming calls this elastic determinism.)
 
-Letters: G global batch, W workers, A micro-batches a worker accumulates in a step, P(seed, epoch) a permutation of
-the training samples.
+Letters: G global batch, W workers, A micro-batches a worker accumulates in a step, R copies of an image (repeated
+augmentation, arXiv 1901.09335), P(seed, epoch) a permutation of the training samples.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def _cached_permutation(num_samples: int, seed: int, epoch: int) -> Indices:
     return order
 
 
-def sample_seed(seed: int, epoch: int, sample: int) -> int:
-    """Seed of the random numbers that augment one sample in one epoch, in [0, 2^63)."""
-    return _seed(seed, _AUGMENT, epoch, sample)
+def sample_seed(seed: int, epoch: int, sample: int, copy: int = 0) -> int:
+    """Seed of the random numbers that augment one copy of a sample in one epoch, in [0, 2^63)."""
+    return _seed(seed, _AUGMENT, epoch, sample, *([copy] if copy else []))
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -59,8 +59,13 @@ class TrainPlan:
     Step s of an epoch trains on P[sG : (s+1)G]; rank r takes the r-th W-th of it, in A consecutive pieces. The last
     `num_samples mod G` samples of P are left out of the epoch.
 
+    With `repeats` R > 1, P is replaced by its samples R times each, one after the other, and the epoch is as long as
+    before: it shows the first R-th of P. In a step come the first copies of all its images, then the second ones, and
+    so on, so that neighbours, which mixup pairs, are different images, and that copies spread over the ranks, as in
+    DeiT (arXiv 2012.12877). Where R does not divide G, an image's copies may fall into two steps.
+
     Raises:
-        ValueError: fewer samples than a global batch, or W x A does not divide G.
+        ValueError: fewer samples than a global batch, W x A does not divide G, or R is not in 1..G.
     """
 
     num_samples: int
@@ -69,6 +74,7 @@ class TrainPlan:
     batch_size: int
     workers: int = 1
     accumulation_steps: int = 1
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         if self.num_samples < self.batch_size:
@@ -79,6 +85,10 @@ class TrainPlan:
             raise ValueError(
                 f"workers x accumulation_steps = {self.workers} x {self.accumulation_steps} must divide "
                 f"batch_size = {self.batch_size}"
+            )
+        if not 1 <= self.repeats <= self.batch_size:
+            raise ValueError(
+                f"augment.repeats must be between 1 and optim.batch_size = {self.batch_size}, got {self.repeats}"
             )
 
     @property
@@ -107,10 +117,24 @@ class TrainPlan:
 
     def samples(self, row: int) -> tuple[int, Indices]:
         """(epoch, sample numbers) of micro-batch number `row`, shape (G / (W A),)."""
+        epoch, shown = self._shown(row)
+        return epoch, _cached_permutation(self.num_samples, self.seed, epoch)[shown // self.repeats]
+
+    def seeds(self, row: int) -> list[int]:
+        """Seeds of the augmentation of `samples(row)`."""
+        epoch, samples = self.samples(row)
+        copies = self._shown(row)[1] % self.repeats
+        pairs = zip(samples.tolist(), copies.tolist(), strict=True)
+        return [sample_seed(self.seed, epoch, sample, copy) for sample, copy in pairs]
+
+    def _shown(self, row: int) -> tuple[int, Indices]:
+        """(epoch, places in the epoch's sequence of copies) of micro-batch number `row`; place i is copy i mod R."""
         step, micro, rank = self.locate(row)
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        first = step_in_epoch * self.batch_size + (rank * self.accumulation_steps + micro) * self.row_size
-        return epoch, _cached_permutation(self.num_samples, self.seed, epoch)[first : first + self.row_size]
+        first = (rank * self.accumulation_steps + micro) * self.row_size
+        of_step = np.arange(step_in_epoch * self.batch_size, (step_in_epoch + 1) * self.batch_size)
+        by_copy = np.argsort(of_step % self.repeats, kind="stable")  # without repeats: as they are
+        return epoch, of_step[by_copy[first : first + self.row_size]]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -104,12 +104,16 @@ class DiffAttention(nn.Module):
     lambda = exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + lambda_init, one number for the layer.
     The RMSNorm is over the E values of one head, affine, its weight shared by the heads.
 
+    Two departures from the paper, off by default: `head_norm="layer"` puts a LayerNorm (affine, with bias) in the place
+    of the RMSNorm; `lambda_max` keeps lambda in [0, lambda_max]. Beyond these bounds its gradient is that of the lambda
+    inside, so that it can come back.
+
     Parameters: `qkv` with 3D rows in the order Q, K, V; the rows of Q and of K are those of 2H maps of size K, of
     which 2i and 2i + 1 are the two maps of head i. `lambda_q1`, `lambda_k1`, `lambda_q2`, `lambda_k2`, `sub_norm`,
     `proj`.
 
     Raises:
-        ValueError: `embed_dim` is not divisible by `2 * num_heads`.
+        ValueError: `embed_dim` is not divisible by `2 * num_heads`, or `lambda_max` is not positive.
 
     Source: arXiv 2410.05258, equations 1 to 3.
     """
@@ -122,28 +126,31 @@ class DiffAttention(nn.Module):
         qkv_bias: bool = False,
         proj_bias: bool = True,
         lambda_init: float = depth_lambda_init(0),
+        lambda_max: float | None = None,
+        head_norm: Literal["rms", "layer"] = "rms",
     ) -> None:
         super().__init__()
         _require_divisible(embed_dim, 2 * num_heads, "2 * num_heads (a V1 head has two maps)")
         map_dim = embed_dim // (2 * num_heads)
         self.num_heads = num_heads
+        if lambda_max is not None and lambda_max <= 0:
+            raise ValueError(f"lambda_max must be positive, got {lambda_max}")
         self.lambda_init = lambda_init
+        self.lambda_max = lambda_max
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
         # float32 whatever the default dtype: exp() of a half-precision dot product would move lambda in steps of 1 %.
         self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
             nn.Parameter(nn.init.normal_(torch.empty(map_dim, dtype=torch.float32), std=0.1)) for _ in range(4)
         )
-        self.sub_norm = nn.RMSNorm(2 * map_dim, eps=1e-5)
+        norm: type[nn.RMSNorm | nn.LayerNorm] = nn.RMSNorm if head_norm == "rms" else nn.LayerNorm
+        self.sub_norm = norm(2 * map_dim, eps=1e-5)
         self.proj = nn.Linear(embed_dim, embed_dim, bias=proj_bias)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         # Laid out by token before the norm, which joining the heads needs in any case: the norm then reads it in order.
         heads = attend_two_maps(self._heads(x_BND), self.current_lambda()).transpose(1, 2).contiguous()
-        # (1 - lambda_init) is multiplied into the norm's weight, which is smaller than the heads.
-        weight = self.sub_norm.weight * (1 - self.lambda_init)
-        heads = F.rms_norm(heads, self.sub_norm.normalized_shape, weight.to(heads.dtype), self.sub_norm.eps)
-        return _project(self.proj, heads.transpose(1, 2))
+        return _project(self.proj, self._norm_heads(heads).transpose(1, 2))
 
     def attention_maps(self, x_BND: Tensor) -> AttentionMaps:
         """The maps of `forward` on the same input, before the norm; `weight` is a scalar."""
@@ -160,7 +167,18 @@ class DiffAttention(nn.Module):
         q1, k1, q2, k2 = (
             _in_full_precision(t) for t in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2)
         )
-        return torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + self.lambda_init
+        learned = torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + self.lambda_init
+        if self.lambda_max is None:
+            return learned
+        return learned + (learned.clamp(0.0, self.lambda_max) - learned).detach()
+
+    def _norm_heads(self, heads: Tensor) -> Tensor:
+        """(1 - lambda_init) norm(heads), (..., E); the factor goes into the norm's weight, smaller than the heads."""
+        norm, factor = self.sub_norm, 1 - self.lambda_init
+        weight = (norm.weight * factor).to(heads.dtype)
+        if isinstance(norm, nn.RMSNorm):
+            return F.rms_norm(heads, norm.normalized_shape, weight, norm.eps)
+        return F.layer_norm(heads, norm.normalized_shape, weight, (norm.bias * factor).to(heads.dtype), norm.eps)
 
     def _heads(self, x: Tensor) -> TwoMaps:
         q, k, v = self.qkv(x).unflatten(-1, (3, -1)).unbind(2)

@@ -52,7 +52,7 @@ def convert_plain(weights: Weights, model: VisionTransformer) -> Weights:
         if model.config.variant == "diff_v2":
             converted[name] = _queries_of_two_maps(tensor, model.config.num_heads)
     for name in own:
-        if name.endswith(("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2", "sub_norm.weight")):
+        if name.endswith(("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2", "sub_norm.weight", "sub_norm.bias")):
             converted[name] = own[name]
         elif name.endswith("lambda_proj.weight"):
             converted[name] = torch.zeros_like(own[name])  # sigmoid(0): every gate half open, once they open

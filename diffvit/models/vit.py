@@ -32,7 +32,15 @@ def build_attention(config: ModelConfig, layer_index: int) -> Attention | DiffAt
             return Attention(D, H, qkv_bias=qkv_bias, proj_bias=proj_bias)
         case "diff":
             lambda_init = depth_lambda_init(layer_index) if config.lambda_init == "depth" else config.lambda_init
-            return DiffAttention(D, H, qkv_bias=qkv_bias, proj_bias=proj_bias, lambda_init=lambda_init)
+            return DiffAttention(
+                D,
+                H,
+                qkv_bias=qkv_bias,
+                proj_bias=proj_bias,
+                lambda_init=lambda_init,
+                lambda_max=config.lambda_max,
+                head_norm=config.head_norm,
+            )
         case "diff_v2":
             return DiffAttentionV2(D, H, qkv_bias=qkv_bias, proj_bias=proj_bias)
 

@@ -17,11 +17,13 @@ from diffvit.data.loader import BatchLoader, LocalStream, plan_run
 from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.sources import Dataset
 from diffvit.training.checkpoint_store import CheckpointStore
+from diffvit.training.compilation import require_compiler
 from diffvit.training.logbook import Logbook
 from diffvit.training.loop import RunStopped, Worker, fit
 from diffvit.training.run_folder import open_run, summarise, write_results
 from diffvit.training.run_lock import RunLock
 from diffvit.training.tracking import Publish
+from diffvit.training.utilisation import arithmetic
 
 
 def train_alone(config: RunConfig, dataset: Dataset, publish: Publish | None = None) -> dict[str, Any]:
@@ -33,10 +35,12 @@ def train_alone(config: RunConfig, dataset: Dataset, publish: Publish | None = N
         publish: hears of progress.
 
     Raises:
-        ValueError: the name is taken, the folder cannot be written, or the run has fewer steps than its warm-up.
+        ValueError: the name is taken, the folder cannot be written, the run has fewer steps than its warm-up, or there
+            is no compiler for scale.compile.
         RunStopped: the run cannot go on; `results.json` says why.
     """
     config = dataclasses.replace(config, scale=dataclasses.replace(config.scale, workers=1))
+    require_compiler(config.scale)
     plans = plan_run(config, dataset)
     with RunLock(config.folder):
         earlier = open_run(config)
@@ -68,6 +72,7 @@ def _train(config: RunConfig, dataset: Dataset, plans: tuple[TrainPlan, EvalPlan
         if results["reason"]:
             Logbook(config.folder).cut(results["reason"])
         results |= summarise(store.entries())
+        results |= arithmetic(results, config.model)
         results |= {
             "interruptions": Logbook(config.folder).interruptions,
             "seed": config.seed,

@@ -12,13 +12,7 @@ from diffvit.config import DataConfig, RunConfig
 from diffvit.data.batches import Batch
 from diffvit.data.images import normalize
 from diffvit.training.metrics import Sums, summed_cross_entropy
-
-
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """bf16 autocast where the config asks for it, or leaves it open and the GPU has it; else full precision."""
-    precision = config.scale.precision
-    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and on_gpu))
+from diffvit.training.precision import autocast
 
 
 def to_device(batch: Batch, config: DataConfig, device: torch.device) -> tuple[Tensor, Tensor]:

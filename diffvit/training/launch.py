@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +22,34 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from diffvit.config import RunConfig, from_json, to_json
 from diffvit.console import Console
 from diffvit.data.loader import BatchLoader, plan_run
-from diffvit.data.order import TrainPlan
+from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.sources import SAMPLE, Dataset, open_dataset
 from diffvit.data.stream import RayStream
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import HUB, load_weights
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.cluster import connect, require_resources, wait_for_cluster
+from diffvit.training.compilation import require_compiler
 from diffvit.training.elastic import FittingTrainer
 from diffvit.training.logbook import Logbook
 from diffvit.training.loop import RunStopped, Worker, fit
 from diffvit.training.run_folder import open_run, summarise, write_results
 from diffvit.training.run_lock import RunLock
+from diffvit.training.utilisation import arithmetic
 
-__all__ = ["RunStopped", "TrainingFailedError", "resolve", "train", "train_group"]
+__all__ = [
+    "RunStopped",
+    "TrainingFailedError",
+    "join_group",
+    "require_weights",
+    "resolve",
+    "train",
+    "train_group",
+    "work_on_group",
+]
+
+Work = Callable[[dict[str, Any]], Any]
+"""What each worker of a group calls, with what `join_group` takes."""
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -42,16 +58,18 @@ def train(config: RunConfig) -> dict[str, Any]:
     """Train, or continue, the run that `config` describes; its results, which are also in `results.json`.
 
     Raises:
-        ValueError: data, storage, name or cluster do not fit the config; found before anything expensive starts.
+        ValueError: data, storage, name or cluster do not fit the config, or there is no compiler for scale.compile;
+            found before anything expensive starts.
         RunStopped: the run cannot go on.
         ray.train.TrainingFailedError: workers were lost more often than `scale.max_failures` allows.
         KeyboardInterrupt: the user ended the run; the same call continues it.
     """
     started = time.monotonic()
+    require_compiler(config.scale)
     dataset = open_dataset(config.data)
     config = resolve(config, dataset)
     train_plan, _ = plan_run(config, dataset, config.worker_counts[-1])
-    _require_weights(config)
+    require_weights(config)
     with RunLock(config.folder):
         earlier = open_run(config)
         if earlier is not None and earlier["status"] == "finished":
@@ -83,6 +101,7 @@ def _train(config: RunConfig, dataset: Dataset, train_plan: TrainPlan, started: 
         if results["reason"]:
             Logbook(config.folder).cut(results["reason"].splitlines()[0])
         results |= summarise(CheckpointStore(config.folder, config.checkpoint).entries())
+        results |= arithmetic(results, config.model)
         results |= {
             "interruptions": Logbook(config.folder).interruptions,
             "seed": config.seed,
@@ -105,6 +124,15 @@ def train_group(config: RunConfig, dataset: Dataset, callbacks: list[UserCallbac
     """
     reason: str | None = _trainer(config, dataset, None, callbacks).fit().return_value
     return reason
+
+
+def work_on_group(config: RunConfig, dataset: Dataset, work: Work) -> Any:
+    """What rank 0 returns of `work`, which the workers of the run do instead of training.
+
+    Raises:
+        ray.train.TrainingFailedError: as `train_group`.
+    """
+    return _trainer(config, dataset, None, work=work).fit().return_value
 
 
 def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
@@ -130,7 +158,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     )
 
 
-def _require_weights(config: RunConfig) -> None:
+def require_weights(config: RunConfig) -> None:
     """Load what the run starts from once before any worker does."""
     if config.init.weights:
         load_weights(VisionTransformer(config.model), config.init.weights, replace_head=True, from_plain=True)
@@ -145,12 +173,16 @@ def _channel_statistics(config: RunConfig, dataset: Dataset) -> tuple[tuple[floa
 
 
 def _trainer(
-    config: RunConfig, dataset: Dataset, progress: Queue | None, callbacks: list[UserCallback] | None = None
+    config: RunConfig,
+    dataset: Dataset,
+    progress: Queue | None,
+    callbacks: list[UserCallback] | None = None,
+    work: Work | None = None,
 ) -> FittingTrainer:
     resources = {"CPU": config.scale.cpus_per_worker} | ({"GPU": 1} if config.scale.gpu else {})
     return FittingTrainer(
         config.worker_counts,
-        _train_worker,
+        work or _train_worker,
         train_loop_config={"config": to_json(config), "dataset": ray.put(dataset), "progress": progress},
         torch_config=TorchConfig(backend="nccl" if config.scale.gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -184,6 +216,27 @@ def _train_worker(job: dict[str, Any]) -> str | None:
 
     The reason is returned and not raised, because Ray Train would start the worker group again.
     """
+    group = join_group(job)
+    try:
+        fit(group.config, group.train_plan, group.eval_plan, group.stream, group.worker)
+    except RunStopped as stop:
+        return str(stop)
+    return None
+
+
+@dataclass(frozen=True)
+class Member:
+    """A process of a worker group, with what the loop needs."""
+
+    config: RunConfig
+    train_plan: TrainPlan
+    eval_plan: EvalPlan
+    stream: RayStream
+    worker: Worker
+
+
+def join_group(job: dict[str, Any]) -> Member:
+    """On a worker of Ray Train: what it has to do with, from what `_trainer` handed over."""
     config, dataset, progress = from_json(job["config"], "train_loop_config"), ray.get(job["dataset"]), job["progress"]
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
@@ -212,8 +265,4 @@ def _train_worker(job: dict[str, Any]) -> str | None:
         agree=broadcast_from_rank_zero,
         preempted=lambda: ray.train.get_preemption_info() is not None,
     )
-    try:
-        fit(config, train_plan, eval_plan, stream, worker)
-    except RunStopped as stop:
-        return str(stop)
-    return None
+    return Member(config, train_plan, eval_plan, stream, worker)

@@ -22,12 +22,13 @@ from diffvit.training.evaluation import evaluate
 from diffvit.training.health import Health
 from diffvit.training.metrics import Sums
 from diffvit.training.optim import build_ema, build_optimizer, build_schedule
+from diffvit.training.precision import precision_warning, set_float32_products
 from diffvit.training.saver import Ask, Saver, newest_step
 from diffvit.training.step import replicate, take_step
 from diffvit.training.tracking import Tracker
 from diffvit.training.worker import RunStopped, Worker
 
-__all__ = ["RunStopped", "Worker", "fit"]
+__all__ = ["RunStopped", "Worker", "fit", "start_state"]
 
 LOG_EVERY_STEPS = 10
 """How often ranks agree on their metrics and on what rank 0 asks for; a poisoned step is found then at the latest."""
@@ -40,7 +41,11 @@ def fit(config: RunConfig, train_plan: TrainPlan, eval_plan: EvalPlan, stream: S
         RunStopped: no checkpoint is whole or can be written, the weights went bad more often than allowed, or more
             images than allowed cannot be used.
     """
-    state = _start(config, train_plan, worker)
+    set_float32_products(config.scale, worker.device)
+    warning = precision_warning(config.scale, worker.device)
+    if warning and worker.rank == 0:
+        worker.warn(warning)
+    state = start_state(config, train_plan, worker)
     saver = Saver(config, state, worker)
     try:
         _train(config, train_plan, eval_plan, stream, worker, state, saver)
@@ -58,7 +63,7 @@ def _train(
     state: TrainState,
     saver: Saver,
 ) -> None:
-    model = replicate(state.model, worker.workers, worker.device)
+    model = replicate(state.model, worker.workers, worker.device, compiles=config.scale.compile)
     tracker = Tracker(config, train_plan, state, worker.publish, enabled=worker.rank == 0)
     audit = Audit(config.folder, train_plan, stream, worker.rank, state.step) if config.data.audit else None
     batches = tracker.timed(_announce_skipped(stream.train(state.step), worker))
@@ -97,7 +102,7 @@ def _train(
     tracker.close()
 
 
-def _start(config: RunConfig, plan: TrainPlan, worker: Worker) -> TrainState:
+def start_state(config: RunConfig, plan: TrainPlan, worker: Worker) -> TrainState:
     """The state before the first step, or that of the newest checkpoint that is whole."""
     torch.manual_seed(config.seed)
     model = VisionTransformer(config.model)

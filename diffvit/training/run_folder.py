@@ -71,6 +71,7 @@ def summarise(checkpoints: Sequence[Entry]) -> dict[str, Any]:
         "train_seconds",
         "skipped_images",
         "world_sizes",
+        "device",
         "poisoned_steps",
         "rollbacks",
     )

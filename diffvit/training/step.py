@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,21 @@ from diffvit.config import RunConfig
 from diffvit.data.batches import Batch
 from diffvit.data.order import TrainPlan, step_seed
 from diffvit.training.checkpoint import TrainState
-from diffvit.training.evaluation import autocast, to_device
+from diffvit.training.evaluation import to_device
 from diffvit.training.health import skip_poisoned
 from diffvit.training.metrics import Sums, summed_cross_entropy
 from diffvit.training.mixing import Targets, mix
+from diffvit.training.precision import autocast
 
 
-def replicate(model: nn.Module, workers: int, device: torch.device) -> nn.Module:
-    """The model whose gradients are averaged over the workers."""
+def replicate(model: nn.Module, workers: int, device: torch.device, *, compiles: bool = False) -> nn.Module:
+    """The model whose gradients are averaged over the workers, optionally compiled.
+
+    It shares the parameters of `model`, whose names stay. Compiled, all gradients come at the end of the backward pass,
+    so that averaging them does not overlap with it.
+    """
+    if compiles:
+        model = cast(nn.Module, torch.compile(model))
     if workers == 1:
         return model
     device_ids = [device] if device.type == "cuda" else None

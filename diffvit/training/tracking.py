@@ -13,6 +13,7 @@ from diffvit.config import RunConfig
 from diffvit.data.batches import Batch, Stream
 from diffvit.data.order import TrainPlan
 from diffvit.training.checkpoint import TrainState
+from diffvit.training.utilisation import device_name
 
 Publish = Callable[[str, dict[str, Any]], None]
 """(kind, fields): 'step', 'epoch', 'skipped' or 'warning', read by `diffvit.console`."""
@@ -21,6 +22,11 @@ TENSORBOARD_FOLDER = "tensorboard"
 _ATTENTION_GRIDS = 5
 """How many times a run draws its attention maps."""
 _GRID_IMAGES = 8
+
+
+def draws_attention(epoch: int, epochs: int) -> bool:
+    """Whether the attention maps are drawn after this epoch, from 1, of `epochs`."""
+    return epoch % max(epochs // _ATTENTION_GRIDS, 1) == 0 or epoch == epochs
 
 
 class Tracker:
@@ -111,8 +117,7 @@ class Tracker:
         step = self._state.step
         for name in ("loss", "top1", "top5"):
             self._writer.add_scalar(f"val/{name}", evaluated[name], step)
-        epoch = step // self._plan.steps_per_epoch
-        if epoch % max(self._plan.epochs // _ATTENTION_GRIDS, 1) == 0 or epoch == self._plan.epochs:
+        if draws_attention(step // self._plan.steps_per_epoch, self._plan.epochs):
             images = stream.preview(_GRID_IMAGES).images
             figure = attention_figure(self._state.evaluated_model, images, self._config)
             self._writer.add_figure("attention/last_block", figure, step)
@@ -132,6 +137,7 @@ class Tracker:
             "train_seconds": self._state.train_seconds,
             "skipped_images": self._state.skipped + int(self._evaluated.get("skipped", 0)),
             "world_sizes": list(self._state.world_sizes),
+            "device": device_name(next(self._state.model.parameters()).device),
             "poisoned_steps": self._state.poisoned_steps,
             "rollbacks": self._state.rollbacks,
         }

@@ -1,0 +1,26 @@
+"""A rehearsal of a run: a few steps, to learn what the whole of it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffvit.config.checks import require
+
+
+@dataclass(frozen=True)
+class RehearsalOptions:
+    """Whether to train, or only to find out what training would take."""
+
+    rehearse: bool = False
+    """Train a few steps on synthetic images and predict time, memory and cost of the run; nothing of it is kept."""
+    rehearse_steps: int = 50
+    """Steps of a rehearsal, the first 10 of which warm up."""
+    price_per_hour: float | None = None
+    """Price of one node for one hour, in any currency: a rehearsal then predicts the cost of the run."""
+
+    def __post_init__(self) -> None:
+        require(self.rehearse_steps >= 2, f"rehearse_steps must be at least 2, got {self.rehearse_steps}")
+        require(
+            self.price_per_hour is None or (self.rehearse and self.price_per_hour >= 0),
+            f"price_per_hour must not be negative, and needs --rehearse; got {self.price_per_hour}",
+        )

@@ -1,0 +1,156 @@
+"""Images of noise that stand in for a data set: as large, as many, and as long to decode and to augment.
+
+Where the run's data is there, a few of its images say how large they are and how they are encoded; where it is not, it
+is taken to be the well-known set that has images of the model's size. Nothing is fetched. A few images are encoded once
+and shown over and over.
+"""
+
+from __future__ import annotations
+
+import bisect
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from diffvit.config import RunConfig
+from diffvit.data.order import Indices
+from diffvit.data.sources import Dataset, Split, open_dataset
+
+_DIFFERENT_IMAGES = 16
+_BEST_QUALITY = 95
+
+
+@dataclass(frozen=True)
+class ImageKind:
+    """What an image costs to read and to decode. `bytes`: how long it is, encoded (JPEG; PNG gets what it gets)."""
+
+    width: int
+    height: int
+    format: str
+    mode: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class KnownSet:
+    """A public data set, as it is usually stored."""
+
+    name: str
+    train: int
+    val: int
+    classes: int
+    kind: ImageKind
+
+
+FASHION_MNIST = KnownSet("Fashion-MNIST", 60_000, 10_000, 10, ImageKind(28, 28, "PNG", "L", 500))
+CIFAR10 = KnownSet("CIFAR-10", 50_000, 10_000, 10, ImageKind(32, 32, "PNG", "RGB", 2_400))
+IMAGENET = KnownSet("ImageNet-1k", 1_281_167, 50_000, 1000, ImageKind(500, 375, "JPEG", "RGB", 115_000))
+"""500 x 375 is its commonest size; 115 kB are its training tar's 147,897,477,120 bytes by its number of images."""
+
+
+@dataclass(frozen=True)
+class SyntheticSplit:
+    """`diffvit.data.sources.Split` whose image i is `images[i % len(images)]`."""
+
+    labels: npt.NDArray[np.int64]
+    images: tuple[bytes, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def key(self, index: int) -> str:
+        return f"synthetic/{index:08d}"
+
+    def read_many(self, indices: Indices) -> Iterator[bytes]:
+        return (self.images[index % len(self.images)] for index in indices.tolist())
+
+
+def stand_in(config: RunConfig) -> tuple[Dataset, str]:
+    """A synthetic data set in the place of the run's own, and a line that says what it is like.
+
+    Raises:
+        ValueError: the data is there, but none of its images can be read.
+        StorageError: the object store is away.
+    """
+    real = _find(config)
+    if real is None:
+        known = _known_set(config.model.image_size)
+        classes = config.data.classes or tuple(map(str, range(config.model.num_classes or known.classes)))
+        train, val, kinds, source = known.train, known.val, [known.kind] * _DIFFERENT_IMAGES, f"like {known.name}"
+        source += f" (there is no data at data.path = {config.data.path!r})"
+    else:
+        classes, train, val, source = real.classes, len(real.train), len(real.val), f"like those of {config.data.path}"
+        kinds = kinds_in(real.train)
+    images = tuple(encode_noise(kind, (config.seed, number)) for number, kind in enumerate(kinds))
+    width, height, length = (
+        round(float(np.mean(sizes)))
+        for sizes in ([k.width for k in kinds], [k.height for k in kinds], [len(image) for image in images])
+    )
+    formats = " and ".join(sorted({kind.format for kind in kinds}))
+    text = f"{train:,} and {val:,} {source}: {formats}, {width} x {height} px and {length:,} bytes on average"
+    train_split, val_split = (SyntheticSplit(np.arange(count) % len(classes), images) for count in (train, val))
+    statistics = (real.mean, real.std) if real is not None else ((), ())
+    return Dataset(classes, train_split, val_split, *statistics), text
+
+
+def _find(config: RunConfig) -> Dataset | None:
+    try:
+        return open_dataset(config.data)
+    except ValueError:
+        return None
+
+
+def _known_set(image_size: int) -> KnownSet:
+    if image_size <= FASHION_MNIST.kind.width:
+        return FASHION_MNIST
+    return CIFAR10 if image_size <= 2 * CIFAR10.kind.width else IMAGENET
+
+
+def kinds_in(split: Split) -> list[ImageKind]:
+    """Those of a few images, spread over the split."""
+    kinds = []
+    places = np.unique(np.linspace(0, len(split) - 1, _DIFFERENT_IMAGES).astype(np.int64))
+    for encoded in split.read_many(places):
+        if isinstance(encoded, OSError):
+            continue
+        try:
+            with Image.open(io.BytesIO(encoded)) as image:
+                kind = "JPEG" if image.format == "JPEG" else "PNG"  # one of the others decodes about as PNG does
+                kinds.append(ImageKind(*image.size, kind, "L" if image.mode in ("1", "L") else "RGB", len(encoded)))
+        except OSError:  # not an image, as training would find out
+            continue
+    if not kinds:
+        raise ValueError(f"none of {len(places)} images of data.path can be read")
+    return kinds
+
+
+def encode_noise(kind: ImageKind, seed: tuple[int, ...]) -> bytes:
+    """An image of that kind; a JPEG in the quality that comes nearest to its length."""
+    noise = _pink_noise(kind, seed)
+    image = Image.fromarray(noise[..., 0] if kind.mode == "L" else noise)
+
+    def encode(quality: int) -> bytes:
+        file = io.BytesIO()
+        image.save(file, kind.format, quality=quality)
+        return file.getvalue()
+
+    if kind.format != "JPEG":
+        return encode(0)
+    return encode(1 + bisect.bisect_left(range(1, _BEST_QUALITY), kind.bytes, key=lambda quality: len(encode(quality))))
+
+
+def _pink_noise(kind: ImageKind, seed: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """(height, width, 3): amplitude falls as 1 / frequency, as that of photographs does (Field 1987)."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(kind.height)[:, None], np.fft.rfftfreq(kind.width))
+    amplitude = 1 / np.maximum(frequency, 1 / max(kind.width, kind.height))
+    phases = np.exp(2j * np.pi * rng.random((4, *frequency.shape)))
+    grey, *colours = np.fft.irfft2(amplitude * phases, s=(kind.height, kind.width))
+    field = np.stack([grey + 0.3 * colour for colour in colours], axis=-1)
+    scaled = 118 + 60 * (field - field.mean()) / field.std()
+    pixels: npt.NDArray[np.uint8] = scaled.clip(0, 255).astype(np.uint8)
+    return pixels

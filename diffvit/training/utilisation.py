@@ -1,0 +1,47 @@
+"""Arithmetic done in a second, and how much of the device's peak that is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from diffvit.config import ModelConfig
+from diffvit.models.flops import training_flops
+
+PEAK_BF16_FLOPS: dict[str, float] = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+}
+"""Dense bf16 FLOP/s by what CUDA calls the device. Source: NVIDIA's data sheets of the A100, H100, H200, L4 and L40S
+(where they give the rate with sparsity, half of it)."""
+
+
+def device_name(device: torch.device) -> str:
+    """What CUDA calls it; 'cpu'."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def arithmetic(results: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """`flops_per_image`, `flops_per_second` over all workers and `utilisation`, for a run's results.
+
+    `utilisation` is the share of the workers' bf16 peak, in whatever precision the run is; None where the peak of the
+    device is not known. Nothing where the run has no speed yet.
+    """
+    if "images_per_second" not in results:
+        return {}
+    flops = training_flops(model)
+    rate = flops * results["images_per_second"]
+    peak = PEAK_BF16_FLOPS.get(results.get("device", ""))
+    return {
+        "flops_per_image": flops,
+        "flops_per_second": rate,
+        "utilisation": rate / (peak * results["world_sizes"][-1]) if peak else None,
+    }

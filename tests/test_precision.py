@@ -1,0 +1,117 @@
+"""Precision and compilation: what is set, what is said, and that compiled training is the same training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+from conftest import with_fields
+from safetensors.torch import load_file
+
+from diffvit.config import RunConfig, ScaleConfig
+from diffvit.data.sources import open_dataset
+from diffvit.models.vit import VisionTransformer
+from diffvit.training.alone import train_alone
+from diffvit.training.compilation import require_compiler
+from diffvit.training.launch import train
+from diffvit.training.precision import autocast, has_bf16, precision_warning, set_float32_products
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def _restored() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.mark.usefixtures("_restored")
+@pytest.mark.parametrize(
+    ("device", "precision", "products", "convolutions"),
+    [
+        (CUDA, "auto", "high", True),
+        (CUDA, "bf16", "high", True),
+        (CUDA, "tf32", "high", True),
+        (CUDA, "fp32", "highest", False),
+        (CPU, "auto", "highest", True),
+    ],
+)
+def test_tf32_is_for_gpus_that_are_not_asked_for_fp32(
+    device: torch.device, precision: str, products: str, convolutions: bool
+) -> None:
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+    set_float32_products(ScaleConfig(precision=precision), device)
+    assert torch.get_float32_matmul_precision() == products
+    assert torch.backends.cudnn.allow_tf32 is convolutions
+
+
+@pytest.mark.parametrize(("emulates", "native"), [(True, False), (True, True)])
+def test_an_emulated_bf16_is_not_taken_by_itself(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, emulates: bool, native: bool
+) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: emulates if including_emulation else native
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    assert has_bf16(CUDA) is native
+    bf16 = ScaleConfig(precision="bf16")
+    warning = precision_warning(bf16, CUDA)
+    assert (warning is None) is native
+    assert native or "on Old GPU, which must emulate it" in (warning or "")
+    assert precision_warning(ScaleConfig(), CUDA) is None
+
+
+def test_bf16_on_a_cpu_is_done_and_said(tiny_config: RunConfig) -> None:
+    dataset = open_dataset(tiny_config.data)
+    config = with_fields(
+        tiny_config,
+        model={"num_classes": 3},
+        data={"classes": dataset.classes},
+        scale={"precision": "bf16"},
+        optim={"epochs": 1},
+    )
+    heard: list[tuple[str, dict[str, object]]] = []
+    train_alone(config, dataset, lambda kind, fields: heard.append((kind, fields)))
+    (warning,) = [fields["message"] for kind, fields in heard if kind == "warning"]
+    assert "scale.precision = 'bf16' on a CPU" in str(warning)
+    with autocast(config, CPU):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with autocast(tiny_config, CPU):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_compile_without_a_compiler_is_refused_before_anything(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    config = with_fields(tiny_config, scale={"compile": True}, data={"path": "/nowhere"})
+    with pytest.raises(ValueError, match=r"scale\.compile needs a C\+\+ compiler, and 'no-such-compiler' is not found"):
+        train(config)
+    with pytest.raises(ValueError, match="no-such-compiler"):
+        train_alone(config, open_dataset(tiny_config.data))
+    assert not config.folder.exists()
+    require_compiler(ScaleConfig())
+
+
+def test_compiled_training_is_the_same_training(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graphs run as they were traced; to make C++ of them takes a minute on a slow machine."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    tiny_config = with_fields(tiny_config, scale={"micro_batch_size": 4})
+    dataset = open_dataset(tiny_config.data)
+    config = with_fields(tiny_config, model={"num_classes": 3, "depth": 1}, data={"classes": dataset.classes})
+    finals = {}
+    for name, compiles in (("eager", False), ("compiled", True)):
+        torch._dynamo.utils.counters.clear()
+        run = dataclasses.replace(with_fields(config, scale={"compile": compiles}), name=name)
+        results = train_alone(run, dataset)
+        assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) is compiles
+        finals[name] = load_file(run.folder / results["last"]["checkpoint"] / "model.safetensors")
+    assert set(finals["compiled"]) == set(VisionTransformer(config.model).state_dict())
+    for name, tensor in finals["eager"].items():
+        torch.testing.assert_close(finals["compiled"][name], tensor, rtol=1e-3, atol=1e-4)
