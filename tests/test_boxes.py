@@ -127,7 +127,10 @@ def test_files_that_are_none(config: RunConfig) -> None:
         BoxedSplit("nowhere.csv", open_dataset(config.data).val)
 
 
-def test_boxes_are_looked_at_before_anything_is_trained(config: RunConfig, tmp_path: Path) -> None:
+def test_boxes_are_looked_at_before_anything_is_trained(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffvit.compare.train_arms", lambda *_: pytest.fail("arms are trained"))
     wrong = tmp_path / "wrong.csv"
     wrong.write_text(f"key,x0,y0,x1,y1\n{NAMES[1]},0,0,21,17\n")
     options = dataclasses.replace(OPTIONS, boxes=str(wrong))
