@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,7 @@ from diffvit.analysis.figures import draw
 from diffvit.analysis.finished_runs import load_run
 from diffvit.analysis.report import write_report
 from diffvit.config import ModelConfig, RunConfig, differing_fields, from_json, to_json
+from diffvit.data.boxes import BoxedSplit
 from diffvit.data.loader import validation_batches
 from diffvit.data.sources import Dataset, open_dataset
 from diffvit.data.tasks import Report
@@ -63,6 +65,8 @@ def run_comparison(config: CompareConfig, report: Report) -> Path:
         RunStopped: an arm could not be trained; the others are, and the same call goes on.
     """
     out = Path(config.out).expanduser().absolute()
+    # before arms are trained for hours, where they are
+    boxes = None if config.runs else _open_boxes(config.compare.boxes, config.run)
     folders = [Path(run).expanduser() for run in config.runs] or train_arms(config, out / "runs", report)
     arms: dict[str, list[FinishedRun]] = {}
     for folder in folders:
@@ -72,10 +76,20 @@ def run_comparison(config: CompareConfig, report: Report) -> Path:
     dataset = open_dataset(first.data)
     device = torch.device(config.run.scale.device_type)
     images = len(dataset.val)
+    boxes = boxes or _open_boxes(config.compare.boxes, first)
     batches = validation_batches(first, dataset)
-    result = compare(arms, batches, config.compare, device, lambda seen: report("comparing", seen, images))
+    result = compare(arms, batches, config.compare, device, lambda seen: report("comparing", seen, images), boxes)
     _write_tensorboard(result, out / "tensorboard")
     return write_report(result, out)
+
+
+def _open_boxes(path: str, config: RunConfig) -> BoxedSplit | None:
+    """The boxes in `path`, all of them looked at once; None where there is none."""
+    if not path:
+        return None
+    boxes = BoxedSplit(path, open_dataset(config.data).val)
+    deque(boxes.images(config), maxlen=0)
+    return boxes
 
 
 def _name(run: FinishedRun, arms: dict[str, list[FinishedRun]]) -> str:

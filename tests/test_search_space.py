@@ -13,6 +13,7 @@ from conftest import with_fields
 
 from diffvit.cli import parse_sweep_config
 from diffvit.config import RunConfig, to_json, valid_num_heads
+from diffvit.search.cluster import require_room, share_of_trial
 from diffvit.search.config import SearchConfig, SweepConfig, differing_sweep_fields, sweep_from_json, sweep_to_json
 from diffvit.search.folder import held, open_sweep
 from diffvit.search.space import Space
@@ -112,6 +113,8 @@ def test_population_based_training_is_refused_with_the_reason(capsys: pytest.Cap
         ({"reduction": 1.0}, "search.reduction must be more than 1"),
         ({"holdout": 1.0}, "search.holdout must be between 0 and 1"),
         ({"gpus_per_trial": 1.5}, r"must be in \(0, 1\], got 1.5"),
+        ({"gpus_per_trial": 0.0}, r"must be in \(0, 1\], got 0.0"),
+        ({"gpus_per_trial": 0.25}, r"gpus_per_trial = 0.25 is a share of a GPU and needs scale.gpu"),
         ({"grace_epochs": 3}, "must not exceed optim.epochs = 2, got 3"),
         ({"workers_per_trial": 5}, "must divide optim.batch_size = 12, got 5"),
     ],
@@ -119,6 +122,43 @@ def test_population_based_training_is_refused_with_the_reason(capsys: pytest.Cap
 def test_search_options_are_checked(recipe: RunConfig, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SweepConfig(recipe, SearchConfig(**fields), Space())
+
+
+def test_a_share_of_a_gpu_is_for_trials_of_one_worker(recipe: RunConfig) -> None:
+    on_gpu = with_fields(recipe, scale={"gpu": True})
+    with pytest.raises(ValueError, match=r"is for trials of one worker; each of search.workers_per_trial = 2 workers"):
+        SweepConfig(on_gpu, SearchConfig(gpus_per_trial=0.5, workers_per_trial=2), Space())
+    groups = SweepConfig(on_gpu, SearchConfig(workers_per_trial=2), Space())
+    assert share_of_trial(groups) == {"CPU": 0.1}  # its workers bring their own
+    assert share_of_trial(groups, alone=True) == {"CPU": 1.0, "GPU": 1.0}
+    shared = SweepConfig(on_gpu, SearchConfig(gpus_per_trial=0.5), Space())
+    assert share_of_trial(shared) == {"CPU": 1.0, "GPU": 0.5}
+    assert share_of_trial(SweepConfig(recipe, SearchConfig(), Space())) == {"CPU": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("share", "cpus", "room"),
+    [
+        (0.25, 1.0, 8 + 2),  # four on each GPU, but the second node has CPUs for two
+        (0.6, 1.0, 2 + 1),  # two GPUs have 2.0, yet no trial gets 0.2 of one and 0.4 of the other
+        (0.3, 0.1, 6 + 3),  # three on each
+        (1.0, 3.0, 2),  # the second node has too few CPUs
+    ],
+)
+def test_concurrent_trials_are_checked_against_whole_gpus(
+    recipe: RunConfig, share: float, cpus: float, room: int
+) -> None:
+    nodes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 2.0, "GPU": 1.0}, {"CPU": 64.0}]
+    on_gpu = with_fields(recipe, scale={"gpu": True})
+
+    def sweep(concurrent: int) -> SweepConfig:
+        search = SearchConfig(gpus_per_trial=share, cpus_per_trial=cpus, concurrent=concurrent)
+        return SweepConfig(on_gpu, search, Space())
+
+    require_room(sweep(room), nodes)
+    wanted = rf"{room + 1} trials need {cpus:g} CPUs and {share:g} GPUs each; .* 3 node.s. with 74 CPUs and 3 GPUs"
+    with pytest.raises(ValueError, match=rf"{wanted} in all, room for {room}$"):
+        require_room(sweep(room + 1), nodes)
 
 
 def test_a_taken_name_is_refused_with_the_differences(recipe: RunConfig) -> None:

@@ -103,6 +103,17 @@ def compositions(result: Result) -> FigureRow:
     )
 
 
+def boxes(result: Result) -> FigureRow:
+    """Attention in the boxes that were given."""
+    return FigureRow(
+        "boxes",
+        "Does attention find what was boxed?",
+        "Somebody drew boxes around the objects: a lift of 1 is what looking blindly would give, 2 is twice the "
+        "attention that the boxes' area accounts for.",
+        _by_layer(result, "box_lift", "attention in the boxes", "times their area", False),
+    )
+
+
 def _by_layer(result: Result, name: str, title: str, unit: str, log: bool) -> list[Panel]:
     series = {
         arm: (range(len(found["noise"][name]["per_layer"])), found["noise"][name]["per_layer"])

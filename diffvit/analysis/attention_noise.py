@@ -13,7 +13,8 @@ largest_logit               of q k' / sqrt K, in magnitude, over all images
 effective_lambda            mean over images and tokens of what A2 is multiplied by
 head_similarity             cosine of a head's A with those of the layer's other heads, mean over them
 inside_mass, inside_lift    |A| of the pooled query on the patches of a given mask, over that on all patches; and this
-                            over the mask's share of the patches, which is what attending blindly would give
+                            over the mask's share of the patches, which is what attending blindly would give. A patch
+                            that is inside in part counts in part
 largest_activation          of a block's output, in magnitude; `_to_rms`: over their root mean square (2402.17762)
 
 Letters: B images, H heads, L layers, N tokens, P patches of a side.
@@ -57,7 +58,8 @@ class AttentionNoise:
             model: in evaluation mode, the same in every call.
             images_BCSS: normalised.
             high_norm: (B, P P), True for high-norm patches; None leaves `high_norm_mass` out.
-            inside: (B, P P), True for the object's patches; None leaves `inside_mass` and `inside_lift` out.
+            inside: (B, P P), True for the object's patches, or the share of each that is the object's, 0 to 1; None
+                leaves `inside_mass` and `inside_lift` out.
 
         Raises:
             ValueError: a mask of another shape than (B, P P).

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from diffvit.analysis.arms import Arms, check_arms, differences
+from diffvit.analysis.boxes import look_at_boxes
 from diffvit.analysis.compositions import compose
 from diffvit.analysis.measure import RunMeasures
 from diffvit.analysis.regroup import Group, regroup
@@ -23,9 +24,11 @@ from diffvit.analysis.similarity import RunKey, Similarity
 from diffvit.analysis.speed import inference_speed
 from diffvit.analysis.statistics import calibration_error, mean_and_std, paired_bootstrap
 from diffvit.data.batches import Batch
+from diffvit.data.boxes import BoxedSplit
 
 FORMAT_VERSION = 1
 _OBJECT_FIGURES = ("inside_mass", "inside_lift")
+_BOX_FIGURES = {"inside_mass": "box_mass", "inside_lift": "box_lift"}
 _SEVERITIES = (1, 2, 3)
 
 
@@ -41,13 +44,15 @@ class CompareOptions:
     similarity_images: int = 2048
     """Images for CKA."""
     noise_images: int = 512
-    """Images, and compositions made of them, for the figures of attention."""
+    """Images, compositions made of them, and images with boxes, for the figures of attention."""
     robustness_images: int = 2048
     """Images that are made worse, in nine ways."""
     resamples: int = 2000
     """Bootstrap resamples of an interval."""
     speed_rounds: int = 20
     """Times each arm takes its turn in the measurement of speed."""
+    boxes: str = ""
+    """CSV file of key,x0,y0,x1,y1: boxes around the objects of validation images, in pixels; empty for none."""
     seed: int = 0
     """Of noise, occlusion, compositions and resamples; not of any model."""
 
@@ -66,6 +71,7 @@ def compare(
     options: CompareOptions | None = None,
     device: torch.device | None = None,
     progress: Callable[[int], None] | None = None,
+    boxes: BoxedSplit | None = None,
 ) -> dict[str, Any]:
     """Everything there is to say about the arms, as what JSON can hold. The first arm is the baseline.
 
@@ -76,6 +82,7 @@ def compare(
         options: how much to measure; None for the defaults.
         device: where the models run; None for the CPU.
         progress: called after each group with the number of images seen.
+        boxes: the images with boxes; read until `options.noise_images` of them have been looked at.
 
     Raises:
         ValueError: arms that cannot be compared, or fewer than 4 images that could be read.
@@ -104,6 +111,7 @@ def compare(
         "images": seen,
         "similarity_images": similarity.images,
         "noise_images": anyone.noise.images,
+        "boxes": look_at_boxes(list(measures.values()), boxes, options.noise_images, options.batch_size),
         "robustness_images": anyone.answers(f"{CORRUPTIONS[0]} 1").shape[1],
         "speed_batch": len(first.labels),
         "device": str(device),
@@ -199,7 +207,9 @@ def _noise(mine: list[RunMeasures]) -> dict[str, dict[str, Any]]:
     `overall` is the mean over layers of each seed.
     """
     found = [
-        measure.noise.compute() | {k: v for k, v in measure.composed.compute().items() if k in _OBJECT_FIGURES}
+        measure.noise.compute()
+        | {k: v for k, v in measure.composed.compute().items() if k in _OBJECT_FIGURES}
+        | {_BOX_FIGURES[k]: v for k, v in measure.boxed.compute().items() if k in _BOX_FIGURES}
         for measure in mine
     ]
     result: dict[str, dict[str, Any]] = {}

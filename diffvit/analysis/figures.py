@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from diffvit.analysis.attention_figures import compositions, head_figures, lambdas, similarity
+from diffvit.analysis.attention_figures import boxes, compositions, head_figures, lambdas, similarity
 from diffvit.analysis.panels import FigureRow, Result, arm_numbers, arm_style, draw_lines, make_panel
 from diffvit.analysis.robustness import STRENGTHS
 
@@ -21,6 +21,7 @@ def draw(result: Result) -> list[FigureRow]:
         *similarity(result),
         head_figures(result),
         compositions(result),
+        boxes(result),
         lambdas(result),
     ]
     return [row for row in rows if row.panels]

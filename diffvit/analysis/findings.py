@@ -19,6 +19,7 @@ _NAMES = {
     "largest_logit": "largest logit",
     "largest_activation": "largest activation",
     "inside_lift": "attention on the object",
+    "box_lift": "attention in the boxes",
 }
 
 

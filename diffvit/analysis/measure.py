@@ -31,6 +31,7 @@ class RunMeasures:
         self.run = run
         self.noise = AttentionNoise()
         self.composed = AttentionNoise()
+        self.boxed = AttentionNoise()
         self.model = run.model.to(device).eval()
         self._device = device
         self._answers: dict[Key, list[Values]] = {}
@@ -87,3 +88,9 @@ class RunMeasures:
         """Measure what part of attention falls on the object."""
         inside = torch.from_numpy(made.inside).to(self._device)
         self.composed.update(self.model, self.pixels(made.images), inside=inside)
+
+    def look_at_boxes(self, images: npt.NDArray[np.uint8], inside: npt.NDArray[np.bool_]) -> None:
+        """Measure what part of attention falls into boxes; `inside` (n, S, S) are their pixels."""
+        patch = self.model.config.patch_size
+        share = F.avg_pool2d(torch.from_numpy(inside)[:, None].double(), patch).flatten(1).to(self._device)
+        self.boxed.update(self.model, self.pixels(images), inside=share)

@@ -29,6 +29,8 @@ _NOISE_ROWS = {
     "high_norm_mass": ("attention on high-norm tokens, share of |A|", 3),
     "distance_pixels": ("mean attention distance, pixels", 2),
     "inside_lift": ("attention on the object, times its area", 2),
+    "box_lift": ("attention in the boxes, times their area", 2),
+    "box_mass": ("attention in the boxes, share of |A|", 3),
     "head_similarity": ("similarity of heads, cosine", 2),
     "effective_lambda": ("effective lambda", 3),
     "largest_logit": ("largest logit, mean over layers", 1),

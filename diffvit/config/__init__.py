@@ -6,6 +6,7 @@ costs a second and not a cluster start.
 """
 
 from diffvit.config.data import AugmentConfig, DataConfig
+from diffvit.config.export import ExportConfig
 from diffvit.config.init import InitConfig
 from diffvit.config.model import MODEL_SIZES, ModelConfig, Variant, model_preset, valid_num_heads
 from diffvit.config.rehearsal import RehearsalOptions
@@ -18,6 +19,7 @@ __all__ = [
     "AugmentConfig",
     "CheckpointConfig",
     "DataConfig",
+    "ExportConfig",
     "InitConfig",
     "ModelConfig",
     "OptimConfig",

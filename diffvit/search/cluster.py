@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Mapping, Sequence
 
 import ray
 
@@ -13,6 +14,8 @@ from diffvit.training.cluster import connect
 
 _DRIVER_CPUS = 0.1
 """Of a trial that trains in a worker group: it only waits. (Ray Tune refuses none at all.)"""
+
+_RAY_UNITS = 10_000
 
 _TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # records and curves are our own
@@ -39,14 +42,22 @@ def connect_for(sweep: SweepConfig) -> None:
     for name, value in _TUNE_SETTINGS.items():
         os.environ.setdefault(name, value)
     search, scale = sweep.search, sweep.run.scale
-    grouped = search.workers_per_trial > 1
-    # a CPU beside a group's workers decodes its images
-    cpus = _DRIVER_CPUS + search.workers_per_trial * scale.cpus_per_worker + 1 if grouped else search.cpus_per_trial
+    cpus = _cpus_of_trial(sweep)
     connect(dataclasses.replace(scale, workers=search.concurrent, cpus_per_worker=cpus))
     for name in ("ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if grouped:
+    require_room(sweep, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+
+def require_room(sweep: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Make sure that all concurrent trials fit on nodes with these resources, with everything they start.
+
+    Raises:
+        ValueError: they do not; says what there is.
+    """
+    search, scale = sweep.search, sweep.run.scale
+    cpus = _cpus_of_trial(sweep)
+    if search.workers_per_trial > 1:
         each = {"CPU": scale.cpus_per_worker} | ({"GPU": 1.0} if scale.gpu else {})
         room = min(_places(nodes, each) // search.workers_per_trial, int(sum(n.get("CPU", 0) for n in nodes) / cpus))
         wanted = f"{cpus:g} CPUs" + (f" and {search.workers_per_trial} GPUs" if scale.gpu else "")
@@ -62,6 +73,25 @@ def connect_for(sweep: SweepConfig) -> None:
         )
 
 
-def _places(nodes: list[dict[str, float]], each: dict[str, float]) -> int:
+def _cpus_of_trial(sweep: SweepConfig) -> float:
+    search = sweep.search
+    if search.workers_per_trial == 1:
+        return search.cpus_per_trial
+    # a CPU beside a group's workers decodes its images
+    return _DRIVER_CPUS + search.workers_per_trial * sweep.run.scale.cpus_per_worker + 1
+
+
+def _places(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> int:
     """How many bundles of resources fit on the nodes, none of them across two."""
-    return sum(min(int(node.get(name, 0) / amount + 1e-9) for name, amount in each.items()) for node in nodes)
+    return sum(min(_times(name, node.get(name, 0), amount) for name, amount in each.items()) for node in nodes)
+
+
+def _times(name: str, there: float, amount: float) -> int:
+    """How often `amount` fits. Ray takes a share of a GPU from one GPU: of two, 0.6 fits on each, and not three times.
+
+    Ray counts resources in ten-thousandths.
+    """
+    units = max(round(amount * _RAY_UNITS), 1)
+    if name == "GPU" and amount < 1:
+        return int(there) * (_RAY_UNITS // units)
+    return round(there * _RAY_UNITS) // units

@@ -51,7 +51,8 @@ class SearchConfig:
     cpus_per_trial: float = 1.0
     """CPUs of a one-worker trial, which decodes and trains in one process."""
     gpus_per_trial: float = 1.0
-    """With scale.gpu, share of a GPU that a one-worker trial takes: 0.25 for four trials on one."""
+    """With scale.gpu, share of a GPU that a one-worker trial takes: 0.25 for four trials on one. Their memory is not
+    divided: all of them must fit."""
 
     def __post_init__(self) -> None:
         for name in ("trials", "concurrent", "finalists", "seeds", "grace_epochs", "workers_per_trial"):
@@ -101,6 +102,16 @@ class SweepConfig:
             f"search.grace_epochs must not exceed optim.epochs = {epochs}, got {self.search.grace_epochs}",
         )
         workers, batch = self.search.workers_per_trial, self.run.optim.batch_size
+        share = self.search.gpus_per_trial
+        require(
+            share == 1.0 or self.run.scale.gpu,
+            f"search.gpus_per_trial = {share:g} is a share of a GPU and needs scale.gpu; leave it out to train on CPUs",
+        )
+        require(
+            share == 1.0 or workers == 1,
+            f"search.gpus_per_trial = {share:g} is for trials of one worker; each of search.workers_per_trial = "
+            f"{workers} workers takes a whole GPU",
+        )
         require(
             batch % workers == 0,
             f"search.workers_per_trial must divide optim.batch_size = {batch}, got {workers}",

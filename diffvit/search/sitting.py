@@ -21,7 +21,7 @@ from ray.tune.search.optuna import OptunaSearch
 from diffvit.config import RunConfig, from_json, to_json
 from diffvit.data.sources import Dataset
 from diffvit.search.cluster import share_of_trial
-from diffvit.search.config import DIRECTIONS, SweepConfig
+from diffvit.search.config import DIRECTIONS, SearchConfig, SweepConfig
 from diffvit.search.console import SweepTable
 from diffvit.search.folder import write_atomically
 from diffvit.search.hparams import write_experiment, write_trial
@@ -172,23 +172,31 @@ class Sitting:
     def _sampler(self) -> BaseSampler:
         # a sampler that starts anew must not draw what it drew in an earlier sitting
         seed = self.sweep.search.seed + 1_000_003 * len(self.journal.study.get_trials(deepcopy=False))
-        return TPESampler(seed=seed) if self.sweep.search.sampler == "tpe" else RandomSampler(seed=seed)
+        return build_sampler(self.sweep.search, seed)
 
     def _scheduler(self) -> Any:
-        search = self.sweep.search
-        if search.scheduler == "none":
+        if self.sweep.search.scheduler == "none":
             return FIFOScheduler()
-        scheduler = AsyncHyperBandScheduler(
-            time_attr="epoch",
-            metric=METRIC,
-            mode="max",
-            max_t=self.sweep.run.optim.epochs,
-            grace_period=search.grace_epochs,
-            reduction_factor=search.reduction,
-            stop_last_trials=False,  # its end ends a trial
-        )
+        scheduler = build_asha(self.sweep.search, self.sweep.run.optim.epochs)
         remind(scheduler, self.journal.records("trial"))
         return scheduler
+
+
+def build_sampler(search: SearchConfig, seed: int) -> BaseSampler:
+    return TPESampler(seed=seed) if search.sampler == "tpe" else RandomSampler(seed=seed)
+
+
+def build_asha(search: SearchConfig, epochs: int) -> AsyncHyperBandScheduler:
+    """ASHA over trials of `epochs`, with one bracket."""
+    return AsyncHyperBandScheduler(
+        time_attr="epoch",
+        metric=METRIC,
+        mode="max",
+        max_t=epochs,
+        grace_period=search.grace_epochs,
+        reduction_factor=search.reduction,
+        stop_last_trials=False,  # its end ends a trial
+    )
 
 
 def remind(scheduler: AsyncHyperBandScheduler, records: Iterable[Record]) -> None:
