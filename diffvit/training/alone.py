@@ -36,7 +36,7 @@ def train_alone(config: RunConfig, dataset: Dataset, publish: Publish | None = N
         RunStopped: the run cannot go on; `results.json` says why.
     """
     config = dataclasses.replace(config, scale=dataclasses.replace(config.scale, workers=1))
-    with RunLock(config.folder):
+    with RunLock(config.location):
         earlier = open_run(config)
         if earlier is not None and earlier["status"] == "finished":
             return earlier
@@ -48,7 +48,7 @@ def _train(config: RunConfig, dataset: Dataset, publish: Publish) -> dict[str, A
     plan, eval_plan = plan_run(config, dataset)
     stream = LocalStream(BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, eval_plan))
 
-    store = CheckpointStore(config.folder, config.checkpoint)
+    store = CheckpointStore(config.location, config.checkpoint)
     worker = Worker(
         device=torch.device(config.scale.device_type),
         report=lambda _: None,
@@ -64,12 +64,12 @@ def _train(config: RunConfig, dataset: Dataset, publish: Publish) -> dict[str, A
         raise
     finally:
         if results["reason"]:
-            Logbook(config.folder).cut(results["reason"])
+            Logbook(config.location).cut(results["reason"])
         results |= summarise(store.entries())
         results |= {
-            "interruptions": Logbook(config.folder).interruptions,
+            "interruptions": Logbook(config.location).interruptions,
             "seed": config.seed,
             "wall_seconds": round(time.monotonic() - started, 1),
         }
-        write_results(config.folder, results)
+        write_results(config.location, results)
     return results
