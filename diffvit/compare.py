@@ -25,6 +25,7 @@ from diffvit.config import ModelConfig, RunConfig, differing_fields, from_json, 
 from diffvit.data.loader import validation_batches
 from diffvit.data.sources import Dataset, open_dataset
 from diffvit.data.tasks import Report
+from diffvit.models.fetched import on_disk
 from diffvit.training.alone import train_alone
 from diffvit.training.launch import resolve
 from diffvit.training.loop import RunStopped
@@ -63,10 +64,10 @@ def run_comparison(config: CompareConfig, report: Report) -> Path:
         RunStopped: an arm could not be trained; the others are, and the same call goes on.
     """
     out = Path(config.out).expanduser().absolute()
-    folders = [Path(run).expanduser() for run in config.runs] or train_arms(config, out / "runs", report)
     arms: dict[str, list[FinishedRun]] = {}
-    for folder in folders:
-        run = load_run(folder)
+    for source in config.runs or train_arms(config, out / "runs", report):
+        with on_disk(source, "last") as folder:
+            run = load_run(folder)
         arms.setdefault(_name(run, arms), []).append(run)
     first = next(iter(arms.values()))[0].config
     dataset = open_dataset(first.data)

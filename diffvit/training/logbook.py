@@ -71,8 +71,14 @@ class Logbook:
             self._signing = threading.Thread(target=self._try_to_write, args=(_ALIVE, sign), daemon=True)
             self._signing.start()
 
-    def cut(self, why: str) -> None:
-        """Say why the run is being cut; the first to say so is right, because one loss makes others follow."""
+    def cut(self, why: str, *, wait: bool = True) -> None:
+        """Say why the run is being cut; the first to say so is right, because one loss makes others follow.
+
+        With `wait` off training goes on while an object store is asked.
+        """
+        if self._storage.is_remote and not wait:
+            threading.Thread(target=self.cut, args=(why,), daemon=True).start()
+            return
         with suppress(OSError, StorageError):
             if self._hasty.size(_CUT) is None:
                 _write(self._hasty, _CUT, {"why": why})

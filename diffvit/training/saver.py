@@ -90,7 +90,7 @@ class Saver:
             if not self._preempted and self._worker.preempted():
                 notice = self._preempted = True
                 self._every_minutes = min(self._every_minutes, _PREEMPTED_SAVE_MINUTES)
-                self._logbook.cut("preempted: a node was about to go")
+                self._logbook.cut("preempted: a node was about to go", wait=False)
                 self._worker.warn(f"a node is about to go: saving at step {self._state.step}")
         return notice or Ask.SAVE in ask
 
