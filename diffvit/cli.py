@@ -95,11 +95,12 @@ def parse_compare_config(description: str, arguments: list[str] | None = None) -
 def run_training(config: RunConfig) -> None:
     """Train, or continue, the run, say how it ended, and end the job."""
     from diffvit.console import print_results  # after the options are found good: these imports take seconds
+    from diffvit.storage import StorageError
     from diffvit.training.launch import RunStopped, TrainingFailedError, train
 
-    with job_ends("from the last checkpoint", RunStopped, TrainingFailedError):
+    with job_ends("from the last checkpoint", RunStopped, TrainingFailedError, StorageError):
         results = train(config)
-    print_results(config.folder, results)
+    print_results(config.location, results)
 
 
 def run_rehearsal(config: RunConfig, options: RehearsalOptions) -> None:

@@ -27,6 +27,7 @@ from diffvit.data.boxes import BoxedSplit
 from diffvit.data.loader import validation_batches
 from diffvit.data.sources import Dataset, open_dataset
 from diffvit.data.tasks import Report
+from diffvit.models.fetched import on_disk
 from diffvit.training.alone import train_alone
 from diffvit.training.launch import resolve
 from diffvit.training.loop import RunStopped
@@ -67,10 +68,10 @@ def run_comparison(config: CompareConfig, report: Report) -> Path:
     out = Path(config.out).expanduser().absolute()
     # before arms are trained for hours, where they are
     boxes = None if config.runs else _open_boxes(config.compare.boxes, config.run)
-    folders = [Path(run).expanduser() for run in config.runs] or train_arms(config, out / "runs", report)
     arms: dict[str, list[FinishedRun]] = {}
-    for folder in folders:
-        run = load_run(folder)
+    for source in config.runs or train_arms(config, out / "runs", report):
+        with on_disk(source, "last") as folder:
+            run = load_run(folder)
         arms.setdefault(_name(run, arms), []).append(run)
     first = next(iter(arms.values()))[0].config
     dataset = open_dataset(first.data)

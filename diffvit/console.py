@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +15,7 @@ from rich.text import Text
 from diffvit.config import RunConfig
 from diffvit.data.order import TrainPlan
 from diffvit.data.sources import Dataset
+from diffvit.training.skipped import SKIPPED_FILE, SkippedImages
 
 _VARIANT_NAMES = {"softmax": "plain ViT", "diff": "Diff-ViT V1", "diff_v2": "Diff-ViT V2"}
 _LINE_EVERY_SECONDS = 5.0
@@ -44,7 +44,8 @@ class Console:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._show, name="console", daemon=True)
         self._last_line = time.monotonic()
-        self._skipped: set[str] = set()
+        self._folder = config.location.partition("?")[0]
+        self._images, self._skipped = SkippedImages(config.location), 0
 
     def __enter__(self) -> Console:
         self._print_header()
@@ -58,6 +59,7 @@ class Console:
     ) -> None:
         self._stop.set()
         self._thread.join(timeout=10)
+        self._images.flush()
         self._live.stop()
 
     def _print_header(self) -> None:
@@ -74,7 +76,7 @@ class Console:
             f"{len(self._dataset.classes)} classes; {workers} worker{'s' * (scale.max_workers > 1)} on {device}, "
             f"{self._plan.epochs} epochs of {self._plan.steps_per_epoch} steps"
         )
-        self._console.print(f"watch:  tensorboard --logdir {self._config.folder.parent}", style="dim")
+        self._console.print(f"watch:  tensorboard --logdir {self._folder.rpartition('/')[0]}", style="dim")
         self._console.print("".join(f"{name:>{width}}" for name, width in _COLUMNS), style="bold")
 
     def _show(self) -> None:
@@ -118,41 +120,39 @@ class Console:
         self._console.print("".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, _COLUMNS, strict=True)))
 
     def _show_skipped(self, fields: dict[str, Any]) -> None:
-        for image in fields["images"]:
-            if image in self._skipped:
-                continue
-            self._skipped.add(image)
-            with (self._config.folder / "skipped.txt").open("a") as file:
-                file.write(image + "\n")
-            if len(self._skipped) <= _SKIPPED_SHOWN:
+        for image in self._images.add(fields["images"]):
+            self._skipped += 1
+            if self._skipped <= _SKIPPED_SHOWN:
                 self._console.print(f"skipped {image}", style="yellow", markup=False)
-            elif len(self._skipped) == _SKIPPED_SHOWN + 1:
-                self._console.print(f"more are skipped; see {self._config.folder / 'skipped.txt'}", style="yellow")
+            elif self._skipped == _SKIPPED_SHOWN + 1:
+                self._console.print(f"more are skipped; see {self._folder}/{SKIPPED_FILE}", style="yellow")
 
     def _show_warning(self, fields: dict[str, Any]) -> None:
         self._console.print(fields["message"], style="yellow", markup=False)
 
 
-def print_results(folder: Path, results: dict[str, Any]) -> None:
-    """Say how the run ended and where everything lies."""
+def print_results(location: str, results: dict[str, Any]) -> None:
+    """Say how the run at `location`, a path or a URL, ended and where everything lies."""
+    folder = location.partition("?")[0]
+    storage, _, name = folder.rpartition("/")
     console = rich.console.Console(highlight=False, soft_wrap=True)
     best, last = results["best"], results["last"]
     console.print(
-        f"[bold]{folder.name} {results['status']}[/]: "
+        f"[bold]{name} {results['status']}[/]: "
         f"top-1 {last['top1']:.2f} % after the last epoch ({last['epoch']}), best {best['top1']:.2f} % "
         f"(epoch {best['epoch']}); {format_duration(results['wall_seconds'])} in all"
     )
     if results["skipped_images"]:
-        console.print(f"{results['skipped_images']} images were skipped: {folder / 'skipped.txt'}", style="yellow")
+        console.print(f"{results['skipped_images']} images were skipped: {folder}/{SKIPPED_FILE}", style="yellow")
     rows = {
         "speed": _speed(results),
-        "results": folder / "results.json",
-        "best checkpoint": folder / best["checkpoint"],
-        "last checkpoint": folder / last["checkpoint"],
-        "curves": f"tensorboard --logdir {folder.parent}",
+        "results": f"{folder}/results.json",
+        "best checkpoint": f"{folder}/{best['checkpoint']}",
+        "last checkpoint": f"{folder}/{last['checkpoint']}",
+        "curves": f"tensorboard --logdir {storage}",
     }
-    for name, value in rows.items():
-        console.print(f"  {name:<16} {value}")
+    for title, value in rows.items():
+        console.print(f"  {title:<16} {value}")
 
 
 def _speed(results: dict[str, Any]) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ from diffvit.data.packing import read_entries_content
 from diffvit.data.prepare import collect_entries
 from diffvit.data.tasks import Report, fetch
 from diffvit.manifest import WEIGHTS_NAME, sha256_of
+from diffvit.models.fetched import on_disk
 from diffvit.models.saved import SavedModel, load_saved
 from diffvit.models.weights import find_checkpoint
 from diffvit.storage import Storage
@@ -63,12 +63,13 @@ def predict(config: PredictConfig, report: Report) -> dict[str, Any]:
         StorageError: a store stayed away; the same call goes on from there.
     """
     target = Storage(config.out)
-    checkpoint = find_checkpoint(Path(config.checkpoint).expanduser())
-    saved = load_saved(checkpoint)
+    with on_disk(config.checkpoint) as found:
+        checkpoint = find_checkpoint(found)
+        saved, weights = load_saved(checkpoint), sha256_of(checkpoint / WEIGHTS_NAME)
     units = find_units(config.images, config)
     skipped = ("out", "download", "workers", "gpu", "batch_size", "checkpoint")
     options = {name: value for name, value in asdict(config).items() if name not in skipped}
-    identity = identity_of({**options, "weights_sha256": sha256_of(checkpoint / WEIGHTS_NAME)}, units)
+    identity = identity_of({**options, "weights_sha256": weights}, units)
     finished = _finished(target, identity)
     if finished is not None:
         return finished

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -22,6 +23,7 @@ from diffvit.data.order import TrainPlan
 from diffvit.data.sources import Dataset
 from diffvit.data.synthetic import SyntheticSplit, stand_in
 from diffvit.models.flops import training_flops
+from diffvit.storage import Storage
 from diffvit.training.cluster import connect, require_resources, wait_for_cluster
 from diffvit.training.compilation import require_compiler
 from diffvit.training.forecast import Forecast, bottleneck, predict
@@ -74,6 +76,14 @@ def _rehearse_worker(job: dict[str, Any], steps: int) -> Measured:
 @contextmanager
 def _beside(config: RunConfig) -> Iterator[RunConfig]:
     """The same run in a folder of its own in the same storage, which is then deleted; a lost worker ends it."""
+    scale = dataclasses.replace(config.scale, max_failures=0, max_preemptions=0)  # nothing to go on from
+    if config.is_remote:
+        name = f"rehearsal-{uuid.uuid4().hex}"
+        try:
+            yield dataclasses.replace(config, name=name, scale=scale)
+        finally:
+            Storage(config.storage).delete_folder(name)
+        return
     storage = Path(config.storage)
     existed = storage.exists()
     try:
@@ -82,7 +92,6 @@ def _beside(config: RunConfig) -> Iterator[RunConfig]:
     except OSError as error:
         raise ValueError(f"storage {storage} cannot be written: {error.strerror or error}") from None
     try:
-        scale = dataclasses.replace(config.scale, max_failures=0, max_preemptions=0)  # nothing to go on from
         yield dataclasses.replace(config, storage=str(folder), scale=scale)
     finally:
         _delete(folder)

@@ -1,7 +1,8 @@
 """A folder on a local disk, s3:// or gs://, with the few operations that data sets and runs need. Nothing of Ray.
 
 A reader never sees half a file: local files are written beside and renamed, objects appear when they are whole.
-When a store is away, operations are tried again with back-off, for about `RETRY_SECONDS` in all, before they fail.
+When a store is away, operations are tried again with back-off, for `RETRY_SECONDS` in all unless told otherwise, before
+they fail.
 
 Credentials come from where the SDKs look for them (environment, profile, instance role), never from the URI.
 """
@@ -10,20 +11,24 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
 _REMOTE_SCHEMES = ("s3", "gs", "gcs")
 RETRY_SECONDS = 60.0
-_FIRST_DELAY_SECONDS = 0.5
+_S3_ATTEMPTS = 3
+_COPIED_BYTES = 8 * 2**20
+_FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.5, 15.0
 _PERMANENT = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "NoSuchBucket", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH")
 
 P = ParamSpec("P")
@@ -39,13 +44,14 @@ def _retried(operation: Callable[P, T]) -> Callable[P, T]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        StorageError: the store refused, or stayed away for `RETRY_SECONDS`.
+        StorageError: the store refused, or stayed away for too long.
     """
 
     @wraps(operation)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         storage: Any = args[0]
-        deadline, delay = time.monotonic() + RETRY_SECONDS, _FIRST_DELAY_SECONDS
+        patience = RETRY_SECONDS if storage.retry_seconds is None else storage.retry_seconds
+        deadline, delay = time.monotonic() + patience, _FIRST_DELAY_SECONDS
         while True:
             try:
                 return operation(*args, **kwargs)
@@ -57,9 +63,9 @@ def _retried(operation: Callable[P, T]) -> Callable[P, T]:
                 if any(word in str(error) for word in _PERMANENT):
                     raise StorageError(f"{storage.uri} refuses: {error}") from None
                 if time.monotonic() + delay > deadline:
-                    raise StorageError(f"{storage.uri} is away, tried for {RETRY_SECONDS:.0f} s: {error}") from None
+                    raise StorageError(f"{storage.uri} is away, tried for {patience:.0f} s: {error}") from None
             time.sleep(delay)
-            delay *= 2
+            delay = min(2 * delay, _LONGEST_DELAY_SECONDS)
 
     return call
 
@@ -73,6 +79,8 @@ class Storage:
     """
 
     uri: str
+    retry_seconds: float | None = None
+    """How long an absent store is waited for; 0: not at all; None: `RETRY_SECONDS`."""
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.uri) if "://" in self.uri else None
@@ -98,7 +106,7 @@ class Storage:
     def child(self, name: str) -> Storage:
         """The folder `name` below this one."""
         head, mark, query = self.uri.partition("?")
-        return Storage(f"{head.rstrip('/')}/{name}{mark}{query}")
+        return Storage(f"{head.rstrip('/')}/{name}{mark}{query}", self.retry_seconds)
 
     def path(self, name: str = "") -> str:
         """What pyarrow calls `name`; on a local disk an absolute path."""
@@ -125,13 +133,20 @@ class Storage:
             return os.pread(file.fileno(), length, offset)
 
     @_retried
-    def write(self, name: str, content: bytes | pa.Buffer) -> None:
+    def write(self, name: str, content: bytes | pa.Buffer, *, durable: bool = True) -> None:
+        """Write the whole file or nothing. One that is not `durable` may be lost when a local disk loses power."""
         path = self.path(name)
         if self.is_remote:
             with self.filesystem.open_output_stream(path) as file:
                 file.write(content)
             return
-        _write_local(Path(path), content)
+        _write_local(Path(path), content, durable)
+
+    @_retried
+    def fetch(self, name: str, target: Path) -> None:
+        """Copy a file to `target` on a local disk, however large it is."""
+        with self.filesystem.open_input_stream(self.path(name)) as source, target.open("wb") as copy:
+            shutil.copyfileobj(source, copy, _COPIED_BYTES)
 
     @_retried
     def open(self, name: str) -> pa.NativeFile:
@@ -160,20 +175,33 @@ class Storage:
         return dict(sorted(files.items()))
 
     @_retried
+    def names(self, folder: str = "") -> list[str]:
+        """What lies in `folder` itself, files and folders, sorted."""
+        selector = fs.FileSelector(self.path(folder), allow_not_found=True)
+        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+
+    @_retried
+    def delete(self, name: str) -> None:
+        """Delete a file; one that is not there is no error."""
+        with suppress(FileNotFoundError):
+            self.filesystem.delete_file(self.path(name))
+
+    @_retried
     def delete_folder(self, name: str) -> None:
         """Delete `name` with all that is below; a folder that is not there is no error."""
         if self.filesystem.get_file_info(self.path(name)).type == fs.FileType.Directory:
             self.filesystem.delete_dir(self.path(name))
 
 
-def _write_local(path: Path, content: bytes | pa.Buffer) -> None:
+def _write_local(path: Path, content: bytes | pa.Buffer, durable: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -191,7 +219,23 @@ def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
         filesystem, path = fs.FileSystem.from_uri(uri)
     except (OSError, pa.ArrowInvalid) as error:
         raise StorageError(f"{uri} cannot be opened: {error}") from None
-    return filesystem, path.rstrip("/")
+    return _s3(uri, filesystem) or filesystem, path.rstrip("/")
+
+
+def _s3(uri: str, known: fs.FileSystem) -> fs.FileSystem | None:
+    """S3 with fewer tries of its own than it has from a URI (a minute and a half of them), because `_retried` has some.
+
+    And with small files written by one request instead of three. None where the URI is more than this understands.
+    """
+    parts = urlsplit(uri)
+    options = dict(parse_qsl(parts.query))
+    if parts.scheme != "s3" or not set(options) <= {"region", "endpoint_override", "scheme"}:
+        return None
+    return fs.S3FileSystem(
+        **{**options, "region": known.region or None},
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS),
+        allow_delayed_open=True,
+    )
 
 
 @lru_cache(maxsize=256)

@@ -95,7 +95,9 @@ class ObjectStore:
         self._port = self._server.get_host_and_port()[1]
 
     def stop(self) -> None:
+        listening = self._server._server
         self._server.stop()
+        listening.server_close()  # else what comes in is neither answered nor refused
 
     def uri(self, folder: str) -> str:
         return f"s3://bucket/{folder}?endpoint_override=127.0.0.1:{self._port}&scheme=http"

@@ -61,7 +61,7 @@ def test_impossible_combinations_say_rule_and_value(tiny_config: RunConfig, sect
 
 
 @pytest.mark.parametrize(
-    "fields", [{"name": "a/b"}, {"name": ".."}, {"name": ""}, {"storage": "s3://bucket"}, {"seed": -1}]
+    "fields", [{"name": "a/b"}, {"name": ".."}, {"name": ""}, {"storage": "ftp://host"}, {"seed": -1}]
 )
 def test_run_fields_are_checked(tiny_config: RunConfig, fields) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
+from conftest import ObjectStore
 
 from diffvit.training import logbook
 from diffvit.training.logbook import Logbook
@@ -18,34 +20,66 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_every_cut_is_written_down_once(tmp_path: Path, clock: list[float]) -> None:
-    Logbook(tmp_path).begin(0, 0.0, 2)
-    assert Logbook(tmp_path).interruptions == []
-    sitting = Logbook(tmp_path)
+@pytest.mark.parametrize("kind", ["disk", "store"])
+def test_every_cut_is_written_down_once(
+    request: pytest.FixtureRequest, tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(logbook, "_REMOTE_SIGN_SECONDS", 1.0)
+    store: ObjectStore | None = request.getfixturevalue("object_store") if kind == "store" else None
+    place = store.uri(f"log-{tmp_path.name}") if store else str(tmp_path)
+    Logbook(place).begin(0, 0.0, 2)
+    assert Logbook(place).interruptions == []
+    sitting = Logbook(place)
     for step, seconds in ((10, 20.0), (20, 40.0), (23, 46.0)):
         clock[0] = 1_000_000.0 + seconds
         sitting.alive(step, seconds, 2)
+        if sitting._signing:
+            sitting._signing.join()
     clock[0] += 0.5
     sitting.alive(24, 46.5, 2)  # too soon after the last: not written
-    Logbook(tmp_path).cut("worker 1 was lost: killed")
-    Logbook(tmp_path).cut("worker 0 was lost: connection reset")  # follows from the first
+    Logbook(place).cut("worker 1 was lost: killed")
+    Logbook(place).cut("worker 0 was lost: connection reset")  # follows from the first
     clock[0] = 1_000_000.0 + 76.0
-    Logbook(tmp_path).begin(20, 40.0, 2)
+    Logbook(place).begin(20, 40.0, 2)
     first = {
         "when": "1970-01-12T13:47:26+00:00",
         "why": "worker 1 was lost: killed",
         "steps_repeated": 3,
         "seconds_lost": 36.0,  # 30 until it was going again, 6 for three steps
     }
-    assert Logbook(tmp_path).interruptions == [first]
+    assert Logbook(place).interruptions == [first]
     clock[0] += 5
-    Logbook(tmp_path).begin(20, 40.0, 3)
+    Logbook(place).begin(20, 40.0, 3)
     second = {
         "when": "1970-01-12T13:47:56+00:00",
         "why": "resized from 2 to 3 workers",
         "steps_repeated": 0,
         "seconds_lost": 5.0,
     }
-    assert Logbook(tmp_path).interruptions == [first, second]
-    Logbook(tmp_path).begin(20, 40.0, 3)
-    assert Logbook(tmp_path).interruptions[2]["why"] == "ended without a word: killed, or its node was lost"
+    assert Logbook(place).interruptions == [first, second]
+    Logbook(place).begin(20, 40.0, 3)
+    assert Logbook(place).interruptions[2]["why"] == "ended without a word: killed, or its node was lost"
+
+
+@pytest.mark.slow
+def test_nobody_waits_for_a_store_that_is_away(object_store: ObjectStore, tmp_path: Path) -> None:
+    book = Logbook(object_store.uri(f"log-{tmp_path.name}"))
+    book.begin(0, 0.0, 1)
+    book._signed_at -= 10
+    object_store.stop()
+    try:
+        started = time.perf_counter()
+        book.alive(7, 3.0, 1)
+        assert time.perf_counter() - started < 0.1
+        book.cut("lost with the store")
+        assert time.perf_counter() - started < 10
+        assert book._signing is not None
+        book._signing.join()
+    finally:
+        object_store.start()
+    book._signed_at -= 10
+    book.alive(8, 4.0, 1)
+    book._signing.join()
+    Logbook(object_store.uri(f"log-{tmp_path.name}")).begin(5, 4.0, 1)
+    assert book.interruptions[0]["steps_repeated"] == 3
+    assert book.interruptions[0]["why"].startswith("ended without a word")

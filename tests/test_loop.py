@@ -37,8 +37,8 @@ def _every_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """These steps take less time than a checkpoint, which a later one would replace before it is written."""
     submit = CheckpointWriter.submit
 
-    def submit_and_wait(writer: CheckpointWriter, snapshot: Snapshot, pinned: tuple[int, ...] = ()) -> None:
-        submit(writer, snapshot, pinned)
+    def submit_and_wait(writer: CheckpointWriter, snapshot: Snapshot, *others: Any) -> None:
+        submit(writer, snapshot, *others)
         writer.wait()
 
     monkeypatch.setattr(CheckpointWriter, "submit", submit_and_wait)

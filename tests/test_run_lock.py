@@ -13,8 +13,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from conftest import ObjectStore
 
-from diffvit.training import run_lock
+from diffvit.storage import Storage
+from diffvit.training import lock_file, run_lock
 from diffvit.training.run_lock import LOCK_NAME, Owner, RunLock
 
 HOLD = """
@@ -85,12 +87,18 @@ def test_an_owner_elsewhere_that_is_silent_is_gone(tmp_path: Path, content: str)
 
 def test_of_many_who_want_what_was_left_behind_one_gets_it(tmp_path: Path) -> None:
     of_another_host(tmp_path)
+    got, refused = wanted_by_many(tmp_path)
+    assert (len(got), len(refused)) == (1, 7)
+    got[0].__exit__(None, None, None)
+
+
+def wanted_by_many(place: Path | str) -> tuple[list[RunLock], list[str]]:
     got: list[RunLock] = []
     refused: list[str] = []
 
     def want() -> None:
         try:
-            got.append(RunLock(tmp_path).__enter__())
+            got.append(RunLock(place).__enter__())
         except ValueError as error:
             refused.append(str(error))
 
@@ -99,8 +107,66 @@ def test_of_many_who_want_what_was_left_behind_one_gets_it(tmp_path: Path) -> No
         thread.start()
     for thread in threads:
         thread.join()
+    return got, refused
+
+
+@pytest.fixture(params=["conditional", "unconditional"])
+def url(
+    request: pytest.FixtureRequest, object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """A run in a store that refuses a write whose condition does not hold, and in one that cannot."""
+    if request.param == "unconditional":
+        monkeypatch.setattr(lock_file, "_s3_client", lambda storage: None)
+        monkeypatch.setattr(lock_file, "_SETTLE_SECONDS", 0.5)
+    return object_store.uri(f"lock-{tmp_path.name}/a")
+
+
+def stored(url: str, beat: int = 0, content: str | None = None) -> None:
+    owner = replace(Owner.of_this_process(), host="node-7 boot pid:[1]", pid=42, beat=beat)
+    Storage(url).write(LOCK_NAME, (content or json.dumps(asdict(owner))).encode())
+
+
+def test_in_a_store_the_second_is_refused_until_the_first_ends(url: str) -> None:
+    with RunLock(url), pytest.raises(ValueError, match=rf"run 'a' is being worked on by process {os.getpid()} on "):
+        RunLock(url).__enter__()
+    assert Storage(url).names() == []
+    with RunLock(url):
+        time.sleep(0.5)
+        assert json.loads(Storage(url).read(LOCK_NAME))["beat"] > 0
+
+
+def test_in_a_store_an_owner_elsewhere_lives_if_it_is_heard_of(url: str) -> None:
+    stored(url)
+    threading.Timer(0.3, stored, (url, 1)).start()
+    with pytest.raises(ValueError, match="process 42 on node-7"):
+        RunLock(url).__enter__()
+
+
+def test_in_a_store_of_many_who_want_what_was_left_behind_one_gets_it(url: str) -> None:
+    stored(url, content="{")
+    got, refused = wanted_by_many(url)
     assert (len(got), len(refused)) == (1, 7)
+    assert json.loads(Storage(url).read(LOCK_NAME))["id"] == got[0]._me.id
     got[0].__exit__(None, None, None)
+
+
+@pytest.mark.slow
+def test_a_lock_outlasts_its_store(object_store: ObjectStore, tmp_path: Path) -> None:
+    url = object_store.uri(f"lock-{tmp_path.name}/a")
+    with RunLock(url):
+        object_store.stop()
+        try:
+            time.sleep(0.5)
+            with pytest.raises(ValueError, match=r"storage s3://bucket/lock-.* cannot be written: "):
+                RunLock(url).__enter__()
+        finally:
+            object_store.start()
+        with pytest.raises(ValueError, match=f"being worked on by process {os.getpid()}"):
+            RunLock(url).__enter__()
+        seen = Storage(url).read(LOCK_NAME)
+        time.sleep(1.0)
+        assert Storage(url).read(LOCK_NAME) != seen  # it beats again
+    assert Storage(url).names() == []
 
 
 def test_an_owner_that_was_replaced_ends(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.prepare import prepare
 from diffvit.data.sources import Split, open_dataset
 from diffvit.data.stream import RayStream
+from diffvit.storage import Storage
 from diffvit.training.audit import Audit
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -154,14 +155,19 @@ def audit_of(
     folder: Path, ranks: list[tuple[Stream, TrainPlan]], first_step: int, end: int, saves_every: int
 ) -> pa.Table:
     """What the ranks' audits say after they trained to step `end` and were lost there."""
-    audits = [Audit(folder, plan, stream, rank, first_step) for rank, (stream, plan) in enumerate(ranks)]
+    audits = [Audit(str(folder), plan, stream, rank, first_step) for rank, (stream, plan) in enumerate(ranks)]
+
+    def write(rank: int, step: int) -> None:
+        taken = [b""] * rank + [audits[rank].take()]
+        for name, content in audits[rank].parts(step, taken).items():
+            Storage(str(folder)).write(name, content)
 
     def sit(rank: int) -> None:
         batches = audits[rank].watch(ranks[rank][0].train(first_step))
         for step in range(first_step + 1, end + 1):
             next(batches)
             if step % saves_every == 0:
-                audits[rank].write(step)
+                write(rank, step)
         batches.close()
 
     with ThreadPoolExecutor(len(ranks)) as pool:

@@ -16,7 +16,8 @@ class InitConfig:
 
     weights: str = ""
     """Empty: from scratch. A run (its best checkpoint), a checkpoint, a .safetensors file in timm's or unilm's layout,
-    or hf-hub:OWNER/NAME. A plain ViT's weights are converted where the model is differential."""
+    each on a disk or at an s3:// or gs:// URL, or hf-hub:OWNER/NAME. A plain ViT's weights are converted where the
+    model is differential."""
     train: Literal["all", "head"] = "all"
     """head: a linear probe, everything but the classifier is frozen."""
     gate_opening_steps: int = 0

@@ -25,7 +25,7 @@ class RunConfig:
     name: str = "run"
     """The run's folder under `storage`; the same name again continues the run."""
     storage: str = "runs"
-    """Where runs are kept: a folder that every node sees."""
+    """Where runs are kept: a folder that every node sees, s3://bucket/folder or gs://bucket/folder."""
     resume: bool = True
     """Continue a run of that name; with --no-resume a name that exists is refused."""
     seed: int = 0
@@ -43,11 +43,10 @@ class RunConfig:
             bool(self.name) and Path(self.name).name == self.name and self.name not in (".", ".."),
             f"name must be a plain folder name, got {self.name!r}",
         )
-        require(
-            "://" not in self.storage,
-            f"storage must be a local folder or one that every node shares; {self.storage!r} is a URL, "
-            "which is not supported yet",
-        )
+        try:
+            _ = self.location  # a URL may have a scheme that is not known, or credentials
+        except ValueError as error:
+            raise ValueError(f"storage cannot be used: {error}") from None
         require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         require(
             len(self.data.mean) in (0, 1, self.model.in_channels),
@@ -91,8 +90,23 @@ class RunConfig:
         return bool(self.augment.mixup or self.augment.cutmix)
 
     @property
+    def is_remote(self) -> bool:
+        """Whether the run lies in an object store."""
+        return "://" in self.storage
+
+    @property
+    def location(self) -> str:
+        """`<storage>/<name>`, a URL or an absolute path: workers have other working directories."""
+        if not self.is_remote:
+            return str(self.folder)
+        from diffvit.storage import Storage  # imports pyarrow, which local runs need not wait for yet
+
+        return Storage(self.storage).child(self.name).uri
+
+    @property
     def folder(self) -> Path:
-        """`<storage>/<name>`, absolute: workers have other working directories."""
+        """The same of a run that is not in an object store."""
+        require(not self.is_remote, f"this needs a folder, storage is {self.storage.partition('?')[0]}")
         return Path(self.storage).expanduser().absolute() / self.name
 
     @property

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from diffvit.config import ModelConfig, model_preset
 from diffvit.manifest import MANIFEST_NAME
+from diffvit.models.fetched import on_disk
 from diffvit.models.weights import HUB, find_checkpoint
 
 _MODEL = TypeAdapter(ModelConfig)
@@ -39,21 +40,31 @@ def shape_of(source: str) -> ModelConfig:
     """The config of the model whose weights `source` holds, without its number of classes.
 
     Args:
-        source: a run, a checkpoint, or a file or hub name that contains one of timm's model names.
+        source: a run or a checkpoint, or a file, a hub name or a URL that contains one of timm's model names.
 
     Raises:
         ValueError: `source` says nothing of its model.
     """
-    path = Path(source).expanduser()
-    if not source.startswith(HUB) and path.is_dir():
+    if source.startswith(HUB):
+        return _known_shape(source)
+    with on_disk(source, only=MANIFEST_NAME) as path:
+        return _shape_at(path, source)
+
+
+def _shape_at(path: Path, source: str) -> ModelConfig:
+    if path.is_dir():
         manifest = find_checkpoint(path) / MANIFEST_NAME
         try:
             model = _MODEL.validate_json(json.dumps(json.loads(manifest.read_text())["model"]))
         except (ValidationError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{manifest} is damaged or of another version: {error}") from None
         return dataclasses.replace(model, num_classes=0)
-    if not source.startswith(HUB) and not path.is_file():
+    if not path.is_file():
         raise ValueError(f"init.weights must be a run, a checkpoint, a .safetensors file or {HUB}NAME, got {source!r}")
+    return _known_shape(source)
+
+
+def _known_shape(source: str) -> ModelConfig:
     for name, config in TIMM_MODELS.items():
         if name in source:
             return config

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from diffvit.config import ModelConfig
 from diffvit.manifest import read_manifest
+from diffvit.models.fetched import on_disk
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import find_checkpoint, load_weights
 
@@ -31,12 +32,16 @@ class SavedModel:
 
 
 def load_saved(source: str | Path) -> SavedModel:
-    """The model of a run (its best checkpoint) or of a checkpoint's folder.
+    """The model of a run (its best checkpoint) or of a checkpoint's folder, on a disk or at a URL.
 
     Raises:
         ValueError: `source` is neither, is damaged, or of another version.
     """
-    folder = find_checkpoint(Path(source).expanduser())
+    with on_disk(source) as found:
+        return _load(find_checkpoint(found))
+
+
+def _load(folder: Path) -> SavedModel:
     manifest = read_manifest(folder)
     try:
         config = _MODEL.validate_json(json.dumps(manifest["model"]))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffvit.manifest import MANIFEST_NAME, WEIGHTS_NAME, read_manifest
 from diffvit.models.convert import convert_plain, is_plain
+from diffvit.models.fetched import on_disk
 from diffvit.models.vit import VisionTransformer, resample_positions
 
 HUB = "hf-hub:"
@@ -49,8 +50,9 @@ def load_weights(
 
     Args:
         model: changed only if everything fits.
-        source: a run's folder (its best checkpoint), a checkpoint's folder, a .safetensors file, hf-hub:OWNER/NAME (its
-            model.safetensors, where huggingface_hub is installed), or a state dict. timm's names are ours; unilm's
+        source: a run's folder (its best checkpoint), a checkpoint's folder, a .safetensors file, each on a
+            disk or at an s3:// or gs:// URL, hf-hub:OWNER/NAME (its model.safetensors, where huggingface_hub is
+            installed), or a state dict. timm's names are ours; unilm's
             separate q/k/v projections are joined; positions of another grid resampled.
         replace_head: leave the classifier as initialised where the source has one of another size, or none.
         from_plain: convert a plain ViT's weights where the model is differential (`diffvit.models.convert`).
@@ -80,7 +82,11 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return source
     if str(source).startswith(HUB):
         return _read_safetensors(_download(str(source).removeprefix(HUB)))
-    path = Path(source).expanduser()
+    with on_disk(source) as path:
+        return _read_path(path)
+
+
+def _read_path(path: Path) -> Mapping[str, Tensor]:
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():

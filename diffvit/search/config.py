@@ -96,6 +96,11 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         self.space.check(self.run)
+        require(
+            not self.run.is_remote,
+            "a sweep needs a storage folder that every node sees, because Optuna keeps its database in it; got "
+            f"{self.run.storage.partition('?')[0]}",
+        )
         epochs = self.run.optim.epochs
         require(
             self.search.scheduler == "none" or self.search.grace_epochs <= epochs,

@@ -26,6 +26,7 @@ from diffvit.models.weights import load_weights
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.evaluation import evaluate
 from diffvit.training.loop import RunStopped, Worker, fit
+from diffvit.training.skipped import SkippedImages
 
 METRIC = "best_top1"
 """What trials are compared by. The best and not the last value, because Optuna keeps what a trial reported last."""
@@ -112,10 +113,11 @@ def _train_here(config: RunConfig, dataset: Dataset, reports: Reports, *, keep: 
         if told is not None:
             tune.report(told)
 
+    skipped = SkippedImages(config.location)
+
     def publish(kind: str, fields: dict[str, Any]) -> None:
         if kind == "skipped":
-            with (config.folder / "skipped.txt").open("a") as file:
-                file.writelines(image + "\n" for image in fields["images"])
+            skipped.add(fields["images"])
 
     store = CheckpointStore(config.folder, config.checkpoint) if keep else None
     fit(config, plan, eval_plan, stream, Worker(torch.device(config.scale.device_type), report, publish, store=store))

@@ -42,7 +42,7 @@ def train_alone(config: RunConfig, dataset: Dataset, publish: Publish | None = N
     config = dataclasses.replace(config, scale=dataclasses.replace(config.scale, workers=1))
     require_compiler(config.scale)
     plans = plan_run(config, dataset)
-    with RunLock(config.folder):
+    with RunLock(config.location):
         earlier = open_run(config)
         if earlier is not None and earlier["status"] == "finished":
             return earlier
@@ -54,7 +54,7 @@ def _train(config: RunConfig, dataset: Dataset, plans: tuple[TrainPlan, EvalPlan
     plan, eval_plan = plans
     stream = LocalStream(BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, eval_plan))
 
-    store = CheckpointStore(config.folder, config.checkpoint)
+    store = CheckpointStore(config.location, config.checkpoint)
     worker = Worker(
         device=torch.device(config.scale.device_type),
         report=lambda _: None,
@@ -70,13 +70,13 @@ def _train(config: RunConfig, dataset: Dataset, plans: tuple[TrainPlan, EvalPlan
         raise
     finally:
         if results["reason"]:
-            Logbook(config.folder).cut(results["reason"])
+            Logbook(config.location).cut(results["reason"])
         results |= summarise(store.entries())
         results |= arithmetic(results, config.model)
         results |= {
-            "interruptions": Logbook(config.folder).interruptions,
+            "interruptions": Logbook(config.location).interruptions,
             "seed": config.seed,
             "wall_seconds": round(time.monotonic() - started, 1),
         }
-        write_results(config.folder, results)
+        write_results(config.location, results)
     return results

@@ -1,13 +1,12 @@
 """Which sample was trained on when: `audit/*.parquet` of (epoch, step, rank, position, key), one row a sample.
 
-Rows are written just before the checkpoint that covers them, and a run that goes on from a checkpoint deletes what was
-written after it; so the files together tell what the weights have seen, however often the run was cut.
+The rows of all ranks are written just before the checkpoint that covers them, and a run that goes on from a checkpoint
+deletes what was written after it; so the files together tell what the weights have seen, however often it was cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 
 from diffvit.data.batches import Batch, Stream
 from diffvit.data.order import TrainPlan
+from diffvit.storage import Storage
 
 AUDIT_FOLDER = "audit"
 
@@ -22,13 +22,12 @@ AUDIT_FOLDER = "audit"
 class Audit:
     """Records the batches of one rank. `position` is the sample's place in the order of its epoch, from 0."""
 
-    def __init__(self, folder: Path, plan: TrainPlan, stream: Stream, rank: int, first_step: int) -> None:
-        self._folder, self._plan, self._stream, self._rank = folder / AUDIT_FOLDER, plan, stream, rank
+    def __init__(self, run: str, plan: TrainPlan, stream: Stream, rank: int, first_step: int) -> None:
+        self._storage, self._plan, self._stream, self._rank = Storage(run), plan, stream, rank
         self._first_step = first_step
         self._batches: list[tuple[int, pa.Array]] = []
         if rank == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._delete("*.parquet", first_step)
+            self._delete(".parquet", first_step)
 
     def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, taken down."""
@@ -39,16 +38,16 @@ class Audit:
     def forget(self, since: int, step: int) -> None:
         """Steps `since` + 1 to `step` were undone: the weights have not seen their samples."""
         self._batches.clear()
-        self._delete(f"*-{self._rank:04d}.parquet", since)
+        self._delete(f"-{self._rank:04d}.parquet", since)
         self._first_step = step
 
-    def _delete(self, pattern: str, since: int) -> None:
-        for file in self._folder.glob(pattern):
-            if int(file.name.split("-")[0]) >= since:
-                file.unlink()
+    def _delete(self, ending: str, since: int) -> None:
+        for name in self._storage.names(AUDIT_FOLDER):
+            if name.endswith(ending) and int(name.split("-")[0]) >= since:
+                self._storage.delete(f"{AUDIT_FOLDER}/{name}")
 
-    def write(self, step: int) -> None:
-        """Write what was taken down since the last call; `step` steps are done."""
+    def take(self) -> bytes:
+        """What was taken down since the last call, as Parquet; empty where nothing was."""
         plan, tables = self._plan, []
         for row, samples in self._batches:
             done, micro, rank = plan.locate(row)
@@ -64,9 +63,17 @@ class Audit:
             tables.append(pa.table(columns))
         self._batches.clear()
         if not tables:  # nothing since what was undone
-            return
-        name = self._folder / f"{self._first_step:08d}-{step:08d}-{self._rank:04d}.parquet"
-        temporary = name.with_suffix(".tmp")
-        pq.write_table(pa.concat_tables(tables), temporary)
-        temporary.replace(name)
-        self._first_step = step
+            return b""
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.concat_tables(tables), sink)
+        content: bytes = sink.getvalue().to_pybytes()
+        return content
+
+    def parts(self, step: int, taken: Iterable[bytes]) -> dict[str, bytes]:
+        """The files, by name in the run's folder, that hold what the ranks have `taken` at `step`."""
+        first, self._first_step = self._first_step, step
+        return {
+            f"{AUDIT_FOLDER}/{first:08d}-{step:08d}-{rank:04d}.parquet": content
+            for rank, content in enumerate(taken)
+            if content
+        }

@@ -10,17 +10,17 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
 
 from diffvit.config import CheckpointConfig
 from diffvit.manifest import MANIFEST_NAME, read_manifest
-from diffvit.storage import Storage
+from diffvit.scratch import scratch_folder
+from diffvit.storage import Storage, StorageError
 from diffvit.training.checkpoint import Snapshot, checkpoint_name
 
 _MANIFEST = re.compile(rf"checkpoint_step_(\d+)/{re.escape(MANIFEST_NAME)}")
@@ -42,24 +42,18 @@ class Entry:
 
 
 class CheckpointStore:
-    """The checkpoints of one run. One process at a time writes; any number may read."""
+    """The checkpoints of one run, in a folder or below a URL. One process at a time writes; any number may read.
+
+    Readers wait for a store that is away, as long as `checkpoint.retry_minutes` says; who writes is told at once.
+    """
 
     def __init__(self, folder: str | Path, config: CheckpointConfig) -> None:
-        self._storage, self._config = Storage(str(folder)), config
+        self._storage, self._config = Storage(str(folder), 60 * config.retry_minutes), config
+        self._hasty = Storage(str(folder), retry_seconds=0)
 
     def entries(self) -> list[Entry]:
         """Every checkpoint whose manifest can be read, by step; its files may still turn out to be damaged."""
-        found = []
-        for name in self._storage.sizes():
-            match = _MANIFEST.fullmatch(name)
-            if not match:
-                continue
-            try:
-                metrics = json.loads(self._storage.read(name))["metrics"]
-            except (ValueError, KeyError, TypeError, FileNotFoundError):
-                continue
-            found.append(Entry(int(match[1]), metrics))
-        return sorted(found, key=lambda entry: entry.step)
+        return _entries(self._storage)
 
     def newest_whole(self, warn: Warn, up_to: int | None = None) -> Entry | None:
         """The last checkpoint (at or before step `up_to`) of which every file is what its manifest says.
@@ -97,16 +91,22 @@ class CheckpointStore:
         if not self._storage.is_remote:
             yield Path(self._storage.path(name))
             return
-        with TemporaryDirectory(prefix="diffvit-") as folder:
-            for file in self._storage.child(name).sizes():
-                (Path(folder) / file).write_bytes(self._storage.read(f"{name}/{file}"))
-            yield Path(folder)
+        with scratch_folder() as folder:
+            for file in self._storage.names(name):
+                self._storage.fetch(f"{name}/{file}", folder / file)
+            yield folder
 
     def sweep(self) -> None:
         """Delete what a writer that was killed left half done."""
         if not self._storage.is_remote:
             for partial in Path(self._storage.path()).glob(f"{_PARTIAL}*"):
                 shutil.rmtree(partial, ignore_errors=True)
+            return
+        with suppress(StorageError):
+            names = self._hasty.sizes()
+            found = {name.split("/")[0] for name in names if name.startswith("checkpoint_step_")}
+            for name in found - {name.split("/")[0] for name in names if _MANIFEST.fullmatch(name)}:
+                self._hasty.delete_folder(name)
 
     def put(self, snapshot: Snapshot) -> None:
         """Write a checkpoint, in the place of one of the same step if there is one.
@@ -131,21 +131,35 @@ class CheckpointStore:
 
     def _upload(self, snapshot: Snapshot) -> None:
         name = checkpoint_name(snapshot.step)
-        with TemporaryDirectory(prefix="diffvit-") as folder:
-            snapshot.write(Path(folder))
-            files = sorted(Path(folder).iterdir(), key=lambda file: file.name == MANIFEST_NAME)
-            self._storage.delete_folder(name)
+        with scratch_folder() as folder:
+            snapshot.write(folder)
+            files = sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST_NAME)
+            self._hasty.delete_folder(name)
             for file in files:
                 with pa.memory_map(str(file)) as mapped:
-                    self._storage.write(f"{name}/{file.name}", mapped.read_buffer())
+                    self._hasty.write(f"{name}/{file.name}", mapped.read_buffer())
 
     def drop_others(self, newest: int, pinned: Collection[int] = ()) -> None:
         """Delete what `kept_steps` does not name, up to step `newest`."""
-        entries = [entry for entry in self.entries() if entry.step <= newest]
+        entries = [entry for entry in _entries(self._hasty) if entry.step <= newest]
         kept = kept_steps(entries, self._config.keep_last, self._config.keep_every_epochs) | {*pinned}
         for entry in entries:
             if entry.step not in kept:
-                self._storage.delete_folder(entry.name)
+                self._hasty.delete_folder(entry.name)
+
+
+def _entries(storage: Storage) -> list[Entry]:
+    found = []
+    for name in storage.sizes():
+        match = _MANIFEST.fullmatch(name)
+        if not match:
+            continue
+        try:
+            metrics = json.loads(storage.read(name))["metrics"]
+        except (ValueError, KeyError, TypeError, FileNotFoundError):
+            continue
+        found.append(Entry(int(match[1]), metrics))
+    return sorted(found, key=lambda entry: entry.step)
 
 
 def kept_steps(entries: Sequence[Entry], keep_last: int, keep_every_epochs: int | None = None) -> set[int]:

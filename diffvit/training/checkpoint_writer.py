@@ -9,12 +9,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 from diffvit.training.checkpoint import Snapshot, checkpoint_name
 from diffvit.training.checkpoint_store import CheckpointStore, Warn
 
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.5, 30.0
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    snapshot: Snapshot
+    pinned: Collection[int]
+    before: tuple[Callable[[], None], ...]
 
 
 class CheckpointWriter:
@@ -23,7 +31,7 @@ class CheckpointWriter:
     def __init__(self, store: CheckpointStore, retry_minutes: float, warn: Warn) -> None:
         self._store, self._retry_seconds, self._warn = store, 60 * retry_minutes, warn
         self._changed = threading.Condition()
-        self._waiting: list[tuple[Snapshot, Collection[int]]] = []
+        self._waiting: list[_Waiting] = []
         self._busy = self._closing = False
         self._given_up = threading.Event()
         self.failure: str | None = None
@@ -32,11 +40,20 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
         self._thread.start()
 
-    def submit(self, snapshot: Snapshot, pinned: Collection[int] = ()) -> None:
-        """Write `snapshot` soon. `pinned` steps outlast what is deleted afterwards."""
+    def submit(
+        self, snapshot: Snapshot, pinned: Collection[int] = (), before: tuple[Callable[[], None], ...] = ()
+    ) -> None:
+        """Write `snapshot` soon.
+
+        Args:
+            snapshot: the checkpoint.
+            pinned: steps that outlast what is deleted afterwards.
+            before: what must have been written when a reader sees the checkpoint; may be called more than once.
+        """
         with self._changed:
-            evaluated = [pair for pair in self._waiting if "top1" in pair[0].metrics]
-            self._waiting = [*evaluated, (snapshot, pinned)]
+            while self._waiting and "top1" not in self._waiting[-1].snapshot.metrics:
+                before = (*self._waiting.pop().before, *before)
+            self._waiting.append(_Waiting(snapshot, pinned, before))
             self._changed.notify_all()
 
     def wait(self, seconds: float | None = None) -> None:
@@ -58,21 +75,24 @@ class CheckpointWriter:
                 self._changed.wait_for(lambda: self._waiting or self._closing)
                 if not self._waiting:
                     return
-                snapshot, pinned = self._waiting.pop(0)
+                waiting = self._waiting.pop(0)
                 self._busy = True
             try:
-                self._write(snapshot, pinned)
+                self._write(waiting)
             finally:
                 with self._changed:
                     self._busy = False
                     self._changed.notify_all()
 
-    def _write(self, snapshot: Snapshot, pinned: Collection[int]) -> None:
+    def _write(self, waiting: _Waiting) -> None:
+        snapshot = waiting.snapshot
         deadline, delay = time.monotonic() + self._retry_seconds, _FIRST_DELAY_SECONDS
         while True:
             try:
+                for write in waiting.before:
+                    write()
                 self._store.put(snapshot)
-                self._store.drop_others(snapshot.step, pinned)
+                self._store.drop_others(snapshot.step, waiting.pinned)
             except Exception as error:  # a full disk comes as OSError, RuntimeError or SafetensorError
                 if self._given_up.is_set() or time.monotonic() + delay > deadline:
                     self.failure = f"no checkpoint could be written for {self._retry_seconds / 60:g} minutes: {error}"

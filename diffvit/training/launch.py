@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from diffvit.data.sources import SAMPLE, Dataset, open_dataset
 from diffvit.data.stream import RayStream
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import HUB, load_weights
+from diffvit.scratch import scratch_folder
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.cluster import connect, require_resources, wait_for_cluster
 from diffvit.training.compilation import require_compiler
@@ -70,7 +72,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     config = resolve(config, dataset)
     train_plan, _ = plan_run(config, dataset, config.worker_counts[-1])
     require_weights(config)
-    with RunLock(config.folder):
+    with RunLock(config.location):
         earlier = open_run(config)
         if earlier is not None and earlier["status"] == "finished":
             return earlier
@@ -81,14 +83,13 @@ def _train(config: RunConfig, dataset: Dataset, train_plan: TrainPlan, started: 
     connect(config.scale)
     wait_for_cluster(config.scale, print)
     require_resources(config.scale)
-    here = NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=False
-    )  # goes with no other node
+    # on this node, and so not lost with another
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     results: dict[str, Any] = {"status": "failed", "reason": None}
     try:
-        with Console(config, dataset, train_plan, progress):
-            outcome = _trainer(config, dataset, progress).fit()
+        with Console(config, dataset, train_plan, progress), _kept_by_ray(config) as folder:
+            outcome = _trainer(config, dataset, progress, folder).fit()
         results |= {"status": "stopped" if outcome.return_value else "finished", "reason": outcome.return_value}
     except SystemExit:  # Ray Train's answer to Ctrl-C, once its workers are gone
         results |= {"status": "interrupted", "reason": "interrupted by the user"}
@@ -99,15 +100,15 @@ def _train(config: RunConfig, dataset: Dataset, train_plan: TrainPlan, started: 
     finally:
         progress.shutdown(force=True)
         if results["reason"]:
-            Logbook(config.folder).cut(results["reason"].splitlines()[0])
-        results |= summarise(CheckpointStore(config.folder, config.checkpoint).entries())
+            Logbook(config.location).cut(results["reason"].splitlines()[0])
+        results |= summarise(CheckpointStore(config.location, config.checkpoint).entries())
         results |= arithmetic(results, config.model)
         results |= {
-            "interruptions": Logbook(config.folder).interruptions,
+            "interruptions": Logbook(config.location).interruptions,
             "seed": config.seed,
             "wall_seconds": round(time.monotonic() - started, 1),
         }
-        write_results(config.folder, results)
+        write_results(config.location, results)
     if results["status"] == "stopped":
         raise RunStopped(results["reason"])
     return results
@@ -122,7 +123,8 @@ def train_group(config: RunConfig, dataset: Dataset, callbacks: list[UserCallbac
     Raises:
         ray.train.TrainingFailedError: workers were lost more often than `scale.max_failures` allows.
     """
-    reason: str | None = _trainer(config, dataset, None, callbacks).fit().return_value
+    with _kept_by_ray(config) as folder:
+        reason: str | None = _trainer(config, dataset, None, folder, callbacks).fit().return_value
     return reason
 
 
@@ -132,7 +134,8 @@ def work_on_group(config: RunConfig, dataset: Dataset, work: Work) -> Any:
     Raises:
         ray.train.TrainingFailedError: as `train_group`.
     """
-    return _trainer(config, dataset, None, work=work).fit().return_value
+    with _kept_by_ray(config) as folder:
+        return _trainer(config, dataset, None, folder, work=work).fit().return_value
 
 
 def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
@@ -146,12 +149,12 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     if path != SAMPLE and "://" not in path:
         path = str(Path(path).expanduser().absolute())
     weights = config.init.weights
-    if weights and not weights.startswith(HUB):
+    if weights and not weights.startswith(HUB) and "://" not in weights:
         weights = str(Path(weights).expanduser().absolute())
     mean, std = (config.data.mean, config.data.std) if config.data.mean else _channel_statistics(config, dataset)
     return dataclasses.replace(
         config,
-        storage=str(config.folder.parent),
+        storage=config.storage if config.is_remote else str(config.folder.parent),
         data=dataclasses.replace(config.data, path=path, mean=mean, std=std, classes=dataset.classes),
         init=dataclasses.replace(config.init, weights=weights),
         model=dataclasses.replace(config.model, num_classes=found),
@@ -172,10 +175,26 @@ def _channel_statistics(config: RunConfig, dataset: Dataset) -> tuple[tuple[floa
     return mean, std
 
 
+@contextmanager
+def _kept_by_ray(config: RunConfig) -> Iterator[str]:
+    """Ray Train's `storage_path`.
+
+    It keeps checkpoints there, of which it gets none from us. All that is left is a marker that its controller writes
+    when it starts, and the controller runs on the node of this process. So a folder of this machine will do where the
+    run itself is in an object store: there the marker would only be one more write that an outage can fail.
+    """
+    if not config.is_remote:
+        yield config.storage
+        return
+    with scratch_folder() as folder:
+        yield str(folder)
+
+
 def _trainer(
     config: RunConfig,
     dataset: Dataset,
     progress: Queue | None,
+    kept_by_ray: str,
     callbacks: list[UserCallback] | None = None,
     work: Work | None = None,
 ) -> FittingTrainer:
@@ -190,11 +209,11 @@ def _trainer(
         ),
         run_config=ray.train.RunConfig(
             name=config.name,
-            storage_path=config.storage,
+            storage_path=kept_by_ray,
             failure_config=ray.train.FailureConfig(
                 max_failures=config.scale.max_failures, max_preemption_failures=config.scale.max_preemptions
             ),
-            callbacks=[_SayWhy(config.folder), *(callbacks or [])],
+            callbacks=[_SayWhy(config.location), *(callbacks or [])],
         ),
     )
 
@@ -202,13 +221,13 @@ def _trainer(
 class _SayWhy(ray.train.UserCallback):  # type: ignore[misc]
     """Tells the run's logbook, from Ray Train's controller, why its workers are started again."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, run: str) -> None:
+        self._run = run
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
         rank, error = next(iter(worker_exceptions.items()))
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        Logbook(self._folder).cut(f"worker {rank} was lost: {lines[0]}")
+        Logbook(self._run).cut(f"worker {rank} was lost: {lines[0]}")
 
 
 def _train_worker(job: dict[str, Any]) -> str | None:
@@ -261,7 +280,7 @@ def join_group(job: dict[str, Any]) -> Member:
         publish=publish,
         rank=rank,
         workers=workers,
-        store=CheckpointStore(config.folder, config.checkpoint),
+        store=CheckpointStore(config.location, config.checkpoint),
         agree=broadcast_from_rank_zero,
         preempted=lambda: ray.train.get_preemption_info() is not None,
     )

@@ -1,6 +1,6 @@
 """Where a run was cut, and what that cost: `interruptions.json`, written by the sitting that goes on.
 
-alive.json          the last sign of life of rank 0: when, at which step
+alive.json          the last sign of life of rank 0: when, at which step; in an object store a few seconds old
 cut.json            why the run is being cut, from whoever knows; gone once it is written down
 interruptions.json  one entry for each: when, why, steps_repeated, seconds_lost
 """
@@ -8,29 +8,34 @@ interruptions.json  one entry for each: when, why, steps_repeated, seconds_lost
 from __future__ import annotations
 
 import json
-import os
+import threading
 import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from diffvit.storage import Storage, StorageError
+
 _SIGN_SECONDS = 1.0
+_REMOTE_SIGN_SECONDS = 5.0
+_ALIVE, _CUT, _INTERRUPTIONS = "alive.json", "cut.json", "interruptions.json"
 _UNKNOWN = "ended without a word: killed, or its node was lost"
 
 
 class Logbook:
     """The three files, in the folder of a run."""
 
-    def __init__(self, folder: Path) -> None:
-        self._alive, self._cut, self._file = (
-            folder / name for name in ("alive.json", "cut.json", "interruptions.json")
-        )
-        self._signed_at = -_SIGN_SECONDS
+    def __init__(self, folder: str | Path) -> None:
+        self._storage = Storage(str(folder))
+        self._hasty = Storage(str(folder), retry_seconds=0)
+        self._every_seconds = _REMOTE_SIGN_SECONDS if self._storage.is_remote else _SIGN_SECONDS
+        self._signed_at = -self._every_seconds
+        self._signing: threading.Thread | None = None
 
     @property
     def interruptions(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = _read(self._file) or []
+        found: list[dict[str, Any]] = self._read(_INTERRUPTIONS) or []
         return found
 
     def begin(self, step: int, train_seconds: float, workers: int) -> None:
@@ -38,10 +43,9 @@ class Logbook:
 
         `seconds_lost` is the time from its last sign of life until now, and that of training the repeated steps.
         """
-        self._alive.parent.mkdir(parents=True, exist_ok=True)
-        last = _read(self._alive)
+        last = self._read(_ALIVE)
         if last is not None:
-            why = (_read(self._cut) or {}).get("why")
+            why = (self._read(_CUT) or {}).get("why")
             if why is None and last["workers"] != workers:
                 why = f"resized from {last['workers']} to {workers} workers"
             entry = {
@@ -52,36 +56,47 @@ class Logbook:
                     max(time.time() - last["time"], 0) + max(last["train_seconds"] - train_seconds, 0), 1
                 ),
             }
-            _write(self._file, [*self.interruptions, entry])
-        self._cut.unlink(missing_ok=True)
-        self._sign(step, train_seconds, workers)
+            _write(self._storage, _INTERRUPTIONS, [*self.interruptions, entry])
+        self._storage.delete(_CUT)
+        _write(self._storage, _ALIVE, self._sign(step, train_seconds, workers))
 
     def alive(self, step: int, train_seconds: float, workers: int) -> None:
-        """A sign of life, written down once a second at most."""
-        if time.monotonic() - self._signed_at >= _SIGN_SECONDS:
-            with suppress(OSError):  # a full disk is found by the checkpoints
-                self._sign(step, train_seconds, workers)
+        """A sign of life, written down once a second at most; training does not wait for an object store."""
+        if time.monotonic() - self._signed_at < self._every_seconds:
+            return
+        sign = self._sign(step, train_seconds, workers)
+        if not self._storage.is_remote:
+            self._try_to_write(_ALIVE, sign)
+        elif self._signing is None or not self._signing.is_alive():
+            self._signing = threading.Thread(target=self._try_to_write, args=(_ALIVE, sign), daemon=True)
+            self._signing.start()
 
-    def cut(self, why: str) -> None:
-        """Say why the run is being cut; the first to say so is right, because one loss makes others follow."""
-        if not self._cut.exists():
-            with suppress(OSError):
-                _write(self._cut, {"why": why})
+    def cut(self, why: str, *, wait: bool = True) -> None:
+        """Say why the run is being cut; the first to say so is right, because one loss makes others follow.
 
-    def _sign(self, step: int, train_seconds: float, workers: int) -> None:
+        With `wait` off training goes on while an object store is asked.
+        """
+        if self._storage.is_remote and not wait:
+            threading.Thread(target=self.cut, args=(why,), daemon=True).start()
+            return
+        with suppress(OSError, StorageError):
+            if self._hasty.size(_CUT) is None:
+                _write(self._hasty, _CUT, {"why": why})
+
+    def _sign(self, step: int, train_seconds: float, workers: int) -> dict[str, Any]:
         self._signed_at = time.monotonic()
-        _write(self._alive, {"time": time.time(), "step": step, "train_seconds": train_seconds, "workers": workers})
+        return {"time": time.time(), "step": step, "train_seconds": train_seconds, "workers": workers}
+
+    def _try_to_write(self, name: str, content: Any) -> None:
+        with suppress(OSError, StorageError):  # a store that is away or full is found by the checkpoints
+            _write(self._hasty, name, content)
+
+    def _read(self, name: str) -> Any:
+        try:
+            return json.loads(self._storage.read(name))
+        except (FileNotFoundError, ValueError):
+            return None
 
 
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+def _write(storage: Storage, name: str, content: Any) -> None:
+    storage.write(name, (json.dumps(content, indent=2) + "\n").encode(), durable=False)

@@ -7,7 +7,9 @@ from a `Stream`. One loop then serves Ray Train, a Tune trial and a plain call i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
 
 import torch
 
@@ -16,9 +18,11 @@ from diffvit.data.batches import Batch, Stream
 from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
+from diffvit.storage import Storage
 from diffvit.training.audit import Audit
 from diffvit.training.checkpoint import TrainState, load_checkpoint
 from diffvit.training.evaluation import evaluate
+from diffvit.training.gather import gather_bytes
 from diffvit.training.health import Health
 from diffvit.training.metrics import Sums
 from diffvit.training.optim import build_ema, build_optimizer, build_schedule
@@ -46,12 +50,12 @@ def fit(config: RunConfig, train_plan: TrainPlan, eval_plan: EvalPlan, stream: S
     if warning and worker.rank == 0:
         worker.warn(warning)
     state = start_state(config, train_plan, worker)
-    saver = Saver(config, state, worker)
-    try:
-        _train(config, train_plan, eval_plan, stream, worker, state, saver)
+    with (
+        closing(Saver(config, state, worker)) as saver,
+        closing(Tracker(config, train_plan, state, worker.publish, enabled=worker.rank == 0)) as tracker,
+    ):
+        _train(config, train_plan, eval_plan, stream, worker, state, saver, tracker)
         saver.finish()
-    finally:
-        saver.close()
 
 
 def _train(
@@ -62,10 +66,10 @@ def _train(
     worker: Worker,
     state: TrainState,
     saver: Saver,
+    tracker: Tracker,
 ) -> None:
     model = replicate(state.model, worker.workers, worker.device, compiles=config.scale.compile)
-    tracker = Tracker(config, train_plan, state, worker.publish, enabled=worker.rank == 0)
-    audit = Audit(config.folder, train_plan, stream, worker.rank, state.step) if config.data.audit else None
+    audit = Audit(config.location, train_plan, stream, worker.rank, state.step) if config.data.audit else None
     batches = tracker.timed(_announce_skipped(stream.train(state.step), worker))
     batches = audit.watch(batches) if audit else batches
     sums, health = Sums(worker.device), Health(config.optim.max_skipped_steps)
@@ -92,14 +96,20 @@ def _train(
             _require_usable(evaluated["skipped"], eval_plan.num_samples, config, "validation")
             _require_finite(evaluated["loss"], state.step // train_plan.steps_per_epoch, saver)
         if saves:
-            if audit:
-                audit.write(state.step)
+            before = (*tracker.flush(), *_write_audit(audit, state.step, config, worker))
             metrics = tracker.report()
-            saver.save(metrics, good=health.counted == 0)
+            saver.save(metrics, before, good=health.counted == 0)
             if ends_epoch:
                 worker.report(metrics)
             tracker.saved()
-    tracker.close()
+
+
+def _write_audit(audit: Audit | None, step: int, config: RunConfig, worker: Worker) -> Iterator[Callable[[], None]]:
+    """What rank 0 is to call, for the files of every rank. A collective where there is an audit."""
+    if audit is not None:
+        run = Storage(config.location, retry_seconds=0)
+        for name, content in audit.parts(step, gather_bytes(audit.take(), worker.device)).items():
+            yield partial(run.write, name, content)
 
 
 def start_state(config: RunConfig, plan: TrainPlan, worker: Worker) -> TrainState:

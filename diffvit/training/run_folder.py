@@ -1,5 +1,7 @@
 """`<storage>/<name>/`: the folder of a run, what is checked before it is used, and the two JSON files of its own.
 
+It lies on a disk or in an object store.
+
 config.json    the run's config, written before the first step
 results.json   status, best and last checkpoint, speed, versions; written when a sitting ends
 """
@@ -20,6 +22,7 @@ import torch
 
 from diffvit.config import RunConfig, differing_fields, from_json, to_json
 from diffvit.models.vit import VisionTransformer
+from diffvit.storage import Storage, StorageError
 from diffvit.training.checkpoint_store import Entry
 from diffvit.training.run_lock import LOCK_NAME
 
@@ -39,21 +42,34 @@ def open_run(config: RunConfig) -> dict[str, Any] | None:
         ValueError: the name is taken by a run with another config (or by any run, with `resume` off), or the folder
             cannot be written or has too little space.
     """
-    folder = config.folder
-    existing = folder / CONFIG_NAME
-    if existing.exists():
-        _require_same_run(existing, config)
-    elif folder.exists() and any(LOCK_NAME not in path.name for path in folder.iterdir()):
-        raise ValueError(f"{folder} holds files but no {CONFIG_NAME}: it is not a run; choose another --name")
-    _require_writable(folder, _checkpoint_bytes(config), config.checkpoint.keep_last + 2)
-    _write_atomically(existing, to_json(config))
-    results = folder / RESULTS_NAME
-    return json.loads(results.read_text()) if results.exists() else None
+    run = Storage(config.location)
+    try:
+        existing = _read(run, CONFIG_NAME)
+        if existing is not None:
+            _require_same_run(existing, config)
+        elif any(LOCK_NAME not in name for name in run.names()):
+            where = run.uri.partition("?")[0]
+            raise ValueError(f"{where} holds files but no {CONFIG_NAME}: it is not a run; choose another --name")
+        if not config.is_remote:
+            _require_writable(config.folder, _checkpoint_bytes(config), config.checkpoint.keep_last + 2)
+        run.write(CONFIG_NAME, to_json(config).encode())
+        results = _read(run, RESULTS_NAME)
+    except StorageError as error:
+        raise ValueError(f"storage cannot be used: {error}") from None
+    return None if results is None else json.loads(results)
 
 
-def write_results(folder: Path, results: dict[str, Any]) -> None:
+def write_results(location: str | Path, results: dict[str, Any]) -> None:
     """Write `results.json`; the command, versions and commit that made them are added."""
-    _write_atomically(folder / RESULTS_NAME, json.dumps({**results, **_provenance()}, indent=2) + "\n")
+    content = json.dumps({**results, **_provenance()}, indent=2) + "\n"
+    Storage(str(location)).write(RESULTS_NAME, content.encode())
+
+
+def _read(run: Storage, name: str) -> bytes | None:
+    try:
+        return run.read(name)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def summarise(checkpoints: Sequence[Entry]) -> dict[str, Any]:
@@ -82,14 +98,15 @@ def summarise(checkpoints: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _require_same_run(existing: Path, config: RunConfig) -> None:
+def _require_same_run(existing: bytes, config: RunConfig) -> None:
+    where = config.location.partition("?")[0]
     if not config.resume:
-        raise ValueError(f"run {config.name!r} exists in {existing.parent}; choose another --name or leave --resume on")
-    differing = differing_fields(from_json(existing.read_text(), str(existing)), config)
+        raise ValueError(f"run {config.name!r} exists in {where}; choose another --name or leave --resume on")
+    differing = differing_fields(from_json(existing, f"{where}/{CONFIG_NAME}"), config)
     if differing:
         lines = "".join(f"\n  {name}: {old!r} there, {new!r} now" for name, (old, new) in differing.items())
         raise ValueError(
-            f"run {config.name!r} exists in {existing.parent} with another config; choose another --name, "
+            f"run {config.name!r} exists in {where} with another config; choose another --name, "
             f"or the same values to continue it:{lines}"
         )
 
@@ -142,9 +159,3 @@ def _git_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)

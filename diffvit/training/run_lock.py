@@ -1,8 +1,8 @@
 """One run, one owner: the second call with the same name is refused while the first lives.
 
-The lock is a file in the run's folder, created in one step on any file system that several hosts share, which its owner
-writes again every few seconds. Nobody's clock is trusted: an owner on another host lives if its file changes while we
-look. One on this host lives if its process does. So a killed owner holds the name for half a minute at most.
+The lock is a file in the run's folder, created in one step (`diffvit.training.lock_file`), which its owner writes again
+every few seconds. Nobody's clock is trusted: an owner on another host lives if its file changes while we look. One on
+this host lives if its process does. So a killed owner holds the name for half a minute at most.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import threading
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
+
+from diffvit.storage import StorageError
+from diffvit.training.lock_file import lock_file
 
 LOCK_NAME = "run.lock"
 _BEAT_SECONDS = 5.0
@@ -52,22 +55,21 @@ class RunLock:
         ValueError: somebody else holds it, or the folder cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path, self._me = folder / LOCK_NAME, Owner.of_this_process()
-        self._asked = time.monotonic()
+    def __init__(self, folder: str | Path) -> None:
+        self._storage, _, self._name = str(folder).partition("?")[0].rstrip("/").rpartition("/")
+        self._file, self._me = lock_file(folder, LOCK_NAME), Owner.of_this_process()
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
 
     def __enter__(self) -> RunLock:
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            while not self._create(self._path):
+            while not self._file.swap(None, _content(self._me)):
                 left_behind = self._watch()
-                if left_behind is not None and self._take_over(left_behind):
+                if left_behind is not None and self._file.swap(left_behind, _content(self._me)):
                     break
-        except OSError as error:
-            storage = self._path.parent.parent
-            raise ValueError(f"storage {storage} cannot be written: {error.strerror or error}") from None
+        except (OSError, StorageError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"storage {self._storage} cannot be written: {reason}") from None
         self._thread.start()
         return self
 
@@ -76,78 +78,44 @@ class RunLock:
     ) -> None:
         self._released.set()
         self._thread.join()
-        if self._holder() == self._me.id:
-            self._path.unlink(missing_ok=True)
-
-    def _create(self, path: Path) -> bool:
-        """Write ourselves to `path`, where there is nothing yet. A link is made in one step, on NFS too."""
-        mine = self._write_aside(self._me)
-        try:
-            os.link(mine, path)
-        except FileExistsError:
-            return False
-        finally:
-            mine.unlink()
-        return True
-
-    def _write_aside(self, owner: Owner) -> Path:
-        path = self._path.with_name(f".{LOCK_NAME}.{self._me.id}")
-        path.write_text(json.dumps(asdict(owner)))
-        return path
+        with suppress(StorageError):  # left behind in a store that is away; half a minute later it is nobody's
+            if self._holder() == self._me.id:
+                self._file.delete()
 
     def _watch(self) -> str | None:
         """What stands in a lock whose owner is gone; None where there is no lock any more."""
-        content = self._read()
+        content = self._file.read()
         owner = _parse(content or "")
         deadline = time.monotonic() + _SILENT_SECONDS
         while content is not None and not (owner and owner.is_gone) and time.monotonic() < deadline:
             is_here = owner is not None and owner.host == _host() and bool(owner.born)
-            now = content if is_here else self._read()
+            now = content if is_here else self._file.read()
             if is_here or now not in (content, None):
                 who = f"process {owner.pid} on {owner.host.split()[0]}" if owner else "another process"
                 raise ValueError(
-                    f"run {self._path.parent.name!r} is being worked on by {who}; wait for it, end it, or choose "
-                    "another --name"
+                    f"run {self._name!r} is being worked on by {who}; wait for it, end it, or choose another --name"
                 )
             content = now
             time.sleep(_BEAT_SECONDS / 10)
         return content
 
-    def _take_over(self, left_behind: str) -> bool:
-        """Take the place of a dead owner, if nobody was faster; of those who want to, one at a time may try."""
-        turn = self._path.with_name(f".{LOCK_NAME}.turn")
-        if not self._create(turn):
-            time.sleep(_BEAT_SECONDS / 10)
-            if time.monotonic() - self._asked > 3 * _SILENT_SECONDS:  # whose turn it was is gone too
-                turn.unlink(missing_ok=True)
-            return False
-        try:
-            if self._read() != left_behind:
-                return False
-            self._write_aside(self._me).replace(self._path)
-        finally:
-            turn.unlink()
-        return True
-
     def _beat(self) -> None:
         beat = 0
         while not self._released.wait(_BEAT_SECONDS):
             beat += 1
-            with suppress(OSError):  # a store that is away for a while is no reason to end
+            with suppress(OSError, StorageError):  # a store that is away for a while is no reason to end
                 if self._holder() not in (self._me.id, None):
                     os.kill(os.getpid(), signal.SIGINT)  # we were silent for too long, and the run has another owner
                     return
-                self._write_aside(Owner(**{**asdict(self._me), "beat": beat})).replace(self._path)
-
-    def _read(self) -> str | None:
-        try:
-            return self._path.read_text()
-        except FileNotFoundError:
-            return None
+                self._file.write(_content(replace(self._me, beat=beat)))
 
     def _holder(self) -> str | None:
-        owner = _parse(self._read() or "")
+        owner = _parse(self._file.read() or "")
         return owner.id if owner else None
+
+
+def _content(owner: Owner) -> str:
+    return json.dumps(asdict(owner))
 
 
 def _parse(content: str) -> Owner | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from enum import IntFlag
 from typing import Any
 
@@ -53,7 +54,7 @@ class Saver:
     def __init__(self, config: RunConfig, state: TrainState, worker: Worker) -> None:
         self._config, self._state, self._worker = config, state, worker
         self._writer = None
-        self._logbook = Logbook(config.folder)
+        self._logbook = Logbook(config.location)
         if worker.rank == 0 and worker.store is not None:
             self._logbook.begin(state.step, state.train_seconds, worker.workers)
             worker.store.sweep()
@@ -89,17 +90,23 @@ class Saver:
             if not self._preempted and self._worker.preempted():
                 notice = self._preempted = True
                 self._every_minutes = min(self._every_minutes, _PREEMPTED_SAVE_MINUTES)
-                self._logbook.cut("preempted: a node was about to go")
+                self._logbook.cut("preempted: a node was about to go", wait=False)
                 self._worker.warn(f"a node is about to go: saving at step {self._state.step}")
         return notice or Ask.SAVE in ask
 
-    def save(self, metrics: dict[str, Any], *, good: bool) -> None:
-        """Hand a copy of the state to the writer; a `good` one is what a sick run goes back to."""
+    def save(self, metrics: dict[str, Any], before: tuple[Callable[[], None], ...] = (), *, good: bool) -> None:
+        """Hand a copy of the state to the writer, after rank 0 has written what must be there `before` it.
+
+        A `good` one is what a sick run goes back to.
+        """
         if good:
             self._good_step = self._state.step
         if self._writer is not None:
             pinned = () if self._good_step is None else (self._good_step,)
-            self._writer.submit(take_snapshot(self._state, self._config, metrics), pinned)
+            self._writer.submit(take_snapshot(self._state, self._config, metrics), pinned, before)
+        elif self._worker.rank == 0:
+            for write in before:
+                write()
 
     def roll_back(self, health: Health) -> int:
         """Take the weights of the last good checkpoint, and go on from here with them; the step they are of.

@@ -13,12 +13,14 @@ from diffvit.config import RunConfig
 from diffvit.data.batches import Batch, Stream
 from diffvit.data.order import TrainPlan
 from diffvit.training.checkpoint import TrainState
+from diffvit.training.event_folder import TENSORBOARD_FOLDER, EventFolder
 from diffvit.training.utilisation import device_name
 
 Publish = Callable[[str, dict[str, Any]], None]
 """(kind, fields): 'step', 'epoch', 'skipped' or 'warning', read by `diffvit.console`."""
 
-TENSORBOARD_FOLDER = "tensorboard"
+__all__ = ["TENSORBOARD_FOLDER", "Publish", "Tracker"]
+
 _ATTENTION_GRIDS = 5
 """How many times a run draws its attention maps."""
 _GRID_IMAGES = 8
@@ -38,8 +40,9 @@ class Tracker:
         self._config, self._plan, self._state, self._publish = config, plan, state, publish
         self._writer: SummaryWriter | None = None
         if enabled:
+            self._events = EventFolder(config.location)
             # what a cut run wrote after the step it goes on from will be written again
-            self._writer = SummaryWriter(str(config.folder / TENSORBOARD_FOLDER), purge_step=state.step + 1)
+            self._writer = SummaryWriter(str(self._events.path), purge_step=state.step + 1)
         self._seconds_before, self._first_step = state.train_seconds, state.step
         self._started = self._lap_started = time.perf_counter()
         self._saved_at = self._started
@@ -148,6 +151,13 @@ class Tracker:
             self._reset_epoch()
         return metrics
 
+    def flush(self) -> tuple[Callable[[], None], ...]:
+        """Bring the events to the disk; what is to be called, on rank 0, to bring them into the run's folder."""
+        if self._writer is None:
+            return ()
+        self._writer.flush()
+        return (self._events.copy,)
+
     def saved(self) -> None:
         """A checkpoint was handed over; evaluation and that do not count as training time in images a second."""
         self._lap_started = self._saved_at = time.perf_counter()
@@ -156,6 +166,7 @@ class Tracker:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+            self._events.close()
 
     def _eta_seconds(self, now: float) -> float:
         """Evaluations and checkpoints included, because the time so far includes them."""
