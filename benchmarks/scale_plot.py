@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,10 +34,9 @@ def draw(path: Path, runs: Mapping[str, Sequence[Prediction]], ceilings: Mapping
                 "label": name,
             }
             speed.plot([p.gpus for p in predictions], [p.images_per_second for p in predictions], **style)
-            finite = [p for p in predictions if math.isfinite(p.hours)]
-            cost.plot([p.hours for p in finite], [p.dollars for p in finite], **style)
+            cost.plot([p.hours for p in predictions], [p.dollars for p in predictions], **style)
             if number in (0, len(runs) - 1):  # those between lie close to the first
-                for p in (finite[0], finite[len(finite) // 3], finite[-1]):
+                for p in (predictions[0], predictions[len(predictions) // 3], predictions[-1]):
                     at = (p.hours, p.dollars)
                     cost.annotate(f"{p.gpus}", at, xytext=(-4, 5), textcoords="offset points", fontsize=8, ha="right")
         _draw_ceilings(speed, ceilings)

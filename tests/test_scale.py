@@ -92,11 +92,11 @@ def test_a_step_and_what_it_is_made_of(model: Any, fleet: Any, assumed: Any, mea
     assert (step.compute_seconds, step.launch_seconds) == (0.5, 0.0)
     assert step.exposed_seconds == pytest.approx(4.56 - 0.125)
     assert step.seconds == pytest.approx(4.935)
-    # 20 GPUs, 20 images each in 0.2 s: the rest up to 0.5 s is launching, and hides the ring too
-    step = model.step_of(
-        20, "plain", fleet, replace(assumed, hop_seconds=0), replace(measured, gradient_bytes={"plain": 0})
-    )
-    assert (step.compute_seconds, step.launch_seconds, step.exposed_seconds) == pytest.approx((0.2, 0.3, 0.0))
+    # 20 GPUs, 20 images each in 0.2 s: the rest up to 0.5 s is launching. The ring of 10 nodes takes 2 x 9 x 0.01 s, of
+    # which a quarter of those 0.5 s hides
+    light, no_hops = replace(measured, gradient_bytes={"plain": 100_000_000}), replace(assumed, hop_seconds=0)
+    step = model.step_of(20, "plain", fleet, no_hops, light)
+    assert (step.compute_seconds, step.launch_seconds, step.exposed_seconds) == pytest.approx((0.2, 0.3, 0.055))
     # V2's steps are 1.19 times as long, in compute and in launching
     v2 = model.step_of(20, "V2", fleet, assumed, replace(measured, gradient_bytes={"V2": 0}))
     assert (v2.compute_seconds, v2.launch_seconds) == pytest.approx((0.238, 0.357))
