@@ -39,12 +39,14 @@ class Dealt:
     images_per_chunk: int
     loading_seconds: float
     """That a task spends asleep for each chunk."""
+    ready_bytes: int
+    """Decoded images that the stream let lie ready."""
     chunks: int
     seconds: float
     coordinator_cpu_seconds: float
     """Of the coordinator's process in `seconds`; NaN where there is no /proc."""
     tasks_at_once: float
-    """Loading tasks that ran side by side, on average."""
+    """Loading tasks that ran side by side, on average; 0 where loading takes no time."""
 
     @property
     def chunks_per_second(self) -> float:
@@ -121,6 +123,7 @@ def deal(
         consumers=consumers,
         images_per_chunk=images_per_chunk,
         loading_seconds=loading_seconds,
+        ready_bytes=ready_times * stream._READY_BYTES,
         chunks=sum(began < moment <= ended for moment in came),
         seconds=ended - began,
         coordinator_cpu_seconds=cpu,
