@@ -147,13 +147,14 @@ def measure(options: Options, console: Console) -> Measured:
     dealt = watch_coordinator(images_per_chunk, options)
     console.print(stream_table(dealt))
     (limited, *_) = [found for found in dealt if found.loading_seconds]
+    whole = [found for found in dealt if found.images_per_chunk == images_per_chunk and not found.loading_seconds]
     return Measured(
         decode_images_per_core_second=decoded,
         gradient_bytes=gradients,
         checkpoint_bytes=int(size),
         checkpoint_write_seconds=write,
         snapshot_seconds=snapshot,
-        stream_chunks_per_second=1 / min(found.coordinator_seconds_per_chunk for found in dealt),
+        stream_chunks_per_second=1 / statistics.median(found.coordinator_seconds_per_chunk for found in whole),
         images_per_chunk=images_per_chunk,
         tasks_at_once=limited.tasks_at_once,
     )

@@ -61,7 +61,7 @@ P4D = Fleet(
     vcpus_per_node=96,
     gpu_images_per_second=1058.0 * 1555 / 936,
     node_gigabits_per_second=100.0,  # one of its four cards, by TCP
-    node_dollars_per_hour=21.96,  # on demand, since June 2025
+    node_dollars_per_hour=21.96,  # on demand, after the cut of June 2025; not looked up since
     interruptions_per_node_hour=0.0,
 )
 """What one would rent for many GPUs: eight A100 (40 GB) each, on demand.
@@ -130,7 +130,7 @@ class Measured:
     snapshot_seconds: float
     """Copying the state, for which training waits."""
     stream_chunks_per_second: float
-    """That the stream's coordinator could deal out with a core to itself: one over its CPU seconds for a chunk."""
+    """That the stream's coordinator could deal out with a core to itself, by its CPU time for one."""
     images_per_chunk: int
     """The most in a chunk of the stream."""
     tasks_at_once: float
