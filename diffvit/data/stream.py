@@ -38,7 +38,8 @@ _SEGMENT_CHUNKS = 4096
 """Chunks planned in one Ray data set: bounds the memory of the plan, whatever the length of the run."""
 
 _READY_BYTES = 512 * 2**20
-"""Decoded images that may lie ready in the object store."""
+"""Decoded images that may lie ready in the object store for each rank. (Blocks that a rank holds count too, so that one
+for all ranks would leave nothing to decode into.)"""
 
 Broadcast = Callable[[Any], Any]
 """Called by every rank; gives each of them what rank 0 passed."""
@@ -105,7 +106,7 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options = ExecutionOptions(
-        preserve_order=True, resource_limits=ExecutionResources(object_store_memory=_READY_BYTES)
+        preserve_order=True, resource_limits=ExecutionResources(object_store_memory=_READY_BYTES * workers)
     )
     reference = ray.put(loader)
     ends = _chunk_ends(len(rows[::workers]), _rows_per_chunk(loader))
