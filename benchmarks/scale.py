@@ -10,7 +10,6 @@ says where it comes from. No GPU and no cloud is used.
 from __future__ import annotations
 
 import logging
-import math
 import platform
 import statistics
 import tempfile
@@ -46,9 +45,6 @@ RECIPE_OF = {"plain": "imagenet-s16-90ep", "V1": "imagenet-s16-90ep-v1", "V2": "
 CHUNK_SHARE = 16
 """The coordinator is also watched with chunks of a 16th, so that what it costs shows and not the copying."""
 
-WATCHED_CONSUMERS = 4
-"""With these it is counted how many tasks load at once. What the stream allows fewer of them is not looked at."""
-
 
 @dataclass(frozen=True)
 class Options(Assumptions):
@@ -68,8 +64,6 @@ class Options(Assumptions):
     """Logical CPUs of the local Ray."""
     consumers: tuple[int, ...] = (1, 4, 16)
     """Ranks that take chunks."""
-    ready_times: int = 8
-    """The stream's limit on tasks is also lifted by giving ready images so many times the memory."""
 
 
 def main() -> None:
@@ -77,11 +71,9 @@ def main() -> None:
     torch.set_num_threads(1)
     console = Console(width=150)
     measured = read_or_measure(options, console)
-    lifted = replace(measured, tasks_at_once=math.inf)
-    runs = {f"{name}, {options.gpu.name}": predictions(name, options.gpu, options, lifted) for name in VARIANTS}
-    runs[f"plain, {options.big.name}"] = predictions("plain", options.big, options, lifted)
-    today = predictions("plain", options.gpu, options, measured)
-    console.print(table(today, runs, options))
+    runs = {f"{name}, {options.gpu.name}": predictions(name, options.gpu, options, measured) for name in VARIANTS}
+    runs[f"plain, {options.big.name}"] = predictions("plain", options.big, options, measured)
+    console.print(table(runs, options))
     for name, predicted in runs.items():
         console.print(f"PREDICTED: {name} {stops_at(predicted)}")
     most = options.gpus[-1]
@@ -97,7 +89,6 @@ def main() -> None:
         )
     if options.plot is not None:
         del ceilings["GPU"]
-        ceilings["decoding, as the stream is now"] = ceilings.pop("decoding")
         draw(options.plot, runs, ceilings)
 
 
@@ -115,18 +106,16 @@ def predictions(variant: str, fleet: Fleet, options: Options, measured: Measured
     return [predict(gpus, variant, fleet, options, measured) for gpus in options.gpus]
 
 
-def table(today: Sequence[Prediction], runs: Mapping[str, Sequence[Prediction]], options: Options) -> Table:
-    """A row for each number of GPUs: plain as the stream is now; then every run without its limit on decoding."""
+def table(runs: Mapping[str, Sequence[Prediction]], options: Options) -> Table:
+    """A row for each number of GPUs, with every run's hours and dollars; speed and its bound are the first one's."""
     title = f"PREDICTED, not measured: ViT-S/16, {options.epochs} epochs"
     found = Table("GPUs", title=title, title_justify="left", box=box.SIMPLE)
-    columns = ("images/s\nnow", "bound by", "images/s\nlifted", "bound by", "data\nnodes")
+    columns = ("images/s", "bound by", "data\nnodes")
     for column in (*columns, *(text for name in runs for text in (name.replace(", ", "\n") + "\nhours", "$"))):
         found.add_column(column, justify="right")
-    for now, *row in zip(today, *runs.values(), strict=True):
+    for row in zip(*runs.values(), strict=True):
         plain = row[0]
-        watched = now.gpus >= WATCHED_CONSUMERS
-        cells = [f"{now.gpus}", *((f"{now.images_per_second:,.0f}", now.bound_by) if watched else ("", ""))]
-        cells += [f"{plain.images_per_second:,.0f}", plain.bound_by, f"{plain.data_nodes}"]
+        cells = [f"{plain.gpus}", f"{plain.images_per_second:,.0f}", plain.bound_by, f"{plain.data_nodes}"]
         found.add_row(*cells, *(cell for run in row for cell in (f"{run.hours:,.1f}", f"{run.dollars:,.0f}")))
     return found
 
@@ -146,7 +135,6 @@ def measure(options: Options, console: Console) -> Measured:
     images_per_chunk = stream._CHUNK_BYTES // (CHANNELS * IMAGE_SIZE**2)
     dealt = watch_coordinator(images_per_chunk, options)
     console.print(stream_table(dealt))
-    (limited, *_) = [found for found in dealt if found.loading_seconds]
     whole = [found for found in dealt if found.images_per_chunk == images_per_chunk and not found.loading_seconds]
     return Measured(
         decode_images_per_core_second=decoded,
@@ -156,7 +144,6 @@ def measure(options: Options, console: Console) -> Measured:
         snapshot_seconds=snapshot,
         stream_chunks_per_second=1 / statistics.median(found.coordinator_seconds_per_chunk for found in whole),
         images_per_chunk=images_per_chunk,
-        tasks_at_once=limited.tasks_at_once,
     )
 
 
@@ -215,19 +202,18 @@ def watch_coordinator(images_per_chunk: int, options: Options) -> list[Dealt]:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     sizes = (images_per_chunk // CHUNK_SHARE, images_per_chunk)
     found = [deal(count, size, options.stream_seconds) for size in sizes for count in options.consumers]
-    for times in (1, options.ready_times):
-        found.append(
-            deal(
-                WATCHED_CONSUMERS, images_per_chunk, 2 * options.stream_seconds, loading_seconds=1.0, ready_times=times
-            )
-        )
+    found += [
+        deal(count, images_per_chunk, 2 * options.stream_seconds, loading_seconds=1.0)
+        for count in options.consumers
+        if count <= options.stream_cpus
+    ]
     ray.shutdown()
     return found
 
 
 def stream_table(dealt: Sequence[Dealt]) -> Table:
     title = "measured: what one coordinator deals out, when loading costs no CPU"
-    found = Table("consumers", "images a chunk", "s to load one", "MiB ready", title=title, title_justify="left")
+    found = Table("consumers", "images a chunk", "s to load one", title=title, title_justify="left")
     for column in ("chunks/s", "coordinator's CPU", "ms of it a chunk", "tasks at once"):
         found.add_column(column, justify="right")
     for row in dealt:
@@ -235,7 +221,6 @@ def stream_table(dealt: Sequence[Dealt]) -> Table:
             f"{row.consumers}",
             f"{row.images_per_chunk}",
             f"{row.loading_seconds:g}",
-            f"{row.ready_bytes / 2**20:.0f}",
             f"{row.chunks_per_second:.1f}",
             f"{row.coordinator_cpu_seconds / row.seconds:.0%}",
             f"{1e3 * row.coordinator_seconds_per_chunk:.0f}",

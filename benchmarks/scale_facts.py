@@ -133,5 +133,3 @@ class Measured:
     """That the stream's coordinator could deal out with a core to itself, by its CPU time for one."""
     images_per_chunk: int
     """The most in a chunk of the stream."""
-    tasks_at_once: float
-    """Decoding tasks of a stream that ran side by side, with CPUs for more: the mean over a few seconds."""

@@ -82,7 +82,6 @@ def ceilings_images_per_second(gpus: int, variant: str, fleet: Fleet, a: Assumpt
     """What each part of the system would allow alone."""
     return {
         "GPU": a.batch_size / step_of(gpus, variant, fleet, a, m).seconds,
-        "decoding": m.tasks_at_once * vcpu_images_per_second(a, m),
         "coordinator": m.stream_chunks_per_second * chunk_images(gpus, a, m),
         "S3": a.s3_requests_per_second,
     }

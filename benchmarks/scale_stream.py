@@ -39,8 +39,6 @@ class Dealt:
     images_per_chunk: int
     loading_seconds: float
     """That a task spends asleep for each chunk."""
-    ready_bytes: int
-    """Decoded images that the stream let lie ready."""
     chunks: int
     seconds: float
     coordinator_cpu_seconds: float
@@ -79,13 +77,8 @@ class ReadyLoader:
         return Batch(row, images, labels)
 
 
-def deal(
-    consumers: int, images_per_chunk: int, seconds: float, loading_seconds: float = 0.0, ready_times: int = 1
-) -> Dealt:
-    """Take chunks of so many images (2 or more) for so many seconds. Ray must be running.
-
-    `ready_times` multiplies the memory that the stream lets decoded images fill.
-    """
+def deal(consumers: int, images_per_chunk: int, seconds: float, loading_seconds: float = 0.0) -> Dealt:
+    """Take chunks of so many images (2 or more) for so many seconds. Ray must be running."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a task cannot import what lies beside a script
     batch_size = consumers * images_per_chunk
     steps = _CHUNKS // consumers
@@ -100,10 +93,7 @@ def deal(
             if stop.is_set():
                 return
 
-    with (
-        patch.object(stream, "_CHUNK_IMAGES", images_per_chunk),  # a micro-batch is then a chunk: none grow
-        patch.object(stream, "_READY_BYTES", ready_times * stream._READY_BYTES),
-    ):
+    with patch.object(stream, "_CHUNK_IMAGES", images_per_chunk):  # a micro-batch is then a chunk: none grow
         splits = stream._split_chunks(loader, range(steps * consumers), consumers)
     threads = [threading.Thread(target=consume, args=(split,), daemon=True) for split in splits]
     for thread in threads:
@@ -123,7 +113,6 @@ def deal(
         consumers=consumers,
         images_per_chunk=images_per_chunk,
         loading_seconds=loading_seconds,
-        ready_bytes=ready_times * stream._READY_BYTES,
         chunks=sum(began < moment <= ended for moment in came),
         seconds=ended - began,
         coordinator_cpu_seconds=cpu,

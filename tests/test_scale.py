@@ -74,7 +74,6 @@ def measured(facts: Any) -> Any:
         snapshot_seconds=0.5,
         stream_chunks_per_second=40.0,
         images_per_chunk=130,
-        tasks_at_once=1000,
     )
 
 
@@ -124,8 +123,6 @@ def test_what_binds(model: Any, fleet: Any, assumed: Any, measured: Any) -> None
     assert reason(2, replace(assumed, s3_requests_per_second=201)) == "GPU"
     assert reason(2, m=replace(measured, stream_chunks_per_second=1.5)) == "coordinator"  # of 130 images: 195
     assert reason(2, m=replace(measured, stream_chunks_per_second=1.6)) == "GPU"
-    assert reason(2, m=replace(measured, tasks_at_once=5)) == "decoding"  # 5 vCPUs of 100 x 0.5 x 0.68 = 34: 170
-    assert reason(2, m=replace(measured, tasks_at_once=6)) == "GPU"
 
 
 def test_data_nodes_decode_what_the_gpu_nodes_cannot(model: Any, fleet: Any, assumed: Any, measured: Any) -> None:

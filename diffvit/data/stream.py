@@ -38,8 +38,8 @@ _SEGMENT_CHUNKS = 4096
 """Chunks planned in one Ray data set: bounds the memory of the plan, whatever the length of the run."""
 
 _READY_BYTES = 512 * 2**20
-"""Decoded images that may lie ready in the object store for each rank. (Blocks that a rank holds count too, so that one
-for all ranks would leave nothing to decode into.)"""
+"""Decoded images that may lie in the object store for each rank, those that it holds included; but two chunks for each
+CPU of the cluster where that is more, or not all CPUs could decode."""
 
 Broadcast = Callable[[Any], Any]
 """Called by every rank; gives each of them what rank 0 passed."""
@@ -105,8 +105,9 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
     """Micro-batches `rows` of the loader's plan, made in Ray tasks; iterator r gives rows[r::workers]."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
+    ready = max(_READY_BYTES * workers, 2 * _CHUNK_BYTES * int(ray.cluster_resources().get("CPU", 0)))
     context.execution_options = ExecutionOptions(
-        preserve_order=True, resource_limits=ExecutionResources(object_store_memory=_READY_BYTES * workers)
+        preserve_order=True, resource_limits=ExecutionResources(object_store_memory=ready)
     )
     reference = ray.put(loader)
     ends = _chunk_ends(len(rows[::workers]), _rows_per_chunk(loader))
