@@ -18,12 +18,10 @@ from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.sources import Dataset
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.compilation import require_compiler
-from diffvit.training.logbook import Logbook
 from diffvit.training.loop import RunStopped, Worker, fit
-from diffvit.training.run_folder import open_run, summarise, write_results
+from diffvit.training.run_folder import close_run, open_run
 from diffvit.training.run_lock import RunLock
 from diffvit.training.tracking import Publish
-from diffvit.training.utilisation import arithmetic
 
 
 def train_alone(config: RunConfig, dataset: Dataset, publish: Publish | None = None) -> dict[str, Any]:
@@ -53,30 +51,19 @@ def _train(config: RunConfig, dataset: Dataset, plans: tuple[TrainPlan, EvalPlan
     started = time.monotonic()
     plan, eval_plan = plans
     stream = LocalStream(BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, eval_plan))
-
-    store = CheckpointStore(config.location, config.checkpoint)
     worker = Worker(
         device=torch.device(config.scale.device_type),
         report=lambda _: None,
         publish=publish,
-        store=store,
+        store=CheckpointStore(config.location, config.checkpoint),
     )
-    results: dict[str, Any] = {"status": "failed", "reason": None}
+    status, reason = "failed", None
     try:
         fit(config, plan, eval_plan, stream, worker)
-        results["status"] = "finished"
+        status = "finished"
     except RunStopped as stop:
-        results |= {"status": "stopped", "reason": str(stop)}
+        status, reason = "stopped", str(stop)
         raise
     finally:
-        if results["reason"]:
-            Logbook(config.location).cut(results["reason"])
-        results |= summarise(store.entries())
-        results |= arithmetic(results, config.model)
-        results |= {
-            "interruptions": Logbook(config.location).interruptions,
-            "seed": config.seed,
-            "wall_seconds": round(time.monotonic() - started, 1),
-        }
-        write_results(config.location, results)
+        results = close_run(config, status, reason, started)
     return results

@@ -35,9 +35,8 @@ from diffvit.training.compilation import require_compiler
 from diffvit.training.elastic import FittingTrainer
 from diffvit.training.logbook import Logbook
 from diffvit.training.loop import RunStopped, Worker, fit
-from diffvit.training.run_folder import open_run, summarise, write_results
+from diffvit.training.run_folder import close_run, open_run
 from diffvit.training.run_lock import RunLock
-from diffvit.training.utilisation import arithmetic
 
 __all__ = [
     "RunStopped",
@@ -86,31 +85,22 @@ def _train(config: RunConfig, dataset: Dataset, train_plan: TrainPlan, started: 
     # on this node, and so not lost with another
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    results: dict[str, Any] = {"status": "failed", "reason": None}
+    status, reason = "failed", None
     try:
         with Console(config, dataset, train_plan, progress), _kept_by_ray(config) as folder:
-            outcome = _trainer(config, dataset, progress, folder).fit()
-        results |= {"status": "stopped" if outcome.return_value else "finished", "reason": outcome.return_value}
+            reason = _trainer(config, dataset, progress, folder).fit().return_value
+        status = "stopped" if reason else "finished"
     except SystemExit:  # Ray Train's answer to Ctrl-C, once its workers are gone
-        results |= {"status": "interrupted", "reason": "interrupted by the user"}
+        status, reason = "interrupted", "interrupted by the user"
         raise KeyboardInterrupt from None
     except TrainingFailedError as error:
-        results["reason"] = str(error)
+        reason = str(error)
         raise
     finally:
         progress.shutdown(force=True)
-        if results["reason"]:
-            Logbook(config.location).cut(results["reason"].splitlines()[0])
-        results |= summarise(CheckpointStore(config.location, config.checkpoint).entries())
-        results |= arithmetic(results, config.model)
-        results |= {
-            "interruptions": Logbook(config.location).interruptions,
-            "seed": config.seed,
-            "wall_seconds": round(time.monotonic() - started, 1),
-        }
-        write_results(config.location, results)
-    if results["status"] == "stopped":
-        raise RunStopped(results["reason"])
+        results = close_run(config, status, reason, started)
+    if reason is not None:
+        raise RunStopped(reason)
     return results
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
@@ -23,8 +24,10 @@ import torch
 from diffvit.config import RunConfig, differing_fields, from_json, to_json
 from diffvit.models.vit import VisionTransformer
 from diffvit.storage import Storage, StorageError
-from diffvit.training.checkpoint_store import Entry
+from diffvit.training.checkpoint_store import CheckpointStore, Entry
+from diffvit.training.logbook import Logbook
 from diffvit.training.run_lock import LOCK_NAME
+from diffvit.training.utilisation import arithmetic
 
 CONFIG_NAME = "config.json"
 RESULTS_NAME = "results.json"
@@ -57,6 +60,23 @@ def open_run(config: RunConfig) -> dict[str, Any] | None:
     except StorageError as error:
         raise ValueError(f"storage cannot be used: {error}") from None
     return None if results is None else json.loads(results)
+
+
+def close_run(config: RunConfig, status: str, reason: str | None, started: float) -> dict[str, Any]:
+    """Write down how a sitting ended that began at `started` (of `time.monotonic`); the content of `results.json`."""
+    logbook = Logbook(config.location)
+    if reason:
+        logbook.cut(reason.splitlines()[0])
+    results: dict[str, Any] = {"status": status, "reason": reason}
+    results |= summarise(CheckpointStore(config.location, config.checkpoint).entries())
+    results |= arithmetic(results, config.model)
+    results |= {
+        "interruptions": logbook.interruptions,
+        "seed": config.seed,
+        "wall_seconds": round(time.monotonic() - started, 1),
+    }
+    write_results(config.location, results)
+    return results
 
 
 def write_results(location: str | Path, results: dict[str, Any]) -> None:
