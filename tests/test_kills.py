@@ -22,6 +22,8 @@ from diffvit.data.sources import open_dataset
 from diffvit.training import alone, checkpoint, checkpoint_store, loop
 from diffvit.training.alone import train_alone
 
+pytestmark = pytest.mark.slow  # a process each, which imports torch
+
 # (where, which function, at which call, before or after it). Checkpoints are written at steps 2, 3, 4, 6, 8, 9, …
 MOMENTS: dict[str, tuple[Any, str, int, str]] = {
     "start-up": (loop, "load_checkpoint", 1, "before"),
