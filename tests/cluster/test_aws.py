@@ -22,7 +22,7 @@ pytestmark = [
 CLUSTER_NAME = "diffvit-aws-test"
 # two of the three CPUs that a node says it has here, so that two workers need two nodes
 JOB = (
-    "python ray_jobs/pretrain.py sample --scale.workers 2 --scale.cpus-per-worker 2 --optim.epochs 3 "
+    "python ray_jobs/pretrain.py sample --scale.workers 2 --scale.cpus-per-worker 2 --optim.epochs 8 "
     "--optim.warmup-epochs 0 --optim.batch-size 960 --model.depth 1 --model.embed-dim 32 --model.num-heads 1"
 )
 
@@ -135,7 +135,7 @@ def test_a_job_brings_up_workers_and_outlives_one(cloud: Cloud, launcher: Launch
         wait_until(lambda: list(run.glob("checkpoint_step_*/checkpoint.json")), 200, "a checkpoint saved")
         gone = first[1]["PrivateIpAddress"]
         watcher_log = cloud.network.hosts[gone].home / "diffvit-node/spot_watcher.log"
-        cloud.interrupt(gone, seconds=20)
+        cloud.interrupt(gone, seconds=15)
         wait_until(lambda: " is drained, " in watcher_log.read_text(), 15, "the notice passed on to Ray")
         wait_until(lambda: gone not in cloud.network.hosts, 40, "the instance ended")
         wait_until(lambda: len(cloud.workers("running")) >= 2, 60, "another launched in its place")
@@ -144,7 +144,7 @@ def test_a_job_brings_up_workers_and_outlives_one(cloud: Cloud, launcher: Launch
     assert "waiting for nodes for 2 x (2 CPU) and 1 x (1 CPU): room for 0 of 3" in said
     results = json.loads((run / "results.json").read_text())
     assert results["status"] == "finished"
-    assert results["last"]["step"] == 30  # 3 epochs of 10,000 images in batches of 960
+    assert results["last"]["step"] == 80  # 8 epochs of 10,000 images in batches of 960
     assert results["world_sizes"] == [2, 2]
 
 
