@@ -13,6 +13,8 @@ from typing import Any
 
 import ray
 from ray._private.utils import read_ray_address
+from ray.data._internal.stats import get_or_create_stats_actor
+from ray.data._internal.usage.actor import get_or_create_usage_collection_actor
 
 from diffvit.cluster.waiting import can_grow, room_for, wait_for_nodes
 from diffvit.config import ScaleConfig
@@ -59,6 +61,16 @@ def _answers(address: str | None) -> bool:
     except OSError:
         return False
     return True
+
+
+def let_nodes_idle() -> None:
+    """Start Ray Data's own actors on this node, where the driver is.
+
+    They outlive the job. Started by rank 0, with its stream, they would lie on a worker's node, which the autoscaler then
+    takes for busy for ever.
+    """
+    get_or_create_stats_actor()
+    get_or_create_usage_collection_actor()
 
 
 def wait_for_cluster(scale: ScaleConfig, say: Callable[[str], None]) -> None:
