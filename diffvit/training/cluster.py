@@ -66,8 +66,8 @@ def _answers(address: str | None) -> bool:
 def let_nodes_idle() -> None:
     """Start Ray Data's own actors on this node, where the driver is.
 
-    They outlive the job. Started by rank 0, with its stream, they would lie on a worker's node, and the autoscaler would
-    take that for busy for ever.
+    They outlive the job. Started by rank 0, with its stream, they would lie on a worker's node, and the autoscaler
+    would take that for busy for ever.
     """
     get_or_create_stats_actor()
     get_or_create_usage_collection_actor()
