@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from diffvit.config import RunConfig, from_json, to_json
 from diffvit.data.sources import open_dataset
-from diffvit.training import alone, checkpoint, checkpoint_store, loop
+from diffvit.training import checkpoint, checkpoint_store, loop, run_folder
 from diffvit.training.alone import train_alone
 
 pytestmark = pytest.mark.slow  # a process each, which imports torch
@@ -35,7 +35,7 @@ MOMENTS: dict[str, tuple[Any, str, int, str]] = {
     "before old ones are deleted": (checkpoint_store, "kept_steps", 4, "before"),
     "half deleted": (shutil, "rmtree", 6, "after"),
     "evaluation": (loop, "evaluate", 2, "before"),
-    "before results.json": (alone, "summarise", 1, "before"),
+    "before results.json": (run_folder, "write_results", 1, "before"),
 }
 
 
