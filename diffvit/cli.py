@@ -95,10 +95,9 @@ def parse_compare_config(description: str, arguments: list[str] | None = None) -
 def run_training(config: RunConfig) -> None:
     """Train, or continue, the run, say how it ended, and end the job."""
     from diffvit.console import print_results  # after the options are found good: these imports take seconds
-    from diffvit.storage import StorageError
     from diffvit.training.launch import RunStopped, TrainingFailedError, train
 
-    with job_ends("from the last checkpoint", RunStopped, TrainingFailedError, StorageError):
+    with job_ends("from the last checkpoint", RunStopped, TrainingFailedError):
         results = train(config)
     print_results(config.location, results)
 
@@ -118,16 +117,18 @@ def job_ends(goes_on: str, *stops: type[Exception]) -> Iterator[None]:
 
     Args:
         goes_on: where the same command goes on.
-        stops: the errors, beside OSError, that are no defect of the program.
+        stops: the errors, beside OSError and StorageError, that are no defect of the program.
     """
+    from diffvit.storage import StorageError  # imports pyarrow
+
     try:
         yield
     except ValueError as error:
         fail(str(error), status=2)
+    except (OSError, StorageError) as error:
+        fail(f"{error}; the same command goes on {goes_on}", status=1)
     except stops as error:
         fail(str(error), status=1)
-    except OSError as error:
-        fail(f"{error}; the same command goes on {goes_on}", status=1)
     except KeyboardInterrupt:
         fail(f"interrupted; the same command goes on {goes_on}", status=130)
 

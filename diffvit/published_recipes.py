@@ -88,9 +88,9 @@ def cifar(classes: Literal[10, 100]) -> RunConfig:
 
     Source: arXiv 2112.13492 and the code of its authors, aanna0701/SPT_LSA_ViT: 192 wide, 9 blocks, 12 heads, patches
     of 4 px, CutMix, mixup, AutoAugment, erasing, drop path 0.1. What is called repeated augmentation of 3 there repeats
-    nothing in a batch: its sampler is called with 1 repetition and epochs of 3 passes, so 100 epochs with 10 of warm-up
-    are 300 and 30 here, and `augment.repeats` is 1. The code mixes half of its steps, this all of them. Prepare the
-    data with `--source torchvision:CIFAR10`.
+    nothing in a batch, as far as its call tells: 1 repetition and epochs of 3 passes (the sampler itself was read only
+    in copies of it elsewhere). So 100 epochs with 10 of warm-up are 300 and 30 here, and `augment.repeats` is 1. The
+    code mixes half of its steps, this all of them. Prepare the data with `--source torchvision:CIFAR10`.
     """
     return RunConfig(
         name=f"cifar{classes}",

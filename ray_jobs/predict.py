@@ -11,10 +11,9 @@ def main() -> None:
 
     from diffvit.predict import predict  # after the options are found good: these imports take seconds
     from diffvit.progress import Progress, print_predictions
-    from diffvit.storage import StorageError
     from diffvit.training.cluster import connect
 
-    with job_ends("from here", StorageError), Progress() as progress:
+    with job_ends("from here"), Progress() as progress:
         connect()
         results = predict(config, progress.show)
     print_predictions(config.out, results)

@@ -13,11 +13,10 @@ def main() -> None:
 
     from diffvit.data.prepare import prepare  # after the options are found good: these imports take seconds
     from diffvit.progress import Progress, print_dataset
-    from diffvit.storage import StorageError
     from diffvit.training.cluster import connect
 
     started = time.perf_counter()
-    with job_ends("from here", StorageError), Progress() as progress:
+    with job_ends("from here"), Progress() as progress:
         connect()
         info = prepare(config, progress.show)
     print_dataset(config.out, info, time.perf_counter() - started)

@@ -7,6 +7,7 @@ from conftest import with_fields
 from diffvit.cli import job_ends, parse_pretrain_config
 from diffvit.config import ModelConfig, RunConfig, differing_fields, from_json, model_preset, to_json, valid_num_heads
 from diffvit.recipes import RECIPES
+from diffvit.storage import StorageError
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -164,6 +165,7 @@ def test_workers_on_the_command_line() -> None:
         (ValueError("x must be 1, got 2"), 2, "error: x must be 1, got 2\n"),
         (RuntimeError("it stopped"), 1, "error: it stopped\n"),
         (OSError("disk gone"), 1, "error: disk gone; the same command goes on from here\n"),
+        (StorageError("store away"), 1, "error: store away; the same command goes on from here\n"),
         (KeyboardInterrupt(), 130, "error: interrupted; the same command goes on from here\n"),
     ],
 )

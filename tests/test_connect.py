@@ -28,6 +28,7 @@ def test_a_job_joins_what_submitted_it_else_what_runs_here_else_starts_its_own(
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(cluster.ray, "init", lambda address, **_: addresses.append(address))
     monkeypatch.setattr(cluster, "_answers", lambda _: answers)
+    monkeypatch.setattr(cluster, "_let_nodes_idle", lambda: addresses.append("nodes can idle"))
     monkeypatch.setenv("HOME", str(tmp_path))
     token = tmp_path / ".ray/auth_token"
     token.parent.mkdir()
@@ -38,5 +39,5 @@ def test_a_job_joins_what_submitted_it_else_what_runs_here_else_starts_its_own(
     else:
         monkeypatch.setenv("RAY_ADDRESS", environment)
     cluster.connect()
-    assert addresses == [joined]
+    assert addresses == ([joined, "nodes can idle"] if joined == "auto" else [joined])
     assert (token.stat().st_mode & 0o077 == 0) == (joined == "local")  # Ray made it, for everybody to read

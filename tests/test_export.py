@@ -46,8 +46,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "V1, constant lambda_init": {"variant": "diff", "lambda_init": 0.95},
     "V1, no lambda_init": {"variant": "diff", "lambda_init": 0.0, "pos_embed": "sincos2d"},
+    "V1, lambda bounded": {"variant": "diff", "lambda_max": 0.1},
+    "V1, LayerNorm": {"variant": "diff", "head_norm": "layer"},
     "V2": {"variant": "diff_v2", "num_heads": 3, "reg_tokens": 1},
 }  # fmt: skip
+
+
+NOT_IN_TIMM = {
+    "V2": r"model.variant 'softmax' and 'diff', got 'diff_v2'; --format onnx",
+    "V1, LayerNorm": r"model.head_norm 'rms', got 'layer'; --format onnx",
+}
 
 
 def checkpoint(folder: Path, shape: str, depth: int = 3, **data: Any) -> Path:
@@ -83,7 +91,7 @@ def random_images(tmp_path: Path, count: int = 4) -> Tensor:
     return torch.randint(0, 256, (count, config.in_channels, config.image_size, config.image_size), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "V2"])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape not in NOT_IN_TIMM])
 def test_timm_gives_the_same_logits(tmp_path: Path, shape: str) -> None:
     found = exported(tmp_path, shape, "timm")
     assert found == Exported(tmp_path / "out", ("config.json", "model.safetensors"))
@@ -158,14 +166,15 @@ def test_lambda_of_either_sign_is_written_into_the_vectors() -> None:
         assert found["sub_norm.weight"].tolist() == pytest.approx([(1 - init) / 0.8] * 12)
 
 
-def test_v2_is_refused_by_timm_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model.variant 'softmax' and 'diff', got 'diff_v2'; --format onnx"):
-        exported(tmp_path, "V2", "timm")
+@pytest.mark.parametrize("shape", NOT_IN_TIMM)
+def test_what_timm_lacks_is_refused_and_leaves_nothing(tmp_path: Path, shape: str) -> None:
+    with pytest.raises(ValueError, match=NOT_IN_TIMM[shape]):
+        exported(tmp_path, shape, "timm")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", ["plain, other", "V1, registers", "V2"])
+@pytest.mark.parametrize("shape", ["plain, other", "V1, registers", "V1, LayerNorm", "V2"])
 def test_onnxruntime_gives_the_same_logits(tmp_path: Path, shape: str) -> None:
     found = exported(tmp_path, shape, "onnx", depth=1)  # for the test's time: writing takes a second a block
     assert found.files == ("model.onnx",)

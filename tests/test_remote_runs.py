@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from diffvit.data.sources import Dataset, open_dataset
 from diffvit.models.fetched import on_disk
 from diffvit.models.pretrained import shape_of
 from diffvit.models.saved import load_saved
+from diffvit.rehearse import _beside
 from diffvit.storage import Storage
 from diffvit.training import checkpoint_writer, loop
 from diffvit.training.alone import train_alone
@@ -265,3 +267,18 @@ def test_what_is_refused(config: RunConfig, dataset: Dataset) -> None:
     absent = dataclasses.replace(config, storage=config.storage.replace("s3://bucket", "s3://no-such-bucket"))
     with pytest.raises(ValueError, match=r"storage s3://no-such-bucket/.* cannot be written"):
         train_alone(absent, dataset)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_rehearsal_leaves_nothing_in_the_store(config: RunConfig, ends: bool) -> None:
+    store = Storage(config.storage)
+    store.write("tiny/results.json", b"of the run itself")
+    with pytest.raises(RuntimeError) if not ends else nullcontext(), _beside(config) as temporary:
+        assert (temporary.storage, temporary.scale.max_failures) == (config.storage, 0)
+        assert temporary.name != config.name
+        Storage(temporary.location).write("checkpoints/a", b"x")
+        assert len(store.names()) == 2
+        if not ends:
+            raise RuntimeError
+    assert store.names() == ["tiny"]
+    assert store.read("tiny/results.json") == b"of the run itself"

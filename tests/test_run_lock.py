@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ObjectStore
@@ -169,17 +170,29 @@ def test_a_lock_outlasts_its_store(object_store: ObjectStore, tmp_path: Path) ->
     assert Storage(url).names() == []
 
 
-def test_an_owner_that_was_replaced_ends(tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+class Ended(Exception):
+    """What the signal raises here."""
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "raised"), [(signal.default_int_handler, KeyboardInterrupt), (signal.SIG_IGN, Ended)]
+)
+def test_an_owner_that_was_replaced_ends(tmp_path: Path, interrupt: Any, raised: type[BaseException]) -> None:
+    """Also one that ignores SIGINT, as a shell's background jobs do."""
+
+    def end(*_: object) -> None:
+        raise Ended
 
     def hold_until_replaced() -> None:
         with RunLock(tmp_path):
             of_another_host(tmp_path)
             time.sleep(5)
 
+    before = signal.signal(signal.SIGINT, interrupt), signal.signal(signal.SIGTERM, end)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(raised):
             hold_until_replaced()
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
     assert (tmp_path / LOCK_NAME).exists()  # the other's

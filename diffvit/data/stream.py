@@ -38,8 +38,7 @@ _SEGMENT_CHUNKS = 4096
 """Chunks planned in one Ray data set: bounds the memory of the plan, whatever the length of the run."""
 
 _READY_BYTES = 512 * 2**20
-"""Decoded images that may lie in the object store for each rank, those that it holds included; but two chunks for each
-CPU of the cluster where that is more, or not all CPUs could decode."""
+"""Decoded images that may lie in the object store for each rank, those that it holds included."""
 
 Broadcast = Callable[[Any], Any]
 """Called by every rank; gives each of them what rank 0 passed."""
@@ -105,7 +104,7 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
     """Micro-batches `rows` of the loader's plan, made in Ray tasks; iterator r gives rows[r::workers]."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    ready = max(_READY_BYTES * workers, 2 * _CHUNK_BYTES * int(ray.cluster_resources().get("CPU", 0)))
+    ready = _ready_bytes(workers, int(ray.cluster_resources().get("CPU", 0)))
     context.execution_options = ExecutionOptions(
         preserve_order=True, resource_limits=ExecutionResources(object_store_memory=ready)
     )
@@ -122,6 +121,11 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
     dataset = ray.data.range(chunks, override_num_blocks=chunks).map(load_chunk)
     splits: list[DataIterator] = dataset.streaming_split(workers, equal=False)
     return splits
+
+
+def _ready_bytes(workers: int, cpus: int) -> int:
+    """Decoded images that may wait in the cluster; at least two chunks a CPU, or not all CPUs could decode."""
+    return max(_READY_BYTES * workers, 2 * _CHUNK_BYTES * cpus)
 
 
 def _chunk_ends(rows: int, size: int) -> list[int]:

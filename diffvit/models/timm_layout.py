@@ -2,12 +2,13 @@
 
 `timm.create_model("local-dir:FOLDER", pretrained=True)` and, with that file's `architecture` and `model_args`,
 `timm.create_model(architecture, checkpoint_path=…, **model_args)` compute what the model does. timm knows the plain ViT
-and V1; of these, three options that it has no name for are written into the weights:
+and V1 with its RMSNorm; of these, four options that it has no name for are written into the weights:
 
 pos_embed = "sincos2d"      fixed positions become learned ones that start there.
 proj_bias = False           a bias of 0: timm's option takes the MLP's biases too.
 lambda_init = a constant    timm's is l = depth_lambda_init(i). The lambda vectors are replaced by ones that give the
                             same lambda, and the norm's weight is multiplied by (1 - lambda_init) / (1 - l).
+lambda_max                  likewise: the vectors give the lambda that the bounds leave.
 
 Source: timm 1.0.31, models/_hub.py (save_config_for_hf) and layers/diff_attention.py.
 """
@@ -39,13 +40,17 @@ def timm_weights(model: VisionTransformer) -> dict[str, Tensor]:
         raise ValueError(
             "timm has the attention of model.variant 'softmax' and 'diff', got 'diff_v2'; --format onnx takes all three"
         )
+    if config.variant == "diff" and config.head_norm != "rms":
+        raise ValueError(
+            f"timm's diff attention has model.head_norm 'rms', got {config.head_norm!r}; --format onnx takes both"
+        )
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     weights["pos_embed"] = cast(Tensor, model.pos_embed).detach().clone()
     for layer, block in enumerate(cast(list[Block], list(model.blocks))):
         found: dict[str, Tensor] = {}
         if not config.proj_bias:
             found["proj.bias"] = torch.zeros(config.embed_dim)
-        if config.variant == "diff" and config.lambda_init != "depth":
+        if config.variant == "diff" and (config.lambda_init != "depth" or config.lambda_max is not None):
             found |= _at_depth(cast(DiffAttention, block.attn), depth_lambda_init(layer))
         weights |= {f"blocks.{layer}.attn.{name}": tensor for name, tensor in found.items()}
     return weights

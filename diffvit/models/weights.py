@@ -50,10 +50,10 @@ def load_weights(
 
     Args:
         model: changed only if everything fits.
-        source: a run's folder (its best checkpoint), a checkpoint's folder, a .safetensors file, each on a
-            disk or at an s3:// or gs:// URL, hf-hub:OWNER/NAME (its model.safetensors, where huggingface_hub is
-            installed), or a state dict. timm's names are ours; unilm's
-            separate q/k/v projections are joined; positions of another grid resampled.
+        source: a run's folder (its best checkpoint), a checkpoint's folder or a .safetensors file, each on a disk or
+            at an s3:// or gs:// URL; hf-hub:OWNER/NAME (its model.safetensors, where huggingface_hub is installed); or
+            a state dict. timm's names are ours; unilm's separate q/k/v projections are joined; positions of another
+            grid resampled.
         replace_head: leave the classifier as initialised where the source has one of another size, or none.
         from_plain: convert a plain ViT's weights where the model is differential (`diffvit.models.convert`).
 

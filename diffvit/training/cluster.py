@@ -13,8 +13,6 @@ from typing import Any
 
 import ray
 from ray._private.utils import read_ray_address
-from ray.data._internal.stats import get_or_create_stats_actor
-from ray.data._internal.usage.actor import get_or_create_usage_collection_actor
 
 from diffvit.cluster.waiting import can_grow, room_for, wait_for_nodes
 from diffvit.config import ScaleConfig
@@ -35,6 +33,7 @@ def connect(scale: ScaleConfig | None = None) -> None:
     # "auto" alone would also join whatever else runs on this machine, such as another user's job
     if os.environ.get("RAY_ADDRESS") or _answers(read_ray_address()):
         ray.init(address="auto", **quiet)
+        _let_nodes_idle()
     else:
         workers_cpus = math.ceil(scale.max_workers * scale.cpus_per_worker) if scale else 0
         logical_cpus = max(os.cpu_count() or 1, workers_cpus + 1)
@@ -63,12 +62,15 @@ def _answers(address: str | None) -> bool:
     return True
 
 
-def let_nodes_idle() -> None:
+def _let_nodes_idle() -> None:
     """Start Ray Data's own actors on this node, where the driver is.
 
     They outlive the job. Started by rank 0, with its stream, they would lie on a worker's node, and the autoscaler
     would take that for busy for ever.
     """
+    from ray.data._internal.stats import get_or_create_stats_actor  # of use on a cluster only, and slow to import
+    from ray.data._internal.usage.actor import get_or_create_usage_collection_actor
+
     get_or_create_stats_actor()
     get_or_create_usage_collection_actor()
 

@@ -30,7 +30,7 @@ from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import HUB, load_weights
 from diffvit.scratch import scratch_folder
 from diffvit.training.checkpoint_store import CheckpointStore
-from diffvit.training.cluster import connect, let_nodes_idle, require_resources, wait_for_cluster
+from diffvit.training.cluster import connect, require_resources, wait_for_cluster
 from diffvit.training.compilation import require_compiler
 from diffvit.training.elastic import FittingTrainer
 from diffvit.training.logbook import Logbook
@@ -82,7 +82,6 @@ def _train(config: RunConfig, dataset: Dataset, train_plan: TrainPlan, started: 
     connect(config.scale)
     wait_for_cluster(config.scale, print)
     require_resources(config.scale)
-    let_nodes_idle()
     # on this node, and so not lost with another
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})

@@ -105,13 +105,19 @@ class RunLock:
             beat += 1
             with suppress(OSError, StorageError):  # a store that is away for a while is no reason to end
                 if self._holder() not in (self._me.id, None):
-                    os.kill(os.getpid(), signal.SIGINT)  # we were silent for too long, and the run has another owner
+                    _end_this_process()  # we were silent for too long, and the run has another owner
                     return
                 self._file.write(_content(replace(self._me, beat=beat)))
 
     def _holder(self) -> str | None:
         owner = _parse(self._file.read() or "")
         return owner.id if owner else None
+
+
+def _end_this_process() -> None:
+    """As Ctrl-C does, which a shell's background jobs ignore."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    os.kill(os.getpid(), signal.SIGTERM if ignored else signal.SIGINT)
 
 
 def _content(owner: Owner) -> str:
