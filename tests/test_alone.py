@@ -61,6 +61,7 @@ def test_more_steps_than_the_run_has_are_refused(config: RunConfig, dataset: Dat
     assert not config.folder.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damaged", [False, True])
 def test_cut_it_goes_on(config: RunConfig, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
     whole = train_alone(dataclasses.replace(config, name="whole"), dataset)

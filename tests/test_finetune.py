@@ -159,6 +159,7 @@ def finetuned(pretrained: RunConfig, tmp_path: Path, **sections: dict[str, objec
     return config, best, load_file(config.folder / results["last"]["checkpoint"] / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_linear_probe_trains_the_classifier_only(pretrained: RunConfig, tmp_path: Path) -> None:
     _, _, after = finetuned(pretrained, tmp_path, init={"train": "head"})
     reference = VisionTransformer(pretrained.model)
@@ -168,6 +169,7 @@ def test_linear_probe_trains_the_classifier_only(pretrained: RunConfig, tmp_path
     assert after["head.weight"].shape == (2, 16)
 
 
+@pytest.mark.slow
 def test_a_plain_run_goes_on_as_v2_at_another_size(pretrained: RunConfig, tmp_path: Path) -> None:
     config, before, after = finetuned(
         pretrained,

@@ -155,8 +155,8 @@ def test_tensorboard_has_every_curve(tiny_config: RunConfig, tmp_path: Path) -> 
     assert events.Images("attention/last_block")[-1].step == 6
 
 
-@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-@pytest.mark.parametrize("after", [2, 3, 4, 5])
+@pytest.mark.parametrize("ema_decay", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("after", [2, 3, *(pytest.param(after, marks=pytest.mark.slow) for after in (4, 5))])
 def test_cut_anywhere_and_continued_ends_with_the_same_bits(
     tiny_config: RunConfig, tmp_path: Path, after: int, ema_decay: float
 ) -> None:
@@ -236,6 +236,7 @@ def test_a_poisoned_batch_changes_nothing(tiny_config: RunConfig, tmp_path: Path
     assert all(math.isfinite(metrics["train_loss"]) for metrics in run.metrics)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisonable")
 def test_too_many_poisoned_steps_take_the_weights_back_and_the_order_on(tiny_config: RunConfig, tmp_path: Path) -> None:
     config = with_fields(
@@ -327,6 +328,7 @@ def test_too_many_bad_images_end_the_run(tiny_config: RunConfig, folder: Path, t
         Run(config, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["bit", "truncated", "missing file", "no manifest", "half a manifest", "empty"])
 def test_a_damaged_checkpoint_is_passed_over(tiny_config: RunConfig, tmp_path: Path, harm: str) -> None:
     config = with_fields(tiny_config, checkpoint={"every_steps": 2}, data={"audit": True})
@@ -407,6 +409,7 @@ def test_audit_names_each_copy_of_repeated_augmentation(tiny_config: RunConfig, 
         assert [row["key"] for row in rows if row["epoch"] == epoch] == [key for step in steps for key in step]
 
 
+@pytest.mark.slow
 def test_audit_of_a_cut_run_is_that_of_the_uncut_one(tiny_config: RunConfig, tmp_path: Path) -> None:
     uncut = with_fields(tiny_config, data={"audit": True}, checkpoint={"every_steps": 2})
     Run(uncut, tmp_path / "uncut")
@@ -419,6 +422,7 @@ def test_audit_of_a_cut_run_is_that_of_the_uncut_one(tiny_config: RunConfig, tmp
     assert audited(short) == audited(uncut)
 
 
+@pytest.mark.slow
 def test_checkpoints_by_the_clock(tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "LOG_EVERY_STEPS", 1)
     config = with_fields(tiny_config, checkpoint={"every_minutes": 1e-6})
@@ -427,6 +431,7 @@ def test_checkpoints_by_the_clock(tiny_config: RunConfig, tmp_path: Path, monkey
     assert Run(config, tmp_path / "b").steps == [3, 6]
 
 
+@pytest.mark.slow
 def test_mixing_trains(tiny_config: RunConfig, tmp_path: Path) -> None:
     plain = Run(tiny_config, tmp_path / "plain").metrics[-1]
     config = dataclasses.replace(with_fields(tiny_config, augment={"mixup": 0.8, "cutmix": 1.0}), name="mixed")

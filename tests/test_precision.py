@@ -99,6 +99,7 @@ def test_compile_without_a_compiler_is_refused_before_anything(
     require_compiler(ScaleConfig())
 
 
+@pytest.mark.slow
 def test_compiled_training_is_the_same_training(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graphs run as they were traced; to make C++ of them takes a minute on a slow machine."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

@@ -35,6 +35,8 @@ from diffvit.training.alone import train_alone
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.loop import RunStopped
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -74,6 +74,7 @@ def test_an_owner_elsewhere_lives_if_it_is_heard_of(tmp_path: Path) -> None:
         RunLock(tmp_path).__enter__()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["silent", "unreadable"])
 def test_an_owner_elsewhere_that_is_silent_is_gone(tmp_path: Path, content: str) -> None:
     path = of_another_host(tmp_path)
@@ -86,6 +87,7 @@ def test_an_owner_elsewhere_that_is_silent_is_gone(tmp_path: Path, content: str)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_of_many_who_want_what_was_left_behind_one_gets_it(tmp_path: Path) -> None:
     of_another_host(tmp_path)
     got, refused = wanted_by_many(tmp_path)
@@ -127,6 +129,7 @@ def stored(url: str, beat: int = 0, content: str | None = None) -> None:
     Storage(url).write(LOCK_NAME, (content or json.dumps(asdict(owner))).encode())
 
 
+@pytest.mark.slow
 def test_in_a_store_the_second_is_refused_until_the_first_ends(url: str) -> None:
     with RunLock(url), pytest.raises(ValueError, match=rf"run 'a' is being worked on by process {os.getpid()} on "):
         RunLock(url).__enter__()
@@ -136,6 +139,7 @@ def test_in_a_store_the_second_is_refused_until_the_first_ends(url: str) -> None
         assert json.loads(Storage(url).read(LOCK_NAME))["beat"] > 0
 
 
+@pytest.mark.slow
 def test_in_a_store_an_owner_elsewhere_lives_if_it_is_heard_of(url: str) -> None:
     stored(url)
     threading.Timer(0.3, stored, (url, 1)).start()
@@ -143,6 +147,7 @@ def test_in_a_store_an_owner_elsewhere_lives_if_it_is_heard_of(url: str) -> None
         RunLock(url).__enter__()
 
 
+@pytest.mark.slow
 def test_in_a_store_of_many_who_want_what_was_left_behind_one_gets_it(url: str) -> None:
     stored(url, content="{")
     got, refused = wanted_by_many(url)

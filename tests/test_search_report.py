@@ -119,6 +119,7 @@ def filled_journal(folder: Path, recipe: RunConfig, space: Space, count: int) ->
     return journal
 
 
+@pytest.mark.slow
 def test_the_report_is_whole_and_escapes_what_it_shows(recipe: RunConfig, tmp_path: Path) -> None:
     space = Space(variant=("softmax", "diff"))
     sweep = SweepConfig(dataclasses.replace(recipe, name="a<b"), SearchConfig(), space)
@@ -151,6 +152,7 @@ def test_the_report_of_a_sweep_without_results_says_so(recipe: RunConfig, tmp_pa
     assert "<img" not in page
 
 
+@pytest.mark.slow
 def test_importance_finds_the_parameter_that_matters(recipe: RunConfig, tmp_path: Path) -> None:
     shares = importances(filled_journal(tmp_path, recipe, Space(), count=30))
     assert shares is not None

@@ -72,7 +72,10 @@ PAIRS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PAIRS)
+_LARGE = ("vit_tiny_patch16_224", "vit_dwee_patch16_reg1_gap_256", "vit_dlittle_patch16_reg1_gap_256")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in _LARGE)) for n in PAIRS])
 def test_same_logits_and_gradients_as_timm(name: str) -> None:
     config, build = PAIRS[name]
     theirs = randomised(build()).double()
