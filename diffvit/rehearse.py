@@ -16,6 +16,7 @@ from typing import Any
 import ray
 import rich.console
 
+from diffvit.cluster.packages import require_packages
 from diffvit.config import RehearsalOptions, RunConfig
 from diffvit.console import format_duration, format_flops
 from diffvit.data.loader import plan_run
@@ -57,6 +58,7 @@ def rehearse(config: RunConfig, options: RehearsalOptions) -> tuple[Measured, Fo
     connect(config.scale)
     wait_for_cluster(config.scale, print)
     require_resources(config.scale)
+    require_packages(print)
     with _beside(config) as temporary:
         work = partial(_rehearse_worker, steps=steps)
         measured: Measured = work_on_group(temporary, _with_fewer(dataset, shown), work)

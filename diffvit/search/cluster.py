@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import ray
 
+from diffvit.cluster.packages import require_packages
 from diffvit.search.config import SweepConfig
 from diffvit.training.cluster import connect
 
@@ -37,7 +38,7 @@ def connect_for(sweep: SweepConfig) -> None:
     """Connect to the cluster, or start a local one, that can hold all concurrent trials with everything they start.
 
     Raises:
-        ValueError: it cannot; says what there is.
+        ValueError: it cannot, or a node lacks a package; says what there is.
     """
     for name, value in _TUNE_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -47,6 +48,7 @@ def connect_for(sweep: SweepConfig) -> None:
     for name in ("ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     require_room(sweep, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    require_packages(print)
 
 
 def require_room(sweep: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> None:

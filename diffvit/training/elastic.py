@@ -2,8 +2,9 @@
 
 Ray Train's elastic policy takes whatever number the cluster has room for. This one steps down to the next that the run
 can have, and looks at the nodes of now: Ray's own goes by those of up to 20 seconds ago and by nodes that are about to
-go, starts workers there, and finds out when that times out after a minute. It is put in where the trainer hands its
-policy to the controller, because Ray 2.60 has no option for it.
+go, starts workers there, and finds out when that times out after a minute. Nor does it take workers from a group that
+runs: one whose node is about to go first writes its checkpoint, and ends by itself. It is put in where the trainer
+hands its policy to the controller, because Ray 2.60 has no option for it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ from typing import Any
 
 import ray
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+    ScalingPolicy,
+)
 
 
 class FittingPolicy(ElasticScalingPolicy):  # type: ignore[misc]
-    """As many workers of `counts` as there is room for."""
+    """As many workers of `counts` as there is room for; fewer than there are only once their group has ended."""
 
     def __init__(self, scaling_config: Any, counts: tuple[int, ...]) -> None:
         super().__init__(scaling_config)
@@ -33,6 +40,14 @@ class FittingPolicy(ElasticScalingPolicy):  # type: ignore[misc]
         staying = _staying_nodes()
         room = {node: resources for node, resources in reserved_resources.items() if node in staying}
         return largest_fitting(super()._count_possible_workers(room), self._counts)
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> ScalingDecision:
+        decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+        if isinstance(decision, ResizeDecision) and decision.num_workers < worker_group_state.num_workers:
+            return NoopDecision()
+        return decision
 
 
 def _staying_nodes() -> set[str]:

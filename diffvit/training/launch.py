@@ -20,6 +20,7 @@ from ray.train.torch import TorchConfig, get_device
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from diffvit.cluster.packages import require_packages
 from diffvit.config import RunConfig, from_json, to_json
 from diffvit.console import Console
 from diffvit.data.loader import BatchLoader, plan_run
@@ -82,6 +83,7 @@ def _train(config: RunConfig, dataset: Dataset, train_plan: TrainPlan, started: 
     connect(config.scale)
     wait_for_cluster(config.scale, print)
     require_resources(config.scale)
+    require_packages(print)
     # on this node, and so not lost with another
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
