@@ -1,8 +1,8 @@
 """Where training ImageNet's ViT-S/16 for 90 epochs would stop scaling, predicted: speed, time, cost, and why.
 
-Measured in this run: decoding on one core, the bytes of gradients and of a checkpoint and the time to write it, and
-what the stream's one coordinator deals out. The rest is assumed; every assumption is an option, and `scale_facts.py`
-says where it comes from. No GPU and no cloud is used.
+Measured in this run: decoding on one core, the bytes of gradients and of a checkpoint and the time to write it, what
+the stream's one coordinator deals out, and what a run's control takes of its head. The rest is assumed; every
+assumption is an option, and `scale_facts.py` says where it comes from. No GPU and no cloud is used.
 
     python benchmarks/scale.py --plot docs/scale.png
 """
@@ -14,7 +14,8 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,8 +27,9 @@ from pydantic import TypeAdapter
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from scale_control import Cores, control
 from scale_facts import VARIANTS, Assumptions, Fleet, Measured
-from scale_model import Prediction, ceilings_images_per_second, chunk_images, predict, stops_at
+from scale_model import Prediction, ceilings_images_per_second, chunk_images, control_cores, predict, stops_at
 from scale_plot import draw
 from scale_stream import CHANNELS, IMAGE_SIZE, Dealt, deal
 
@@ -64,6 +66,10 @@ class Options(Assumptions):
     """Logical CPUs of the local Ray."""
     consumers: tuple[int, ...] = (1, 4, 16)
     """Ranks that take chunks."""
+    groups: tuple[int, ...] = (4, 16, 48)
+    """Workers of the runs whose control is watched: two sizes or more."""
+    control_seconds: float = 20.0
+    """For which each is watched."""
 
 
 def main() -> None:
@@ -87,6 +93,11 @@ def main() -> None:
             f"PREDICTED: {most} GPUs of {fleet.name}, each at its own rate, want {wanted:,.0f} chunks/s; "
             f"the coordinator, by its CPU time for one, gives {measured.stream_chunks_per_second:,.0f} (extrapolated)"
         )
+    parts = control_cores(most, measured)
+    console.print(
+        f"PREDICTED: to control {most} workers takes {sum(parts.values()):.0%} of a core of the head (extrapolated): "
+        + ", ".join(f"{name} {share:.0%}" for name, share in parts.items())
+    )
     if options.plot is not None:
         del ceilings["GPU"]
         draw(options.plot, runs, ceilings)
@@ -135,6 +146,8 @@ def measure(options: Options, console: Console) -> Measured:
     images_per_chunk = stream._CHUNK_BYTES // (CHANNELS * IMAGE_SIZE**2)
     dealt = watch_coordinator(images_per_chunk, options)
     console.print(stream_table(dealt))
+    controlled = watch_control(options)
+    console.print(control_table(controlled))
     whole = [found for found in dealt if found.images_per_chunk == images_per_chunk and not found.loading_seconds]
     return Measured(
         decode_images_per_core_second=decoded,
@@ -144,6 +157,7 @@ def measure(options: Options, console: Console) -> Measured:
         snapshot_seconds=snapshot,
         stream_chunks_per_second=1 / statistics.median(found.coordinator_seconds_per_chunk for found in whole),
         images_per_chunk=images_per_chunk,
+        control_cores=controlled,
     )
 
 
@@ -191,23 +205,46 @@ def build(config: RunConfig) -> VisionTransformer:
 
 def watch_coordinator(images_per_chunk: int, options: Options) -> list[Dealt]:
     """Chunks of a 16th and of the real size; then real ones that take a second, to see how many load at once."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    sizes = (images_per_chunk // CHUNK_SHARE, images_per_chunk)
+    with local_ray(options.stream_cpus):
+        found = [deal(count, size, options.stream_seconds) for size in sizes for count in options.consumers]
+        found += [
+            deal(count, images_per_chunk, 2 * options.stream_seconds, loading_seconds=1.0)
+            for count in options.consumers
+            if count <= options.stream_cpus
+        ]
+    return found
+
+
+def watch_control(options: Options) -> dict[int, Cores]:
+    """What the workers of a run cost the head, by their number."""
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    with local_ray(max(options.groups)):
+        return {workers: control(workers, options.control_seconds) for workers in options.groups}
+
+
+@contextmanager
+def local_ray(cpus: int) -> Iterator[None]:
     ray.init(
         address="local",
-        num_cpus=options.stream_cpus,
+        num_cpus=cpus,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
         object_store_memory=6 * 2**30,
     )
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    sizes = (images_per_chunk // CHUNK_SHARE, images_per_chunk)
-    found = [deal(count, size, options.stream_seconds) for size in sizes for count in options.consumers]
-    found += [
-        deal(count, images_per_chunk, 2 * options.stream_seconds, loading_seconds=1.0)
-        for count in options.consumers
-        if count <= options.stream_cpus
-    ]
-    ray.shutdown()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def control_table(controlled: Mapping[int, Cores]) -> Table:
+    title = "measured: CPU that the control of a run takes of the head, in % of a core"
+    found = Table("workers", *next(iter(controlled.values())), title=title, title_justify="left")
+    for workers, cores in controlled.items():
+        found.add_row(f"{workers}", *(f"{100 * share:.1f}" for share in cores.values()))
     return found
 
 

@@ -133,3 +133,5 @@ class Measured:
     """That the stream's coordinator could deal out with a core to itself, by its CPU time for one."""
     images_per_chunk: int
     """The most in a chunk of the stream."""
+    control_cores: Mapping[int, Mapping[str, float]]
+    """That a run's control takes of its head: by number of workers and process, as shares of a core."""

@@ -87,6 +87,13 @@ def ceilings_images_per_second(gpus: int, variant: str, fleet: Fleet, a: Assumpt
     }
 
 
+def control_cores(workers: int, m: Measured) -> dict[str, float]:
+    """Of the head, by process: on the line through the smallest and the largest group that was watched."""
+    few, many = min(m.control_cores), max(m.control_cores)
+    ahead = (workers - many) / (many - few)
+    return {name: share + ahead * (share - m.control_cores[few][name]) for name, share in m.control_cores[many].items()}
+
+
 def bound_by(gpus: int, variant: str, fleet: Fleet, a: Assumptions, m: Measured) -> str:
     """The lowest ceiling. Of the GPUs' own: "batch" (too small a share) or "all-reduce" from a quarter of a step on."""
     ceilings = ceilings_images_per_second(gpus, variant, fleet, a, m)

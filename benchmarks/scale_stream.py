@@ -126,11 +126,11 @@ def mean_at_once(spans: Sequence[tuple[float, float]], began: float, ended: floa
 
 
 def cpu_seconds(title: str) -> float:
-    """User and system time, so far, of this process's descendants with that title; NaN where there is no /proc."""
+    """User and system time, so far, of descendants whose command's name has that in it; NaN where there is no /proc."""
     titles, parents, used = dict[int, str](), dict[int, int](), dict[int, float]()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            titles[int(folder.name)] = (folder / "cmdline").read_text()
+            titles[int(folder.name)] = (folder / "cmdline").read_text().partition("\0")[0]
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
         except OSError:  # it has ended
             continue
@@ -142,5 +142,5 @@ def cpu_seconds(title: str) -> float:
             process = parents[process]
         return process == os.getpid()
 
-    found = [seconds for process, seconds in used.items() if titles[process].startswith(title) and is_ours(process)]
+    found = [seconds for process, seconds in used.items() if title in titles[process] and is_ours(process)]
     return sum(found) if found else float("nan")

@@ -74,7 +74,17 @@ def measured(facts: Any) -> Any:
         snapshot_seconds=0.5,
         stream_chunks_per_second=40.0,
         images_per_chunk=130,
+        control_cores={
+            4: {"driver": 0.02, "GCS": 0.1},
+            8: {"driver": 0.05, "GCS": 0.1},
+            24: {"driver": 0.12, "GCS": 0.2},
+        },
     )
+
+
+def test_control_goes_by_the_smallest_and_the_largest_group(model: Any, measured: Any) -> None:
+    assert model.control_cores(24, measured) == {"driver": 0.12, "GCS": 0.2}
+    assert model.control_cores(64, measured) == pytest.approx({"driver": 0.32, "GCS": 0.4})
 
 
 def test_ring_allreduce(model: Any) -> None:
