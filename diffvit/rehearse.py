@@ -41,10 +41,15 @@ def rehearse(config: RunConfig, options: RehearsalOptions) -> tuple[Measured, Fo
     Its folder is not touched; what is written lies beside it, where its checkpoints will lie, and is deleted.
 
     Raises:
-        ValueError: data, storage or cluster do not fit the config.
+        ValueError: data, storage or cluster do not fit the config, or its model is sharded.
         ray.train.TrainingFailedError: the workers were lost.
     """
     started = time.monotonic()
+    if config.scale.sharding != "none":
+        raise ValueError(
+            "a rehearsal times the averaging of gradients by leaving it out, which a sharded model does not allow; "
+            f"rehearse without scale.sharding = {config.scale.sharding!r}, or run for an epoch and see"
+        )
     require_compiler(config.scale)
     dataset, description = stand_in(config)
     config = resolve(config, dataset)

@@ -86,6 +86,9 @@ class ScaleConfig:
     precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
     """auto: bf16 autocast on a GPU that has it, else tf32; tf32: float32, but a GPU from Ampere on multiplies with 10
     bits of mantissa; fp32: float32 throughout. On a CPU tf32 is fp32."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """fsdp: parameters, their average and AdamW's moments are spread over the workers (PyTorch's FSDP2), for models
+    that do not fit one GPU; slower where they do. Checkpoints are the same with and without."""
     compile: bool = False
     """Train through torch.compile, which fuses kernels and takes a minute to start; evaluation stays as it is. Drop
     path draws other numbers than without. Needs a C++ compiler."""
@@ -102,6 +105,11 @@ class ScaleConfig:
             f"scale.workers must be at least 1, or two numbers in order, got {self.workers}",
         )
         require(self.cpus_per_worker > 0, f"scale.cpus_per_worker must be positive, got {self.cpus_per_worker}")
+        require(
+            self.sharding == "none" or not self.compile,
+            "scale.compile is not offered with scale.sharding = 'fsdp', because nobody has tried the two together; "
+            "leave one of them out",
+        )
         require(self.max_failures >= 0, f"scale.max_failures must not be negative, got {self.max_failures}")
         require(self.max_preemptions >= -1, f"scale.max_preemptions must be -1 or more, got {self.max_preemptions}")
         require(

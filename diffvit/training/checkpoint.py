@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
@@ -21,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from diffvit.config import RunConfig
 from diffvit.manifest import WEIGHTS_NAME, read_manifest, write_manifest
 from diffvit.models.vit import VisionTransformer
+from diffvit.training.sharding import own_part, whole
 
 _TRAINING_STATE_NAME = "training.pt"
 _COUNTS = ("skipped", "train_seconds", "world_sizes", "poisoned_steps", "rollbacks")
@@ -87,8 +89,11 @@ class Snapshot:
         write_manifest(folder, self.fields)
 
 
-def take_snapshot(state: TrainState, config: RunConfig, metrics: dict[str, Any]) -> Snapshot:
-    """Copy the state of this moment. A GPU's copies are queued behind its work and not waited for."""
+def take_snapshot(state: TrainState, config: RunConfig, metrics: dict[str, Any], *, keeps: bool = True) -> Snapshot:
+    """Copy the state of this moment. A GPU's copies are queued behind its work and not waited for.
+
+    A collective where the model is sharded; a rank that does not keep it only gives its part.
+    """
     training = {
         "optimizer": state.optimizer.state_dict(),
         "schedule": state.schedule.state_dict(),
@@ -98,8 +103,8 @@ def take_snapshot(state: TrainState, config: RunConfig, metrics: dict[str, Any])
         training["model"] = state.model.state_dict()
         training["ema_updates"] = state.ema.n_averaged
     device = next(state.model.parameters()).device
-    weights = _to_host(state.evaluated_model.state_dict())
-    training = _to_host(training)
+    weights = _to_host(state.evaluated_model.state_dict(), keeps)
+    training = _to_host(training, keeps)
     copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
     fields = {
         "model": dataclasses.asdict(config.model),
@@ -116,16 +121,18 @@ def take_snapshot(state: TrainState, config: RunConfig, metrics: dict[str, Any])
     return Snapshot(state.step, weights, training, fields, copied)
 
 
-def _to_host(value: Any) -> Any:
-    """A copy of a nest of dicts and lists, with its tensors in (pinned) CPU memory."""
+def _to_host(value: Any, keeps: bool) -> Any:
+    """A copy of a nest of dicts and lists, with its tensors, whole, in (pinned) CPU memory; None for them otherwise."""
     if isinstance(value, torch.Tensor):
-        source = value.detach()
+        source = whole(value.detach())
+        if not keeps:
+            return None
         copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
         return copy.copy_(source, non_blocking=True)
     if isinstance(value, dict):
-        return {key: _to_host(item) for key, item in value.items()}
+        return {key: _to_host(item, keeps) for key, item in value.items()}
     if isinstance(value, list):
-        return [_to_host(item) for item in value]
+        return [_to_host(item, keeps) for item in value]
     return value
 
 
@@ -139,16 +146,31 @@ def load_checkpoint(folder: Path, state: TrainState) -> None:
     training = torch.load(folder / _TRAINING_STATE_NAME, map_location="cpu", weights_only=True)
     weights = load_file(folder / WEIGHTS_NAME)
     if state.ema is not None:
-        state.ema.module.load_state_dict(weights)
+        _load_weights(state.ema.module, weights)
         state.ema.n_averaged.copy_(training["ema_updates"])
         weights = training["model"]
-    state.model.load_state_dict(weights)
-    state.optimizer.load_state_dict(training["optimizer"])
+    _load_weights(state.model, weights)
+    _load_moments(state.optimizer, training["optimizer"])
     state.schedule.load_state_dict(training["schedule"])
     state.step = manifest["step"]
     for name in _COUNTS:
         if name in training:  # an earlier version did not count everything
             setattr(state, name, training[name])
+
+
+def _load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    own = {name: own_part(value, parameters.get(name, value)) for name, value in weights.items()}
+    model.load_state_dict(own)
+
+
+def _load_moments(optimizer: AdamW, saved: dict[str, Any]) -> None:
+    """A moment is spread over the ranks as its parameter is; the count of steps is not."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, moments in saved["state"].items():
+        for name, value in moments.items():
+            moments[name] = own_part(value, parameters[number]) if name != "step" else value
+    optimizer.load_state_dict(saved)
 
 
 def roll_back(folder: Path, state: TrainState) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from diffvit.config import DataConfig, RunConfig
@@ -13,6 +14,7 @@ from diffvit.data.batches import Batch
 from diffvit.data.images import normalize
 from diffvit.training.metrics import Sums, summed_cross_entropy
 from diffvit.training.precision import autocast
+from diffvit.training.sharding import is_sharded
 
 
 def to_device(batch: Batch, config: DataConfig, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -37,7 +39,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums = Sums(device)
-    for batch in batches:
+    for batch in _until_all_end(batches, config, device) if is_sharded(model) else batches:
         images, labels = to_device(batch, config.data, device)
         with autocast(config, device):
             logits = model(images)
@@ -48,3 +50,18 @@ def evaluate(
     if seen != num_samples:
         raise RuntimeError(f"evaluation must see each of the {num_samples} samples once, saw {seen:.0f}")
     return results
+
+
+def _until_all_end(batches: Iterable[Batch], config: RunConfig, device: torch.device) -> Iterator[Batch]:
+    """And then empty ones while another rank has some left: every rank takes part in putting the blocks together."""
+    model, own = config.model, iter(batches)
+    nothing = Batch(
+        0, np.zeros((0, model.in_channels, model.image_size, model.image_size), np.uint8), np.zeros(0, np.int64)
+    )
+    while True:
+        batch = next(own, None)
+        left = torch.tensor(float(batch is not None), device=device)
+        dist.all_reduce(left)
+        if not left:
+            return
+        yield batch or nothing

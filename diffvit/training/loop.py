@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
+from typing import cast
 
 import torch
 
@@ -28,6 +29,7 @@ from diffvit.training.metrics import Sums
 from diffvit.training.optim import build_ema, build_optimizer, build_schedule
 from diffvit.training.precision import precision_warning, set_float32_products
 from diffvit.training.saver import Ask, Saver, newest_step
+from diffvit.training.sharding import shard
 from diffvit.training.step import replicate, take_step
 from diffvit.training.tracking import Tracker
 from diffvit.training.worker import RunStopped, Worker
@@ -122,10 +124,15 @@ def start_state(config: RunConfig, plan: TrainPlan, worker: Worker) -> TrainStat
     if config.init.train == "head":
         model.requires_grad_(False)
         model.head.requires_grad_(True)
-    model = model.to(worker.device)
+    ema = build_ema(model, config.optim.ema_decay)
+    for part in (model,) if ema is None else (model, cast(VisionTransformer, ema.module)):
+        if config.scale.sharding == "fsdp" and worker.workers > 1:
+            shard(part, worker.workers, worker.device)
+        else:
+            part.to(worker.device)
     optimizer = build_optimizer(model, config.optim)
     schedule = build_schedule(optimizer, config.optim, plan.steps_per_epoch)
-    state = TrainState(model, optimizer, schedule, build_ema(model, config.optim.ema_decay))
+    state = TrainState(model, optimizer, schedule, ema)
     if worker.store is not None and step is not None:
         with worker.store.opened(step) as folder:
             load_checkpoint(folder, state)

@@ -14,6 +14,7 @@ from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.checkpoint_writer import CheckpointWriter
 from diffvit.training.health import CALM_STEPS, Health
 from diffvit.training.logbook import Logbook
+from diffvit.training.sharding import is_sharded
 from diffvit.training.worker import RunStopped, Worker
 
 _POLL_SECONDS = 2.0
@@ -101,9 +102,12 @@ class Saver:
         """
         if good:
             self._good_step = self._state.step
+        keeps = self._writer is not None
+        if keeps or is_sharded(self._state.model):
+            snapshot = take_snapshot(self._state, self._config, metrics, keeps=keeps)
         if self._writer is not None:
             pinned = () if self._good_step is None else (self._good_step,)
-            self._writer.submit(take_snapshot(self._state, self._config, metrics), pinned, before)
+            self._writer.submit(snapshot, pinned, before)
         elif self._worker.rank == 0:
             for write in before:
                 write()

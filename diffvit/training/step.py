@@ -6,7 +6,6 @@ Letters: G global batch, W workers, A micro-batches accumulated in a step.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -22,17 +21,18 @@ from diffvit.training.health import skip_poisoned
 from diffvit.training.metrics import Sums, summed_cross_entropy
 from diffvit.training.mixing import Targets, mix
 from diffvit.training.precision import autocast
+from diffvit.training.sharding import averaging, is_sharded, whole
 
 
 def replicate(model: nn.Module, workers: int, device: torch.device, *, compiles: bool = False) -> nn.Module:
     """The model whose gradients are averaged over the workers, optionally compiled.
 
     It shares the parameters of `model`, whose names stay. Compiled, all gradients come at the end of the backward pass,
-    so that averaging them does not overlap with it.
+    so that averaging them does not overlap with it. A sharded model averages them itself.
     """
     if compiles:
         model = cast(nn.Module, torch.compile(model))
-    if workers == 1:
+    if workers == 1 or is_sharded(model):
         return model
     device_ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -59,13 +59,13 @@ def take_step(
         images, labels = to_device(next(batches), config.data, device)
         reduces = micro == plan.accumulation_steps - 1
         images, targets = mix(images, labels, config.augment, config.seed, state.step)
-        with nullcontext() if reduces or not isinstance(model, DistributedDataParallel) else model.no_sync():
+        with averaging(model, now=reduces):
             with autocast(config, device):
                 logits = model(images)
             loss_sum = _summed_loss(logits, targets, config.optim.label_smoothing)
             (loss_sum / share).backward()
         sums.add(loss_sum, logits, labels, only_finite=True)
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or float("inf"))
+    grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or float("inf")))
     skip_poisoned(state.optimizer, grad_norm)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)

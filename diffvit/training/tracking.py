@@ -14,6 +14,7 @@ from diffvit.data.batches import Batch, Stream
 from diffvit.data.order import TrainPlan
 from diffvit.training.checkpoint import TrainState
 from diffvit.training.event_folder import TENSORBOARD_FOLDER, EventFolder
+from diffvit.training.sharding import is_sharded, whole_copy
 from diffvit.training.utilisation import device_name
 
 Publish = Callable[[str, dict[str, Any]], None]
@@ -86,6 +87,7 @@ class Tracker:
             self._epoch[name] += value
         self._epoch["seconds"] += seconds
         self._epoch["waited"] += waited
+        lambdas = self._state.model.lambdas() if self._writer is not None or is_sharded(self._state.model) else []
         if self._writer is None:
             return
         step, lr = self._state.step, float(self._state.schedule.get_last_lr()[0])
@@ -99,7 +101,7 @@ class Tracker:
         }
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
-        for layer, value in enumerate(self._state.model.lambdas()):
+        for layer, value in enumerate(lambdas):
             self._writer.add_scalar(f"lambda/layer_{layer:02d}", value, step)
         self._publish(
             "step",
@@ -115,14 +117,17 @@ class Tracker:
     def log_epoch(self, evaluated: dict[str, float], stream: Stream) -> None:
         """Record an evaluation; `evaluated` from `evaluate`. Draws attention maps a few times a run."""
         self._evaluated = evaluated
+        step, model = self._state.step, self._state.evaluated_model
+        draws = draws_attention(step // self._plan.steps_per_epoch, self._plan.epochs)
+        if draws and is_sharded(model):
+            model = whole_copy(model)
         if self._writer is None:
             return
-        step = self._state.step
         for name in ("loss", "top1", "top5"):
             self._writer.add_scalar(f"val/{name}", evaluated[name], step)
-        if draws_attention(step // self._plan.steps_per_epoch, self._plan.epochs):
+        if draws:
             images = stream.preview(_GRID_IMAGES).images
-            figure = attention_figure(self._state.evaluated_model, images, self._config)
+            figure = attention_figure(model, images, self._config)
             self._writer.add_figure("attention/last_block", figure, step)
         self._writer.flush()
 
