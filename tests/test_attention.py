@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffvit.models import attention as module
+from diffvit.models import two_maps
 from diffvit.models.attention import Attention, DiffAttention, DiffAttentionV2, depth_lambda_init
 
 B, N, H, K = 2, 7, 3, 5  # odd and distinct
@@ -122,20 +123,36 @@ def test_bounds_of_lambda_are_those_of_forward() -> None:
 
 
 @pytest.mark.parametrize("kind", [DiffAttention, DiffAttentionV2])
-@pytest.mark.parametrize("path", ["subtract_maps", "subtract_outputs"])
-def test_both_paths_have_the_references_values_and_gradients(
+@pytest.mark.parametrize("path", ["subtract_maps", "subtract_outputs", "subtract_in_blocks"])
+def test_all_paths_have_the_references_values_and_gradients(
     kind: type[nn.Module], path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The fused path is what CUDA runs; here it runs on the CPU."""
-    monkeypatch.setattr(module, "attend_two_maps", getattr(module, path))
+    """The fused path is what CUDA runs; here it runs on the CPU. Five images are more than a block of one a thread."""
+    monkeypatch.setattr(module, "attend_two_maps", getattr(two_maps, path))
+    monkeypatch.setattr(two_maps, "_BLOCK_ENTRIES", 1)
     layer = build(kind)
-    x, x_reference = inputs(kind).requires_grad_(), inputs(kind).requires_grad_()
-    upstream = torch.randn(B, N, WIDTH[kind], dtype=torch.float64)
+    x = torch.randn(5, N, WIDTH[kind], dtype=torch.float64).requires_grad_()
+    x_reference = x.detach().clone().requires_grad_()
+    upstream = torch.randn(5, N, WIDTH[kind], dtype=torch.float64)
     parameters = list(layer.parameters())
     ours = torch.autograd.grad((layer(x) * upstream).sum(), [x, *parameters])
     theirs = torch.autograd.grad((reference(layer, x_reference) * upstream).sum(), [x_reference, *parameters])
     for mine, yours in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, yours, rtol=1e-8, atol=1e-8)
+    with torch.no_grad():  # in blocks no map is kept then
+        torch.testing.assert_close(layer(x), reference(layer, x))
+
+
+def test_the_cpu_works_in_blocks_unless_something_else_reads_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    for name in ("subtract_maps", "subtract_in_blocks"):
+        path = getattr(two_maps, name)
+        monkeypatch.setattr(two_maps, name, lambda *args, name=name, path=path: (taken.append(name), path(*args))[1])
+    layer, x = build(DiffAttention, torch.float32), inputs(DiffAttention, torch.float32)
+    layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    assert taken == ["subtract_in_blocks", "subtract_maps"]
 
 
 @pytest.mark.parametrize("kind", VARIANTS)

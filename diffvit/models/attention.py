@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from diffvit.models.two_maps import TwoMaps, attend_two_maps, in_full_precision, scaled_scores, softmax_map
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,6 @@ class AttentionMaps:
         if self.negative is None or self.weight is None:
             return self.positive
         return self.positive - self.weight * self.negative
-
-
-class TwoMaps(NamedTuple):
-    """What differential attention reads: queries and keys of two maps (B, H, N, K), shared values (B, H, N, E)."""
-
-    q1: Tensor
-    k1: Tensor
-    q2: Tensor
-    k2: Tensor
-    v: Tensor
 
 
 def depth_lambda_init(layer_index: int) -> float:
@@ -79,7 +71,8 @@ class Attention(nn.Module):
     def forward(self, x_BND: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         q, k, v = self._heads(x_BND)
-        return _project(self.proj, F.scaled_dot_product_attention(q, k, v))
+        out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
 
     def attention_maps(self, x_BND: Tensor) -> AttentionMaps:
         """The maps of `forward` on the same input."""
@@ -148,24 +141,24 @@ class DiffAttention(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        # Laid out by token before the norm, which joining the heads needs in any case: the norm then reads it in order.
-        heads = attend_two_maps(self._heads(x_BND), self.current_lambda()).transpose(1, 2).contiguous()
-        return _project(self.proj, self._norm_heads(heads).transpose(1, 2))
+        heads = attend_two_maps(self.qkv(x_BND), self._split, self.current_lambda())
+        out: Tensor = self.proj(self._norm_heads(heads).flatten(2))
+        return out
 
     def attention_maps(self, x_BND: Tensor) -> AttentionMaps:
         """The maps of `forward` on the same input, before the norm; `weight` is a scalar."""
-        q1, k1, q2, k2, _ = self._heads(x_BND)
+        q1, k1, q2, k2, _ = self._split(self.qkv(x_BND))
         return AttentionMaps(softmax_map(q1, k1), softmax_map(q2, k2), self.current_lambda())
 
     def attention_logits(self, x_BND: Tensor) -> tuple[Tensor, ...]:
         """What `forward` takes the softmax of in each of the two maps, (B, H, N, N) each."""
-        q1, k1, q2, k2, _ = self._heads(x_BND)
+        q1, k1, q2, k2, _ = self._split(self.qkv(x_BND))
         return scaled_scores(q1, k1), scaled_scores(q2, k2)
 
     def current_lambda(self) -> Tensor:
         """Lambda, a scalar tensor, computed in float32 or better."""
         q1, k1, q2, k2 = (
-            _in_full_precision(t) for t in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2)
+            in_full_precision(t) for t in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2)
         )
         learned = torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + self.lambda_init
         if self.lambda_max is None:
@@ -180,8 +173,8 @@ class DiffAttention(nn.Module):
             return F.rms_norm(heads, norm.normalized_shape, weight, norm.eps)
         return F.layer_norm(heads, norm.normalized_shape, weight, (norm.bias * factor).to(heads.dtype), norm.eps)
 
-    def _heads(self, x: Tensor) -> TwoMaps:
-        q, k, v = self.qkv(x).unflatten(-1, (3, -1)).unbind(2)
+    def _split(self, qkv: Tensor) -> TwoMaps:
+        q, k, v = qkv.unflatten(-1, (3, -1)).unbind(2)
         q1, q2 = q.unflatten(-1, (self.num_heads, 2, -1)).unbind(3)
         k1, k2 = k.unflatten(-1, (self.num_heads, 2, -1)).unbind(3)
         v = v.unflatten(-1, (self.num_heads, -1))
@@ -216,72 +209,29 @@ class DiffAttentionV2(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        return _project(self.proj, attend_two_maps(self._heads(x_BND), self._gate(x_BND)))
+        out: Tensor = self.proj(attend_two_maps(self.qkv(x_BND), self._split, self._gate(x_BND)).flatten(2))
+        return out
 
     def attention_maps(self, x_BND: Tensor) -> AttentionMaps:
         """The maps of `forward` on the same input; `weight` is sigmoid(lambda), (B, H, N, 1)."""
-        q1, k1, q2, k2, _ = self._heads(x_BND)
+        q1, k1, q2, k2, _ = self._split(self.qkv(x_BND))
         return AttentionMaps(softmax_map(q1, k1), softmax_map(q2, k2), self._gate(x_BND))
 
     def attention_logits(self, x_BND: Tensor) -> tuple[Tensor, ...]:
         """What `forward` takes the softmax of in each of the two maps, (B, H, N, N) each."""
-        q1, k1, q2, k2, _ = self._heads(x_BND)
+        q1, k1, q2, k2, _ = self._split(self.qkv(x_BND))
         return scaled_scores(q1, k1), scaled_scores(q2, k2)
 
     def _gate(self, x: Tensor) -> Tensor:
-        gate = torch.sigmoid(_in_full_precision(self.lambda_proj(x))) * self.gate_opening
+        gate = torch.sigmoid(in_full_precision(self.lambda_proj(x))) * self.gate_opening
         return gate.transpose(1, 2).unsqueeze(-1)
 
-    def _heads(self, x: Tensor) -> TwoMaps:
-        qkv = self.qkv(x)
-        D = x.shape[-1]
+    def _split(self, qkv: Tensor) -> TwoMaps:
+        D = qkv.shape[-1] // 4
         q, k, v = qkv.split((2 * D, D, D), dim=-1)
         q1, q2 = q.unflatten(-1, (self.num_heads, 2, -1)).unbind(3)
         k, v = k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
         return TwoMaps(*(t.transpose(1, 2) for t in (q1, k, q2, k, v)))
-
-
-def attend_two_maps(maps: TwoMaps, weight: Tensor) -> Tensor:
-    """(softmax(q1 k1') - weight softmax(q2 k2')) v, (B, H, N, E), by the way that is fastest on the device."""
-    return subtract_outputs(maps, weight) if maps.v.is_cuda else subtract_maps(maps, weight)
-
-
-def subtract_maps(maps: TwoMaps, weight: Tensor) -> Tensor:
-    """Subtract the maps, then multiply with the values once: the fewest operations where no fused kernel is at hand."""
-    B, H, N, _ = maps.v.shape
-    q1, k1, q2, k2, v = (t.flatten(0, 1) for t in maps)  # contiguous, as the products and their gradients want them
-    weight = weight.expand(B, H, N, 1).flatten(0, 1) if weight.ndim else weight
-    combined = torch.addcmul(softmax_map(q1, k1), softmax_map(q2, k2), -weight)
-    out: Tensor = (combined.to(v.dtype) @ v).unflatten(0, (B, H))
-    return out
-
-
-def subtract_outputs(maps: TwoMaps, weight: Tensor) -> Tensor:
-    """Multiply each map with the values in a fused kernel, which keeps no map in memory, then subtract."""
-    q1, k1, q2, k2, v = maps
-    positive = F.scaled_dot_product_attention(q1, k1, v)
-    return (positive - weight * F.scaled_dot_product_attention(q2, k2, v)).to(v.dtype)
-
-
-def softmax_map(q: Tensor, k: Tensor) -> Tensor:
-    """softmax(q k' / sqrt K), (..., N, N), in float32 or better also where autocast gives half-precision scores."""
-    return _in_full_precision(scaled_scores(q, k)).softmax(dim=-1)
-
-
-def scaled_scores(q: Tensor, k: Tensor) -> Tensor:
-    """Q k' / sqrt K, (..., N, N)."""
-    scores: Tensor = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    return scores
-
-
-def _in_full_precision(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def _project(proj: nn.Module, heads: Tensor) -> Tensor:
-    """(B, H, N, E) -> (B, N, D)."""
-    out: Tensor = proj(heads.transpose(1, 2).flatten(2))
-    return out
 
 
 def _require_divisible(embed_dim: int, parts: int, rule: str) -> None:
