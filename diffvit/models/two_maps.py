@@ -150,7 +150,8 @@ def _put(where: Tensor, part: Tensor) -> None:
 
 def _softmax(q: Tensor, k: Tensor, out: Tensor | None) -> Tensor:
     """softmax(q k' / sqrt K), written into `out` where it is kept."""
-    scores = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2), out=out)
+    scores = q.new_empty(len(q), q.shape[1], k.shape[1]) if out is None else out
+    torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5, out=scores)
     return torch.softmax(scores, -1, out=scores)
 
 
