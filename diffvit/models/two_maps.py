@@ -109,8 +109,11 @@ class _InBlocks(torch.autograd.Function):
             combined = torch.addcmul(positive, negative, minus)
             d_v = combined.transpose(1, 2) @ out
             d_map = torch.bmm(out, v.transpose(1, 2), out=combined)
-            d_weight = _of_block(grad_weight, block)
-            d_weight -= torch.linalg.vecdot(d_map, negative).unsqueeze(-1).sum_to_size(d_weight.shape)
+            d_weight = torch.linalg.vecdot(d_map, negative).unsqueeze(-1)
+            if weight.ndim:
+                _put(grad_weight[block], -d_weight)
+            else:
+                grad_weight -= d_weight.sum()
             d_first = torch._softmax_backward_data(d_map, positive, -1, qkv.dtype)
             d_second = torch._softmax_backward_data(d_map, negative, -1, qkv.dtype)
             scale = K**-0.5
