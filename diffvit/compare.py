@@ -48,7 +48,11 @@ class CompareConfig:
     seeds: int = 3
     """Runs of each arm, with seeds 0, 1, …"""
     concurrent: int = 0
-    """Arms that train side by side; 0 for as many as the cluster has CPUs (with --scale.gpu: GPUs) for."""
+    """Arms that train side by side; 0 for as many as the cluster has CPUs (with --scale.gpu: and GPUs) for."""
+    gpus_per_arm: float = 1.0
+    """Share of a GPU that an arm takes, with --scale.gpu; small models train side by side on one."""
+    decoders: int = 0
+    """Processes, with a CPU each, that decode images for an arm; 0: its own."""
     compare: CompareOptions = field(default_factory=CompareOptions)
 
     def __post_init__(self) -> None:
@@ -56,6 +60,12 @@ class CompareConfig:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
         if self.concurrent < 0:
             raise ValueError(f"concurrent must not be negative, got {self.concurrent}")
+        if self.decoders < 0:
+            raise ValueError(f"decoders must not be negative, got {self.decoders}")
+        if not 0 < self.gpus_per_arm <= 1:
+            raise ValueError(
+                f"gpus_per_arm must be above 0 and at most 1 (an arm is one process), got {self.gpus_per_arm}"
+            )
 
 
 def run_comparison(config: CompareConfig, report: Report) -> Path:
@@ -129,16 +139,12 @@ def train_arms(config: CompareConfig, storage: Path, report: Report) -> list[Pat
         for name, arm in arm_configs(config.run).items()
         for seed in range(config.seeds)
     ]
-    data, gpu = ray.put(dataset), config.run.scale.gpu
-    options: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if gpu else 0, "max_retries": config.run.scale.max_failures}
-    train_arm = ray.remote(**options)(_train_arm)
-    kind = "GPU" if gpu else "CPU"
-    room = int(ray.cluster_resources().get(kind, 0))
-    if not room:
-        raise ValueError(
-            f"each arm needs one {kind}; the cluster has none" + ("; leave --scale.gpu out" if gpu else "")
-        )
-    limit = config.concurrent or room
+    data = ray.put(dataset)
+    needs = {"CPU": 1.0 + config.decoders} | ({"GPU": config.gpus_per_arm} if config.run.scale.gpu else {})
+    train_arm = ray.remote(
+        num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_retries=config.run.scale.max_failures
+    )(_train_arm)
+    limit = config.concurrent or _room(needs)
     # seed by seed, so that a comparison that is cut has whole seeds
     waiting = sorted(range(len(configs)), key=lambda place: configs[place].seed)
     running: dict[Any, RunConfig] = {}
@@ -147,7 +153,7 @@ def train_arms(config: CompareConfig, storage: Path, report: Report) -> list[Pat
     while waiting or running:
         while waiting and len(running) < limit:
             chosen = configs[waiting.pop(0)]
-            running[train_arm.remote(to_json(chosen), data)] = chosen
+            running[train_arm.remote(to_json(chosen), data, config.decoders)] = chosen
         (done,), _ = ray.wait(list(running), num_returns=1)
         finished = running.pop(done)
         reason = ray.get(done)
@@ -159,11 +165,21 @@ def train_arms(config: CompareConfig, storage: Path, report: Report) -> list[Pat
     return [arm.folder for arm in configs]
 
 
-def _train_arm(config: str, dataset: Dataset) -> str | None:
+def _room(needs: dict[str, float]) -> int:
+    """How many arms the cluster holds at a time."""
+    has = ray.cluster_resources()
+    for kind, amount in needs.items():
+        if has.get(kind, 0) < amount:
+            remedy = "leave --scale.gpu out" if kind == "GPU" else "take fewer --decoders"
+            raise ValueError(f"each arm needs {amount:g} {kind}; the cluster has {has.get(kind, 0):g}; {remedy}")
+    return int(min(has[kind] / amount + 1e-6 for kind, amount in needs.items()))
+
+
+def _train_arm(config: str, dataset: Dataset, decoders: int) -> str | None:
     """Train one run; why it stopped, or None. Returned and not raised, because Ray would try again."""
     torch.set_num_threads(1)  # many runs share a machine, one to a CPU
     try:
-        train_alone(from_json(config, "arm"), dataset)
+        train_alone(from_json(config, "arm"), dataset, decoders=decoders)
     except RunStopped as stop:
         return str(stop)
     return None

@@ -12,8 +12,9 @@ from conftest import with_fields
 from safetensors.torch import load_file
 
 from diffvit.config import RunConfig
+from diffvit.data import loader as loader_module
 from diffvit.data.batches import Batch
-from diffvit.data.loader import LocalStream
+from diffvit.data.loader import BatchLoader, LocalStream, plan_run
 from diffvit.data.sources import Dataset, open_dataset
 from diffvit.training import logbook
 from diffvit.training.alone import train_alone
@@ -99,3 +100,33 @@ def test_divergence_says_why(config: RunConfig, dataset: Dataset) -> None:
     results = json.loads((config.folder / "results.json").read_text())
     assert results["status"] == "stopped"
     assert "not finite" in results["reason"]
+
+
+@pytest.mark.slow  # processes that import torch
+def test_decoders_change_nothing_but_who_decodes(config: RunConfig, dataset: Dataset) -> None:
+    weights = []
+    for name, decoders in (("own", 0), ("helped", 2)):
+        named = dataclasses.replace(config, name=name)
+        results = train_alone(named, dataset, decoders=decoders)
+        weights.append(load_file(named.folder / results["last"]["checkpoint"] / "model.safetensors"))
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+def test_few_validation_images_are_decoded_once(
+    config: RunConfig, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = plan_run(config, dataset)
+    val = BatchLoader(config, dataset.val, plans[1])
+    made: list[int] = []
+    monkeypatch.setattr(
+        BatchLoader,
+        "__call__",
+        lambda loader, row: (made.append(row), loader._load(row, loader.plan.samples(row), None))[1],
+    )
+    stream = LocalStream(BatchLoader(config, dataset.train, plans[0]), val)
+    first, second = list(stream.evaluate()), list(stream.evaluate())
+    assert made == [0]
+    assert [batch.row for batch in first] == [batch.row for batch in second] == [0]
+    monkeypatch.setattr(loader_module, "_KEPT_BYTES", 0)
+    list(stream.evaluate())
+    assert made == [0, 0]

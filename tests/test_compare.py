@@ -93,7 +93,7 @@ class TestRuns:
 
     def test_a_cluster_without_gpus_is_refused(self, config: CompareConfig) -> None:
         run = with_fields(config.run, scale={"gpu": True})
-        with pytest.raises(ValueError, match=r"each arm needs one GPU; the cluster has none; leave --scale\.gpu out"):
+        with pytest.raises(ValueError, match=r"each arm needs 1 GPU; the cluster has 0; leave --scale\.gpu out"):
             run_comparison(dataclasses.replace(config, run=run), quiet)
 
     def test_an_unfinished_run_is_refused(self, config: CompareConfig, tmp_path: Path) -> None:

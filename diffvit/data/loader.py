@@ -6,9 +6,11 @@ Letters: B samples in the micro-batch, C channels, S image side.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from diffvit.config import RunConfig
 from diffvit.data.batches import SKIPPED_LABEL, Batch
@@ -17,6 +19,8 @@ from diffvit.data.order import EvalPlan, Indices, TrainPlan
 from diffvit.data.sources import Dataset, Split
 
 _EVAL_ROW_SIZE = 250
+_KEPT_BYTES = 256 * 2**20
+"""Validation images that a run in one process keeps decoded."""
 
 
 def plan_run(config: RunConfig, dataset: Dataset, workers: int = 1) -> tuple[TrainPlan, EvalPlan]:
@@ -89,24 +93,67 @@ class BatchLoader:
 
 
 class LocalStream:
-    """The batches of one rank made in the calling process: the stream of a test, and the reference for Ray's."""
+    """The batches of one rank made on this machine: the stream of a run without Ray, and the reference for Ray's.
 
-    def __init__(self, train: BatchLoader, val: BatchLoader, rank: int = 0, workers: int = 1) -> None:
-        self._train, self._val, self._rank, self._workers = train, val, rank, workers
+    Args:
+        train: makes the training batches.
+        val: makes the validation batches; while they are few they are kept after they were made once.
+        rank: whose batches.
+        workers: ranks in all.
+        decoders: processes that make the training batches ahead of time; 0: this one, when they are asked for.
+    """
+
+    def __init__(
+        self, train: BatchLoader, val: BatchLoader, rank: int = 0, workers: int = 1, *, decoders: int = 0
+    ) -> None:
+        self._train, self._val, self._rank, self._workers, self._decoders = train, val, rank, workers, decoders
+        self._kept: list[Batch] | None = None
 
     def train(self, first_step: int) -> Iterator[Batch]:
         plan = self._train.plan
         assert isinstance(plan, TrainPlan)
         first = first_step * plan.rows_per_step + self._rank
-        return map(self._train, range(first, plan.total_steps * plan.rows_per_step, plan.workers))
+        rows = range(first, plan.total_steps * plan.rows_per_step, plan.workers)
+        return self._made_ahead(rows) if self._decoders else map(self._train, rows)
 
     def evaluate(self) -> Iterator[Batch]:
         plan = self._val.plan
         assert isinstance(plan, EvalPlan)
-        return map(self._val, range(self._rank, plan.num_rows, self._workers))
+        rows = range(self._rank, plan.num_rows, self._workers)
+        image_bytes = self._val.channels * self._val.image_size**2
+        if len(rows) * plan.row_size * image_bytes > _KEPT_BYTES:
+            return map(self._val, rows)
+        if self._kept is None:
+            self._kept = [self._val(row) for row in rows]
+        return iter(self._kept)
 
     def preview(self, count: int) -> Batch:
         return self._val.preview(count)
 
     def keys(self, samples: Indices) -> list[str]:
         return [self._train.split.key(sample) for sample in samples.tolist()]
+
+    def _made_ahead(self, rows: range) -> Iterator[Batch]:
+        return iter(
+            DataLoader(
+                _Rows(self._train, rows),
+                batch_size=None,
+                num_workers=self._decoders,
+                prefetch_factor=4,
+                multiprocessing_context="spawn",  # a copy of a process that holds a GPU or Ray would be of no use
+            )
+        )
+
+
+@dataclass(frozen=True)
+class _Rows(torch.utils.data.Dataset[Batch]):
+    """What DataLoader's workers take rows from."""
+
+    loader: BatchLoader
+    rows: range
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> Batch:
+        return self.loader(self.rows[place])

@@ -1,7 +1,7 @@
 """A whole run in the calling process, without Ray: the same loop, folder, checkpoints and results.
 
 For runs so small that a worker group would cost more than it brings, of which many go side by side: the arms of a
-comparison. Images are decoded in this process too.
+comparison. Images are decoded in this process too, or in a few of its own.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from diffvit.training.run_lock import RunLock
 from diffvit.training.tracking import Publish
 
 
-def train_alone(config: RunConfig, dataset: Dataset, publish: Publish | None = None) -> dict[str, Any]:
+def train_alone(
+    config: RunConfig, dataset: Dataset, publish: Publish | None = None, *, decoders: int = 0
+) -> dict[str, Any]:
     """Train, or continue, a run with one worker in this process; its results, which are also in `results.json`.
 
     Args:
         config: with everything that the data decides filled in (`diffvit.training.launch.resolve`).
         dataset: that of `config.data`.
         publish: hears of progress.
+        decoders: processes that decode training images for this one; 0: it does so itself.
 
     Raises:
         ValueError: the name is taken, the folder cannot be written, the run has fewer steps than its warm-up, or there
@@ -44,13 +47,17 @@ def train_alone(config: RunConfig, dataset: Dataset, publish: Publish | None = N
         earlier = open_run(config)
         if earlier is not None and earlier["status"] == "finished":
             return earlier
-        return _train(config, dataset, plans, publish or (lambda *_: None))
+        return _train(config, dataset, plans, publish or (lambda *_: None), decoders)
 
 
-def _train(config: RunConfig, dataset: Dataset, plans: tuple[TrainPlan, EvalPlan], publish: Publish) -> dict[str, Any]:
+def _train(
+    config: RunConfig, dataset: Dataset, plans: tuple[TrainPlan, EvalPlan], publish: Publish, decoders: int
+) -> dict[str, Any]:
     started = time.monotonic()
     plan, eval_plan = plans
-    stream = LocalStream(BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, eval_plan))
+    stream = LocalStream(
+        BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, eval_plan), decoders=decoders
+    )
     worker = Worker(
         device=torch.device(config.scale.device_type),
         report=lambda _: None,
