@@ -41,7 +41,10 @@ class MuonAdamW(AdamW):
     @torch.no_grad()
     def _step_matrices(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         """Matrices of one shape, orthogonalised side by side. Takes their gradients away, so that AdamW leaves them."""
-        moments = [self.state[w].setdefault("momentum", torch.zeros_like(w)) for w in weights]
+        for weight in weights:
+            if not self.state[weight]:  # AdamW wants a count of steps in every state that it loads
+                self.state[weight] |= {"momentum": torch.zeros_like(weight), "step": weight.new_zeros(())}
+        moments = [self.state[weight]["momentum"] for weight in weights]
         poisoned = getattr(self, "found_inf", None)
         keeps = 1.0 if poisoned is None else 1 - poisoned
         gradients = torch.stack([w.grad for w in weights if w.grad is not None])
@@ -54,6 +57,7 @@ class MuonAdamW(AdamW):
         updates = orthogonalize(gradients.lerp(after, group["momentum"])) * (rate * max(1, rows / columns) ** 0.5)
         for weight, moment, new, update in zip(weights, moments, after, updates, strict=True):
             moment.copy_(new)
+            self.state[weight]["step"] += keeps
             weight.mul_(1 - rate * group["weight_decay"]).sub_(update)
             weight.grad = None
 
