@@ -61,8 +61,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
 
     def slower(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            result = function(*arguments)
+        def call(*arguments: Any, **options: Any) -> Any:
+            result = function(*arguments, **options)
             clock.now += seconds
             return result
 
