@@ -63,15 +63,20 @@ def parse_sweep_config(description: str, arguments: list[str] | None = None) -> 
 
 
 def parse_finetune_config(description: str, arguments: list[str] | None = None) -> RunConfig:
-    """As `parse_pretrain_config`, from the recipe `finetune` and the model whose weights `--init.weights` names."""
+    """As `parse_pretrain_config`, from the recipe `finetune` where none is named, and the model of `--init.weights`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        default = _take_default(["finetune", *arguments]) if not _names_config(arguments) else _take_default(arguments)
+        from_recipe = not _names_config(arguments)
+        if from_recipe and not (arguments and arguments[0] in RECIPES):
+            arguments.insert(0, "finetune")
+        default = _take_default(arguments)
         weights = _value_of("--init.weights", arguments) or default.init.weights
         if weights:
             from diffvit.models.pretrained import shape_of  # imports torch, which takes seconds
 
             model = shape_of(weights)
+            if from_recipe:
+                model = dataclasses.replace(model, num_classes=default.model.num_classes)
             default = dataclasses.replace(default, model=model, init=dataclasses.replace(default.init, weights=weights))
         elif not {"-h", "--help"} & set(arguments):
             raise ValueError("init.weights is missing: the run, checkpoint or .safetensors file to start from")

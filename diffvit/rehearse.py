@@ -1,4 +1,4 @@
-"""A run rehearsed on the cluster that it is to have: a few steps on synthetic images, and what the whole will take."""
+"""A run rehearsed on the cluster that it is to have: a few steps on its images, and what the whole will take."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import rich.console
 
@@ -22,7 +23,8 @@ from diffvit.console import format_duration, format_flops
 from diffvit.data.loader import plan_run
 from diffvit.data.order import TrainPlan
 from diffvit.data.sources import Dataset
-from diffvit.data.synthetic import SyntheticSplit, stand_in
+from diffvit.data.subset import Subset
+from diffvit.data.synthetic import rehearsal_data
 from diffvit.models.flops import training_flops
 from diffvit.storage import Storage
 from diffvit.training.cluster import connect, require_resources, wait_for_cluster
@@ -51,7 +53,7 @@ def rehearse(config: RunConfig, options: RehearsalOptions) -> tuple[Measured, Fo
             f"rehearse without scale.sharding = {config.scale.sharding!r}, or run for an epoch and see"
         )
     require_compiler(config.scale)
-    dataset, description = stand_in(config)
+    dataset, description = rehearsal_data(config)
     config = resolve(config, dataset)
     plan, _ = plan_run(config, dataset, config.worker_counts[-1])
     require_weights(config)
@@ -59,7 +61,7 @@ def rehearse(config: RunConfig, options: RehearsalOptions) -> tuple[Measured, Fo
     shown = min(len(dataset.val), steps * plan.batch_size)  # no more than a rehearsal's worth is evaluated
     console = rich.console.Console(highlight=False, soft_wrap=True)
     console.print(f"rehearsing {steps} of the {plan.total_steps:,} steps of [bold]{config.name}[/]")
-    console.print(f"synthetic images: {description}", markup=False)
+    console.print(f"images: {description}", markup=False)
     connect(config.scale)
     wait_for_cluster(config.scale, print)
     require_resources(config.scale)
@@ -117,8 +119,7 @@ def _delete(folder: Path) -> None:
 
 
 def _with_fewer(dataset: Dataset, val_images: int) -> Dataset:
-    assert isinstance(dataset.val, SyntheticSplit)
-    return dataclasses.replace(dataset, val=dataclasses.replace(dataset.val, labels=dataset.val.labels[:val_images]))
+    return dataclasses.replace(dataset, val=Subset(dataset.val, np.arange(val_images)))
 
 
 def table(

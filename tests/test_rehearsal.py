@@ -15,7 +15,7 @@ from diffvit.cli import parse_pretrain_config
 from diffvit.config import RehearsalOptions, RunConfig
 from diffvit.data.batches import Batch
 from diffvit.data.loader import BatchLoader, LocalStream, plan_run
-from diffvit.data.synthetic import stand_in
+from diffvit.data.synthetic import rehearsal_data
 from diffvit.rehearse import rehearse
 from diffvit.training import loop, rehearsal, saver
 from diffvit.training.checkpoint_store import CheckpointStore
@@ -61,8 +61,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
 
     def slower(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            result = function(*arguments)
+        def call(*arguments: Any, **options: Any) -> Any:
+            result = function(*arguments, **options)
             clock.now += seconds
             return result
 
@@ -78,7 +78,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_parts_of_a_step(tiny_config: RunConfig, clock: Clock) -> None:
     """Two micro-batches a step; 5 steps, of which 2 warm up."""
     config = with_fields(tiny_config, scale={"micro_batch_size": 6})
-    dataset, _ = stand_in(config)
+    dataset, _ = rehearsal_data(config)
     config = with_fields(config, model={"num_classes": len(dataset.classes)})
     plan, eval_plan = plan_run(config, dataset)
     stream = SlowStream(BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, eval_plan))
@@ -118,7 +118,7 @@ def test_on_the_cluster(tiny_config: RunConfig, capsys: pytest.CaptureFixture[st
     assert forecast.total_seconds > forecast.training_seconds
     shown = capsys.readouterr().out
     assert "rehearsing 4 of the 6 steps of tiny" in shown
-    assert "36 and 15 like those of" in shown
+    assert f"images: 36 and 15 of {config.data.path}" in shown
     assert "at 7 an hour for each of 1 node\n" in shown
 
 

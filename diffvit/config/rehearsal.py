@@ -12,7 +12,8 @@ class RehearsalOptions:
     """Whether to train, or only to find out what training would take."""
 
     rehearse: bool = False
-    """Train a few steps on synthetic images and predict time, memory and cost of the run; nothing of it is kept."""
+    """Train a few steps, on synthetic images where there are no others yet, and predict time, memory and cost of the
+    run; nothing of it is kept."""
     rehearse_steps: int = 50
     """Steps of a rehearsal, the first 10 of which warm up."""
     price_per_hour: float | None = None

@@ -47,6 +47,11 @@ class RunConfig:
             _ = self.location  # a URL may have a scheme that is not known, or credentials
         except ValueError as error:
             raise ValueError(f"storage cannot be used: {error}") from None
+        require(
+            self.optim.optimizer == "adamw" or self.scale.sharding == "none",
+            "optim.optimizer = 'muon' works on whole matrices, so scale.sharding must be 'none', "
+            f"got {self.scale.sharding!r}",
+        )
         require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         require(
             len(self.data.mean) in (0, 1, self.model.in_channels),

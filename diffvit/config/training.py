@@ -10,7 +10,7 @@ from diffvit.config.checks import STRICT, require, require_fraction
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The recipe: AdamW, linear warm-up and cosine decay per step."""
+    """The recipe: AdamW (or Muon), linear warm-up and cosine decay per step."""
 
     __pydantic_config__ = STRICT
 
@@ -18,8 +18,14 @@ class OptimConfig:
     """Passes over the training set."""
     batch_size: int = 1024
     """Global batch: samples a step over all workers."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: the matrices of the blocks are trained by Muon (Jordan et al. 2024), all else by AdamW."""
     lr: float = 1e-3
     """Peak learning rate, at this batch size (nothing is rescaled behind your back)."""
+    muon_lr: float = 0.02
+    """Peak learning rate of the matrices that Muon trains."""
+    muon_momentum: float = 0.95
+    """Muon's decay of the gradient average."""
     min_lr_ratio: float = 0.0
     """Learning rate at the end, as a share of the peak."""
     warmup_epochs: float = 5.0
@@ -27,7 +33,7 @@ class OptimConfig:
     warmup_steps: int | None = None
     """Steps of linear warm-up instead, as some papers give it; then warmup_epochs must be 0."""
     weight_decay: float = 0.05
-    """AdamW's decoupled weight decay; not applied to biases, norms, lambda, LayerScale, tokens and positions."""
+    """Decoupled weight decay; not applied to biases, norms, lambda, LayerScale, tokens and positions."""
     beta1: float = 0.9
     """AdamW's decay of the gradient average."""
     beta2: float = 0.999
@@ -50,7 +56,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             require(getattr(self, name) >= 1, f"optim.{name} must be at least 1, got {getattr(self, name)}")
-        require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        for name in ("lr", "muon_lr"):
+            require(getattr(self, name) > 0, f"optim.{name} must be positive, got {getattr(self, name)}")
         require(
             0.0 <= self.warmup_epochs <= self.epochs,
             f"optim.warmup_epochs must be between 0 and optim.epochs = {self.epochs}, got {self.warmup_epochs}",
@@ -64,7 +71,7 @@ class OptimConfig:
         require(0.0 <= self.min_lr_ratio <= 1.0, f"optim.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
         for name in ("weight_decay", "clip_norm", "max_skipped_steps", "max_rollbacks"):
             require(getattr(self, name) >= 0, f"optim.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("beta1", "beta2", "label_smoothing", "ema_decay"):
+        for name in ("beta1", "beta2", "muon_momentum", "label_smoothing", "ema_decay"):
             require_fraction(f"optim.{name}", getattr(self, name))
 
 

@@ -1,8 +1,7 @@
-"""Images of noise that stand in for a data set: as large, as many, and as long to decode and to augment.
+"""Images of noise that stand in for a data set that is not there yet: as many, and as long to decode and to augment.
 
-Where the run's data is there, a few of its images say how large they are and how they are encoded; where it is not, it
-is taken to be the well-known set that has images of the model's size. Nothing is fetched. A few images are encoded once
-and shown over and over.
+It is taken to be the well-known set that has images of the model's size. Nothing is fetched. A few images are encoded
+once and shown over and over.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from PIL import Image
 
 from diffvit.config import RunConfig
 from diffvit.data.order import Indices
-from diffvit.data.sources import Dataset, Split, open_dataset
+from diffvit.data.sources import Dataset, open_dataset
 
 _DIFFERENT_IMAGES = 16
 _BEST_QUALITY = 95
@@ -69,32 +68,25 @@ class SyntheticSplit:
         return (self.images[index % len(self.images)] for index in indices.tolist())
 
 
-def stand_in(config: RunConfig) -> tuple[Dataset, str]:
-    """A synthetic data set in the place of the run's own, and a line that says what it is like.
+def rehearsal_data(config: RunConfig) -> tuple[Dataset, str]:
+    """The run's own data where it is there, else a synthetic one in its place; and a line that says what it is like.
 
     Raises:
-        ValueError: the data is there, but none of its images can be read.
         StorageError: the object store is away.
     """
     real = _find(config)
-    if real is None:
-        known = _known_set(config.model.image_size)
-        classes = config.data.classes or tuple(map(str, range(config.model.num_classes or known.classes)))
-        train, val, kinds, source = known.train, known.val, [known.kind] * _DIFFERENT_IMAGES, f"like {known.name}"
-        source += f" (there is no data at data.path = {config.data.path!r})"
-    else:
-        classes, train, val, source = real.classes, len(real.train), len(real.val), f"like those of {config.data.path}"
-        kinds = kinds_in(real.train)
-    images = tuple(encode_noise(kind, (config.seed, number)) for number, kind in enumerate(kinds))
-    width, height, length = (
-        round(float(np.mean(sizes)))
-        for sizes in ([k.width for k in kinds], [k.height for k in kinds], [len(image) for image in images])
+    if real is not None:
+        return real, f"{len(real.train):,} and {len(real.val):,} of {config.data.path}"
+    known = _known_set(config.model.image_size)
+    classes = config.data.classes or tuple(map(str, range(config.model.num_classes or known.classes)))
+    images = tuple(encode_noise(known.kind, (config.seed, number)) for number in range(_DIFFERENT_IMAGES))
+    train, val = (SyntheticSplit(np.arange(count) % len(classes), images) for count in (known.train, known.val))
+    kind, length = known.kind, round(float(np.mean([len(image) for image in images])))
+    return Dataset(classes, train, val), (
+        f"{known.train:,} and {known.val:,} of noise, like {known.name} (there is no data at data.path = "
+        f"{config.data.path!r}): {kind.format}, {kind.width} x {kind.height} px and {length:,} bytes on average, read "
+        "from memory, so that a slow disk or object store will not show"
     )
-    formats = " and ".join(sorted({kind.format for kind in kinds}))
-    text = f"{train:,} and {val:,} {source}: {formats}, {width} x {height} px and {length:,} bytes on average"
-    train_split, val_split = (SyntheticSplit(np.arange(count) % len(classes), images) for count in (train, val))
-    statistics = (real.mean, real.std) if real is not None else ((), ())
-    return Dataset(classes, train_split, val_split, *statistics), text
 
 
 def _find(config: RunConfig) -> Dataset | None:
@@ -108,24 +100,6 @@ def _known_set(image_size: int) -> KnownSet:
     if image_size <= FASHION_MNIST.kind.width:
         return FASHION_MNIST
     return CIFAR10 if image_size <= 2 * CIFAR10.kind.width else IMAGENET
-
-
-def kinds_in(split: Split) -> list[ImageKind]:
-    """Those of a few images, spread over the split."""
-    kinds = []
-    places = np.unique(np.linspace(0, len(split) - 1, _DIFFERENT_IMAGES).astype(np.int64))
-    for encoded in split.read_many(places):
-        if isinstance(encoded, OSError):
-            continue
-        try:
-            with Image.open(io.BytesIO(encoded)) as image:
-                kind = "JPEG" if image.format == "JPEG" else "PNG"  # one of the others decodes about as PNG does
-                kinds.append(ImageKind(*image.size, kind, "L" if image.mode in ("1", "L") else "RGB", len(encoded)))
-        except OSError:  # not an image, as training would find out
-            continue
-    if not kinds:
-        raise ValueError(f"none of {len(places)} images of data.path can be read")
-    return kinds
 
 
 def encode_noise(kind: ImageKind, seed: tuple[int, ...]) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -28,6 +28,7 @@ class SavedModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     eval_crop_ratio: float
+    interpolation: Literal["bilinear", "bicubic"]
     manifest: dict[str, Any]
 
 
@@ -47,8 +48,9 @@ def _load(folder: Path) -> SavedModel:
         config = _MODEL.validate_json(json.dumps(manifest["model"]))
         data = manifest["data"]
         found = (tuple(data["classes"]), tuple(data["mean"]), tuple(data["std"]), float(data["eval_crop_ratio"]))
+        interpolation = data.get("interpolation", "bilinear")  # earlier checkpoints know no other
     except (ValidationError, KeyError, TypeError) as error:
         raise ValueError(f"checkpoint {folder} is of another version of diffvit: {error}") from None
     model = VisionTransformer(config)
     load_weights(model, folder)
-    return SavedModel(model.eval(), config, *found, manifest)
+    return SavedModel(model.eval(), config, *found, interpolation, manifest)

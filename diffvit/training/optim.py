@@ -1,4 +1,4 @@
-"""AdamW with weight decay where it belongs, warm-up and cosine per step, and the average of the weights."""
+"""AdamW or Muon with weight decay where it belongs, warm-up and cosine per step, and the average of the weights."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffvit.config import OptimConfig
+from diffvit.training.muon import MuonAdamW
 
 _NOT_DECAYED = ("pos_embed", "cls_token", "reg_token")
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
-    """AdamW (arXiv 1711.05101) over what is not frozen; it decays matrices and convolutions only.
+    """AdamW (arXiv 1711.05101), or Muon beside it, over what is not frozen; it decays matrices and convolutions only.
 
     Biases, norms, lambda vectors and LayerScale (all with one dimension), tokens and position embeddings are not
     decayed, as in DeiT and Big Vision. With `layer_decay` each block learns slower than the one above it (BEiT, arXiv
@@ -24,18 +25,22 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     """
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     depth = 1 + max((_layer(name) for name, _ in model.named_parameters()), default=0)
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[int, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         layer = _layer(name, depth) if config.layer_decay < 1 else depth
-        groups.setdefault((layer, parameter.ndim >= 2 and name not in _NOT_DECAYED), []).append(parameter)
-    return AdamW(
+        decays = parameter.ndim >= 2 and name not in _NOT_DECAYED
+        muon = config.optimizer == "muon" and parameter.ndim == 2 and name.startswith("blocks.")
+        groups.setdefault((layer, decays, muon), []).append(parameter)
+    kind = MuonAdamW if config.optimizer == "muon" else AdamW
+    return kind(
         [
             {
                 "params": members,
                 "weight_decay": config.weight_decay if decays else 0.0,
-                "lr": config.lr * config.layer_decay ** (depth - layer),
+                "lr": (config.muon_lr if muon else config.lr) * config.layer_decay ** (depth - layer),
+                **({"muon": True, "momentum": config.muon_momentum} if muon else {}),
             }
-            for (layer, decays), members in sorted(groups.items(), key=lambda item: (-item[0][0], -item[0][1]))
+            for (layer, decays, muon), members in sorted(groups.items(), reverse=True)
         ],
         lr=config.lr,
         betas=(config.beta1, config.beta2),

@@ -1,0 +1,245 @@
+"""Seconds of training to 90 % test top-1 on Fashion-MNIST: the recipe `fashion-mnist-fast` beside a public small ViT.
+
+The peer is s-chh's PyTorch-Scratch-Vision-Transformer-ViT (commit 5d66670): its model, 210,058 parameters, and its
+hyperparameters, in a plain loop below; its own loop decodes every image in every epoch, this one keeps the whole set as
+a tensor and crops and flips batches, so that it waits for no data. Ours is `pretrain.py` as anyone would run it: Ray,
+two workers, images decoded again in every epoch, checkpoints and evaluations. Both have the same number of cores.
+
+Both evaluate all test images after every epoch. The clock runs from the first step to the end of the first epoch whose
+evaluation reaches the target: start-up is left out, that last evaluation too, and the earlier ones are in.
+
+    python ray_jobs/prepare.py --source torchvision:FashionMNIST --root DIR --out fashion-mnist
+    python benchmarks/time_to_accuracy.py --data-path fashion-mnist --seeds 3 --plot docs/time-to-accuracy.png
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import matplotlib as mpl
+import torch
+import torch.nn.functional as F
+import tyro
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from diffvit.config import DataConfig
+from diffvit.data.images import decode_image
+from diffvit.data.sources import Split, open_dataset
+
+JOB = Path(__file__).parents[1] / "ray_jobs/pretrain.py"
+SIDE, PATCH, WIDTH, HEADS, DEPTH, DROPOUT = 28, 4, 64, 4, 6, 0.1
+EPOCHS, WARMUP_EPOCHS, BATCH, FIRST_LR, LR, LAST_LR, WEIGHT_DECAY = 200, 10, 128, 5e-5, 5e-4, 1e-5, 1e-3
+"""s-chh's."""
+
+Curve = list[tuple[float, float]]
+"""(seconds, top-1 in per cent) of every epoch."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    data_path: str
+    """Fashion-MNIST as prepare.py leaves it."""
+    seeds: int = 3
+    """Each trains both, the first to go changing."""
+    target: float = 90.0
+    """Test top-1 in per cent."""
+    recipe: str = "fashion-mnist-fast"
+    """Ours."""
+    cores: int = 2
+    """Workers of ours, threads of the peer's."""
+    peer_epochs: int = EPOCHS
+    """The peer gives up after so many of its 200."""
+    plot: str = ""
+    """File for the curves, .png or .svg."""
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    console = Console(width=110, highlight=False)
+    ways: dict[str, Callable[[Options, int], Curve]] = {"diffvit": train_ours, "s-chh's ViT": train_peer}
+    curves: dict[str, list[Curve]] = {name: [] for name in ways}
+    for seed in range(options.seeds):
+        for name in sorted(ways, reverse=bool(seed % 2)):
+            curves[name].append(ways[name](options, seed))
+            console.print(f"seed {seed}: {name} {_said(curves[name][-1], options.target)}")
+    console.print(table(curves, options))
+    if options.plot:
+        draw(curves, options).savefig(options.plot, dpi=120)
+
+
+def train_ours(options: Options, seed: int) -> Curve:
+    """Read from the checkpoints, one an epoch; their seconds end before the epoch's evaluation."""
+    with TemporaryDirectory() as storage:
+        command = [sys.executable, str(JOB), options.recipe, "--data.path", options.data_path, "--seed", str(seed)]
+        command += ["--storage", storage, "--name", "run", "--scale.workers", str(options.cores)]
+        subprocess.run([*command, "--checkpoint.keep-every-epochs", "1"], check=True, capture_output=True)
+        manifests = sorted(Path(storage).glob("run/checkpoint_step_*/checkpoint.json"))
+        metrics = [json.loads(manifest.read_text())["metrics"] for manifest in manifests]
+    return [(epoch["train_seconds"], epoch["top1"]) for epoch in metrics]
+
+
+def train_peer(options: Options, seed: int) -> Curve:
+    """Up to the first epoch that reaches the target."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(options.cores)
+    dataset = open_dataset(DataConfig(path=options.data_path))
+    images, labels = in_memory(dataset.train)
+    test_images, test_labels = in_memory(dataset.val)
+    model = PeerViT(len(dataset.classes))
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
+    curve: Curve = []
+    started = time.perf_counter()
+    for epoch in range(options.peer_epochs):
+        optimizer.param_groups[0]["lr"] = peer_lr(epoch)
+        for chosen in torch.randperm(len(images)).split(BATCH)[: len(images) // BATCH]:
+            F.cross_entropy(model(scaled(augmented(images[chosen]))), labels[chosen]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        seconds = time.perf_counter() - started
+        curve.append((seconds, top1(model, test_images, test_labels)))
+        if curve[-1][1] >= options.target:
+            break
+    return curve
+
+
+def peer_lr(epoch: int) -> float:
+    """Of the epoch, from 0: linear, then cosine, both by the epoch."""
+    if epoch < WARMUP_EPOCHS:
+        return FIRST_LR + (LR - FIRST_LR) * epoch / (WARMUP_EPOCHS - 1)
+    progress = (epoch - WARMUP_EPOCHS) / (EPOCHS - WARMUP_EPOCHS)
+    return LAST_LR + (LR - LAST_LR) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def in_memory(split: Split) -> tuple[Tensor, Tensor]:
+    """All images of the split (n, 1, 28, 28), uint8, and their labels (n,)."""
+    labels = torch.from_numpy(split.labels.copy())
+    encoded: Iterator[bytes | OSError] = split.read_many(torch.arange(len(labels)).numpy())
+    return torch.stack([decode_image(e, 1, SIDE**2) for e in encoded if isinstance(e, bytes)]), labels
+
+
+def augmented(images: Tensor) -> Tensor:
+    """RandomCrop(28, padding=2) and RandomHorizontalFlip, for a batch (B, 1, 28, 28)."""
+    padded = F.pad(images[:, 0], [2] * 4)
+    top, left = torch.randint(0, 5, (2, len(images), 1))
+    rows, columns = top + torch.arange(SIDE), left + torch.arange(SIDE)
+    columns = torch.where(torch.rand(len(images), 1) < 0.5, columns, columns.flip(1))
+    return padded[torch.arange(len(images)).view(-1, 1, 1), rows.unsqueeze(2), columns.unsqueeze(1)].unsqueeze(1)
+
+
+def scaled(images: Tensor) -> Tensor:
+    return images.float().div_(127.5).sub_(1)
+
+
+@torch.no_grad()
+def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """In per cent."""
+    model.eval()
+    hits = sum(
+        (model(scaled(x)).argmax(1) == y).sum() for x, y in zip(images.split(500), labels.split(500), strict=True)
+    )
+    model.train()
+    return 100 * float(hits) / len(labels)
+
+
+class PeerViT(nn.Module):
+    """s-chh's: positions on the patches alone, a class token, dropout after each branch, a head of two layers."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, WIDTH, PATCH, stride=PATCH)
+        self.class_token = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.positions = nn.Parameter(torch.randn(1, (SIDE // PATCH) ** 2, WIDTH))
+        self.dropout = nn.Dropout(DROPOUT)
+        self.blocks = nn.Sequential(*[PeerBlock() for _ in range(DEPTH)])
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, classes))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        for parameter in (self.class_token, self.positions):
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2) + self.positions
+        x = self.dropout(torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1))
+        scores: Tensor = self.head(self.norm(self.blocks(x))[:, 0])
+        return scores
+
+
+class PeerBlock(nn.Module):
+    """Attention and an MLP twice as wide, normalised before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+        self.dropout = nn.Dropout(DROPOUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.dropout(self.proj(attended))
+        out: Tensor = x + self.dropout(self.mlp(self.norm2(x)))
+        return out
+
+
+def seconds_to(curve: Curve, target: float) -> float | None:
+    return next((seconds for seconds, accuracy in curve if accuracy >= target), None)
+
+
+def _said(curve: Curve, target: float) -> str:
+    reached = seconds_to(curve, target)
+    end = f"{len(curve)} epochs, {curve[-1][0]:.1f} s, {curve[-1][1]:.2f} % in the last"
+    return f"{target:g} % {'not reached' if reached is None else f'after {reached:.1f} s'} ({end})"
+
+
+def table(curves: dict[str, list[Curve]], options: Options) -> Table:
+    """Seconds to the target by seed, their mean and standard deviation, and the ratio of the means."""
+    reached = {name: [seconds_to(curve, options.target) for curve in of_seeds] for name, of_seeds in curves.items()}
+    title = f"seconds to {options.target:g} % test top-1, {options.cores} cores"
+    shown = Table("", *[f"seed {seed}" for seed in range(options.seeds)], "mean", "sd", "to diffvit", title=title)
+    whole = {name: [s for s in found if s is not None] for name, found in reached.items()}
+    for name, found in reached.items():
+        by_seed = ["-" if seconds is None else f"{seconds:.1f}" for seconds in found]
+        mean, sd, ratio = "-", "-", "-"
+        if None not in found:
+            mean = f"{statistics.mean(whole[name]):.1f}"
+            sd = f"{statistics.stdev(whole[name]):.1f}" if options.seeds > 1 else "-"
+        if None not in [*found, *reached["diffvit"]]:
+            ratio = f"{statistics.mean(whole[name]) / statistics.mean(whole['diffvit']):.2f}"
+        shown.add_row(name, *by_seed, mean, sd, ratio)
+    return shown
+
+
+def draw(curves: dict[str, list[Curve]], options: Options) -> Figure:
+    """Top-1 by seconds of training, a line for each seed."""
+    with mpl.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(6, 3.5), layout="constrained")
+        axes = figure.subplots()
+        for name, colour in zip(curves, ("tab:red", "tab:gray"), strict=True):
+            for number, curve in enumerate(curves[name]):
+                axes.plot(*zip(*curve, strict=True), color=colour, marker=".", label=None if number else name)
+        axes.axhline(options.target, color="black", linewidth=0.8, linestyle="--")
+        axes.set(xscale="log", ylim=(70, None), xlabel="seconds of training", ylabel="test top-1, %")
+        axes.legend(frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
