@@ -67,17 +67,22 @@ def parse_finetune_config(description: str, arguments: list[str] | None = None) 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         default = _take_default(["finetune", *arguments]) if not _names_config(arguments) else _take_default(arguments)
-        weights = _value_of("--init.weights", arguments) or default.init.weights
+        weights = _value_of("--init.weights", arguments)
         if weights:
-            from diffvit.models.pretrained import shape_of  # imports torch, which takes seconds
-
-            model = shape_of(weights)
-            default = dataclasses.replace(default, model=model, init=dataclasses.replace(default.init, weights=weights))
-        elif not {"-h", "--help"} & set(arguments):
+            default = _starting_from(weights, default, _value_of("--model.variant", arguments))
+        elif not default.init.weights and not {"-h", "--help"} & set(arguments):
             raise ValueError("init.weights is missing: the run, checkpoint or .safetensors file to start from")
         return tyro.cli(RunConfig, default=default, args=arguments, description=description)
     except ValueError as error:
         fail(str(error))
+
+
+def _starting_from(weights: str, default: RunConfig, variant: str) -> RunConfig:
+    """`default` with the model that `weights` are of, as the `variant` that is asked for, if one is."""
+    from diffvit.models.pretrained import model_from, origin_of  # imports torch, which takes seconds
+
+    init = dataclasses.replace(default.init, weights=weights)
+    return dataclasses.replace(default, model=model_from(origin_of(weights), variant), init=init)
 
 
 def parse_compare_config(description: str, arguments: list[str] | None = None) -> CompareConfig:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from diffvit.config import ModelConfig
 from diffvit.manifest import read_manifest
 from diffvit.models.fetched import on_disk
+from diffvit.models.origin import origin_of_manifest
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import find_checkpoint, load_weights
-
-_MODEL = TypeAdapter(ModelConfig)
 
 
 @dataclass(frozen=True)
@@ -43,12 +39,8 @@ def load_saved(source: str | Path) -> SavedModel:
 
 def _load(folder: Path) -> SavedModel:
     manifest = read_manifest(folder)
-    try:
-        config = _MODEL.validate_json(json.dumps(manifest["model"]))
-        data = manifest["data"]
-        found = (tuple(data["classes"]), tuple(data["mean"]), tuple(data["std"]), float(data["eval_crop_ratio"]))
-    except (ValidationError, KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint {folder} is of another version of diffvit: {error}") from None
-    model = VisionTransformer(config)
+    origin = origin_of_manifest(manifest, folder)
+    model = VisionTransformer(origin.model)
     load_weights(model, folder)
-    return SavedModel(model.eval(), config, *found, manifest)
+    normalisation, crop_ratio = (origin.mean, origin.std), origin.eval_crop_ratio
+    return SavedModel(model.eval(), origin.model, origin.classes, *normalisation, crop_ratio, manifest)
