@@ -127,9 +127,9 @@ def test_bounds_of_lambda_are_those_of_forward() -> None:
 def test_all_paths_have_the_references_values_and_gradients(
     kind: type[nn.Module], path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The fused path is what CUDA runs; here it runs on the CPU. Five images are more than a block of one a thread."""
+    """The fused path is what CUDA runs; here it runs on the CPU. Five images are three blocks, the last one short."""
     monkeypatch.setattr(module, "attend_two_maps", getattr(two_maps, path))
-    monkeypatch.setattr(two_maps, "_BLOCK_ENTRIES", 1)
+    monkeypatch.setattr(two_maps, "_BLOCK_ENTRIES", 2 * 2 * H * N * N)
     layer = build(kind)
     x = torch.randn(5, N, WIDTH[kind], dtype=torch.float64).requires_grad_()
     x_reference = x.detach().clone().requires_grad_()

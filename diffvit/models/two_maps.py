@@ -109,8 +109,11 @@ class _InBlocks(torch.autograd.Function):
             combined = torch.addcmul(positive, negative, minus)
             d_v = combined.transpose(1, 2) @ out
             d_map = torch.bmm(out, v.transpose(1, 2), out=combined)
-            d_weight = _of_block(grad_weight, block)
-            d_weight -= torch.linalg.vecdot(d_map, negative).unsqueeze(-1).sum_to_size(d_weight.shape)
+            d_weight = torch.linalg.vecdot(d_map, negative).unsqueeze(-1)
+            if weight.ndim:
+                _put(grad_weight[block], -d_weight)
+            else:
+                grad_weight -= d_weight.sum()
             d_first = torch._softmax_backward_data(d_map, positive, -1, qkv.dtype)
             d_second = torch._softmax_backward_data(d_map, negative, -1, qkv.dtype)
             scale = K**-0.5
@@ -150,7 +153,8 @@ def _put(where: Tensor, part: Tensor) -> None:
 
 def _softmax(q: Tensor, k: Tensor, out: Tensor | None) -> Tensor:
     """softmax(q k' / sqrt K), written into `out` where it is kept."""
-    scores = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2), out=out)
+    scores = q.new_empty(len(q), q.shape[1], k.shape[1]) if out is None else out
+    torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5, out=scores)
     return torch.softmax(scores, -1, out=scores)
 
 
