@@ -63,11 +63,14 @@ def parse_sweep_config(description: str, arguments: list[str] | None = None) -> 
 
 
 def parse_finetune_config(description: str, arguments: list[str] | None = None) -> RunConfig:
-    """As `parse_pretrain_config`, from the recipe `finetune` and the model whose weights `--init.weights` names."""
+    """As `parse_pretrain_config`, from the recipe `finetune` where none is named, and the model of `--init.weights`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        default = _take_default(["finetune", *arguments]) if not _names_config(arguments) else _take_default(arguments)
-        weights = _value_of("--init.weights", arguments)
+        from_recipe = not _names_config(arguments)
+        if from_recipe and not (arguments and arguments[0] in RECIPES):
+            arguments.insert(0, "finetune")
+        default = _take_default(arguments)
+        weights = _value_of("--init.weights", arguments) or (default.init.weights if from_recipe else "")
         if weights:
             default = _starting_from(weights, default, _value_of("--model.variant", arguments))
         elif not default.init.weights and not {"-h", "--help"} & set(arguments):
@@ -81,8 +84,8 @@ def _starting_from(weights: str, default: RunConfig, variant: str) -> RunConfig:
     """`default` with the model that `weights` are of, as the `variant` that is asked for, if one is."""
     from diffvit.models.pretrained import model_from, origin_of  # imports torch, which takes seconds
 
-    init = dataclasses.replace(default.init, weights=weights)
-    return dataclasses.replace(default, model=model_from(origin_of(weights), variant), init=init)
+    model = dataclasses.replace(model_from(origin_of(weights), variant), num_classes=default.model.num_classes)
+    return dataclasses.replace(default, model=model, init=dataclasses.replace(default.init, weights=weights))
 
 
 def parse_compare_config(description: str, arguments: list[str] | None = None) -> CompareConfig:

@@ -137,7 +137,8 @@ class _Job:
 
 def _load_part(job: _Job, number: int) -> dict[str, Any]:
     model = job.saved.config
-    transform = eval_transform(AugmentConfig(eval_crop_ratio=job.saved.eval_crop_ratio), model.image_size)
+    augment = AugmentConfig(eval_crop_ratio=job.saved.eval_crop_ratio, interpolation=job.saved.interpolation)
+    transform = eval_transform(augment, model.image_size)
     entries = job.entries[number * _PART_IMAGES : (number + 1) * _PART_IMAGES]
     images = np.zeros((entries.num_rows, model.in_channels, model.image_size, model.image_size), np.uint8)
     reasons = entries["reason"].to_pylist()

@@ -131,10 +131,11 @@ def test_timm_makes_the_same_crop(tmp_path: Path, ratio: float, side: int) -> No
 
 def test_a_side_that_is_rounded_up(tmp_path: Path) -> None:
     """21 / 0.85 = 24.7: our evaluation makes 25 of it, and timm would make 24."""
-    found = exported(tmp_path, "plain", "timm", eval_crop_ratio=0.85)
-    share = json.loads((found.folder / "config.json").read_text())["pretrained_cfg"]["crop_pct"]
+    found = exported(tmp_path, "plain", "timm", eval_crop_ratio=0.85, interpolation="bicubic")
+    pretrained = json.loads((found.folder / "config.json").read_text())["pretrained_cfg"]
     assert math.floor(21 / 0.85) == 24
-    assert math.floor(21 / share) == 25
+    assert math.floor(21 / pretrained["crop_pct"]) == 25
+    assert pretrained["interpolation"] == "bicubic"
 
 
 def test_one_mean_for_three_channels_is_given_three_times(tmp_path: Path) -> None:

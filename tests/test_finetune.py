@@ -272,6 +272,9 @@ def test_the_command_line_takes_the_model_from_the_weights(pretrained: RunConfig
     file = tmp_path / "vit_dwee_patch16_reg1_gap_256.sbb.safetensors"
     save_file({"x": torch.zeros(1)}, file)
     assert parse(f"--init.weights={file}").model == TIMM_MODELS["vit_dwee_patch16_reg1_gap_256"]
+    flowers = parse("flowers", f"--init.weights={file}")
+    assert (flowers.name, flowers.model.num_classes, flowers.init.weights) == ("flowers", 102, str(file))
+    assert parse("flowers").init.weights.startswith("hf-hub:timm/")
 
 
 @pytest.mark.parametrize(

@@ -150,9 +150,9 @@ def test_rand_augment_draws_its_magnitude_from_around_the_one_asked_for() -> Non
     drawn = []
 
     class Spy(torch.nn.Module):
-        def __init__(self, layers: int, magnitude: int) -> None:
+        def __init__(self, layers: int, magnitude: int, fill: int) -> None:
             super().__init__()
-            assert layers == 2
+            assert (layers, fill) == (1, 128)
             self.magnitude = magnitude
 
         def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -162,19 +162,61 @@ def test_rand_augment_draws_its_magnitude_from_around_the_one_asked_for() -> Non
     image = torch.zeros(3, 16, 16, dtype=torch.uint8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torchvision.transforms.v2.RandAugment", Spy)
-        options = {"rand_augment_layers": 2, "rand_augment_magnitude": 29}
+        options = {"rand_augment_layers": 2, "rand_augment_magnitude": 29, "policy_fill": 128}
         noisy = train_transform(AugmentConfig(**STILL, **options, rand_augment_magnitude_std=2.0), 16)
         steady = train_transform(AugmentConfig(**STILL, **options), 16)
+        half = train_transform(AugmentConfig(**STILL, **options, rand_augment_probability=0.5), 16)
     torch.default_generator.manual_seed(3)
     for _ in range(300):
         noisy(image)
     assert max(drawn) == 30  # and not beyond, where torchvision has no strength
     below = [magnitude for magnitude in drawn if magnitude < 29]
-    assert 0.3 < len(below) / 300 < 0.5  # P(N(0, 1) < -0.25) = 0.40
+    assert len(drawn) == 600
+    assert 0.3 < len(below) / 600 < 0.5  # P(N(0, 1) < -0.25) = 0.40
     assert min(below) < 26
     drawn.clear()
     steady(image)
-    assert drawn == [29]
+    assert drawn == [29, 29]
+    drawn.clear()
+    for _ in range(300):
+        half(image)
+    assert 250 < len(drawn) < 350
+
+
+def test_erased_pixels_are_black_or_noise() -> None:
+    image = torch.full((3, 64, 64), 200, dtype=torch.uint8)
+    torch.default_generator.manual_seed(2)
+    black, noise = (
+        train_transform(AugmentConfig(**STILL, erasing=1.0, erasing_fill=fill), 64)(image)
+        for fill in ("black", "noise")
+    )
+    assert black.unique().tolist() == [0, 200]
+    erased = noise[(noise != 200).any(0).expand(3, -1, -1)].float()
+    assert erased.mean() == pytest.approx(114, abs=8)
+    assert erased.std() == pytest.approx(57, abs=8)
+
+
+def test_what_a_policy_uncovers_has_the_fill() -> None:
+    image = torch.full((1, 16, 16), 200, dtype=torch.uint8)
+    seen = set()
+    transform = train_transform(
+        AugmentConfig(**STILL, rand_augment_layers=1, rand_augment_magnitude=30, policy_fill=77), 16
+    )
+    for seed in range(40):
+        torch.default_generator.manual_seed(seed)
+        seen |= set(transform(image).unique().tolist())
+    assert 77 in seen
+
+
+def test_interpolation_is_that_of_training_and_of_evaluation() -> None:
+    image = decode_image(encode(photo()), 3, ANY_SIZE)
+    for transform in (train_transform, eval_transform):
+        linear, cubic = (
+            transform(AugmentConfig(crop="none", flip=0, interpolation=how), 16)(image)
+            for how in ("bilinear", "bicubic")
+        )
+        assert not torch.equal(linear, cubic)
+        assert (linear.int() - cubic.int()).abs().float().mean() < 3
 
 
 def test_eval_crop_is_the_centre() -> None:

@@ -84,3 +84,10 @@ def test_cut_box_by_hand() -> None:
     y, x, share = cut_box(8, 1.0, np.random.default_rng(0))
     assert (y.stop - y.start) * (x.stop - x.start) == 0
     assert share == 1.0
+
+
+def test_a_share_of_the_steps_mixes_nothing() -> None:
+    labels = torch.tensor([0, 10])
+    config = AugmentConfig(mixup=1.0, mix_probability=0.25)
+    mixed = [mix(flat_images(labels), labels, config, 0, step)[1].partner_labels is not None for step in range(400)]
+    assert 70 < sum(mixed) < 130

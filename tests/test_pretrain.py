@@ -151,5 +151,5 @@ def test_impossible_resources_are_refused_at_once(config: RunConfig) -> None:
 
 
 def test_classes_must_match_the_data(config: RunConfig) -> None:
-    with pytest.raises(ValueError, match="must be the number of classes in the data, 3, or 0; got 7"):
+    with pytest.raises(ValueError, match="must be the number of classes in the data, 3, got 7"):
         train(with_fields(config, model={"num_classes": 7}))

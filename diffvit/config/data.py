@@ -54,6 +54,8 @@ class AugmentConfig:
     none: the evaluation crop."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that an inception crop may take."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How images are resized, in training and in evaluation; antialiased either way."""
     padding: int = 4
     """Largest shift of a pad crop, in pixels of the model's input."""
     flip: float = 0.5
@@ -65,16 +67,26 @@ class AugmentConfig:
     rand_augment_layers: int = 0
     """RandAugment operations on an image (arXiv 1909.13719); 0 for none."""
     rand_augment_magnitude: int = 9
-    """RandAugment magnitude, 0 to 30."""
+    """RandAugment magnitude, 0 to 30, full strength (a rotation by 30 degrees). Where a paper's scale ends at 10, as
+    Big Vision's and timm's do, three times its number."""
     rand_augment_magnitude_std: float = 0.0
-    """Standard deviation of a normal distribution around it, from which each image draws its own (timm's mstd)."""
+    """Standard deviation of a normal distribution around it, from which each operation draws its own (timm's mstd, on
+    this scale)."""
+    rand_augment_probability: float = 1.0
+    """Probability that an operation is applied at all (0.5 in timm)."""
+    policy_fill: int = 0
+    """Grey level, 0 to 255, of what AutoAugment's and RandAugment's shifts and turns uncover."""
     erasing: float = 0.0
     """Probability of erasing a random rectangle (arXiv 1708.04896)."""
+    erasing_fill: Literal["black", "noise"] = "black"
+    """noise: each erased pixel is drawn from a normal distribution with about the mean and deviation of photographs."""
     mixup: float = 0.0
     """Alpha of mixup (arXiv 1710.09412), the share of two images drawn from Beta(alpha, alpha); 0 for none."""
     cutmix: float = 0.0
     """Alpha of CutMix (arXiv 1905.04899), the area of a pasted rectangle likewise; 0 for none. Where both are on, a
     step takes either with equal probability."""
+    mix_probability: float = 1.0
+    """Probability that a step mixes at all, where mixup or CutMix is on."""
     repeats: int = 1
     """Repeated augmentation (arXiv 1901.09335): a batch holds so many differently augmented copies of each of its
     images. An epoch is not longer for it, so it shows one image in so many."""
@@ -93,7 +105,7 @@ class AugmentConfig:
             "augment.auto_augment and augment.rand_augment_layers exclude each other, "
             f"got {self.auto_augment!r} and {self.rand_augment_layers}",
         )
-        for name in ("flip", "erasing"):
+        for name in ("flip", "erasing", "rand_augment_probability", "mix_probability"):
             value = getattr(self, name)
             require(0.0 <= value <= 1.0, f"augment.{name} is a probability in [0, 1], got {value}")
         require(
@@ -104,6 +116,7 @@ class AugmentConfig:
             0 <= self.rand_augment_magnitude <= 30,
             f"augment.rand_augment_magnitude must be in 0..30, got {self.rand_augment_magnitude}",
         )
+        require(0 <= self.policy_fill <= 255, f"augment.policy_fill must be in 0..255, got {self.policy_fill}")
         require(
             0.0 < self.eval_crop_ratio <= 1.0, f"augment.eval_crop_ratio must be in (0, 1], got {self.eval_crop_ratio}"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -18,6 +19,8 @@ from torchvision.transforms import v2
 from diffvit.config import AugmentConfig
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
+_PHOTO_MEAN, _PHOTO_STD = 114.4, 57.6
+"""ImageNet's, averaged over its channels, in grey levels."""
 
 
 class ImageError(ValueError):
@@ -81,9 +84,12 @@ def train_transform(augment: AugmentConfig, image_size: int) -> v2.Transform:
     steps: list[v2.Transform] = []
     match augment.crop:
         case "inception":
-            steps.append(v2.RandomResizedCrop(image_size, scale=augment.crop_scale, antialias=True))
+            interpolation = v2.InterpolationMode(augment.interpolation)
+            steps.append(
+                v2.RandomResizedCrop(image_size, scale=augment.crop_scale, interpolation=interpolation, antialias=True)
+            )
         case "pad":
-            steps += [_resize_short_side(image_size), v2.RandomCrop(image_size, padding=augment.padding)]
+            steps += [_resize_short_side(augment, image_size), v2.RandomCrop(image_size, padding=augment.padding)]
         case "none":
             steps.append(eval_transform(augment, image_size))
     if augment.flip:
@@ -93,44 +99,51 @@ def train_transform(augment: AugmentConfig, image_size: int) -> v2.Transform:
     if augment.auto_augment == "trivial":
         steps.append(v2.TrivialAugmentWide())
     elif augment.auto_augment != "none":
-        steps.append(v2.AutoAugment(v2.AutoAugmentPolicy(augment.auto_augment)))
+        steps.append(v2.AutoAugment(v2.AutoAugmentPolicy(augment.auto_augment), fill=augment.policy_fill))
     if augment.rand_augment_layers:
-        steps.append(_rand_augment(augment))
+        steps.append(_RandAugment(augment))
     if augment.erasing:
-        steps.append(v2.RandomErasing(augment.erasing))
+        erase = v2.RandomErasing if augment.erasing_fill == "black" else _NoiseErasing
+        steps.append(erase(augment.erasing))
     return v2.Compose(steps)
 
 
-class _NoisyRandAugment(v2.Transform):  # type: ignore[misc]  # torchvision ships no types
-    """RandAugment whose magnitude each image draws from a normal distribution, rounded and kept in 0..30."""
+class _RandAugment(v2.Transform):  # type: ignore[misc]  # torchvision ships no types
+    """RandAugment whose operations each draw whether they are applied, and how strongly, rounded and kept in 0..30."""
 
-    def __init__(self, layers: int, magnitude: int, std: float) -> None:
+    def __init__(self, augment: AugmentConfig) -> None:
         super().__init__()
-        self._by_magnitude = [v2.RandAugment(layers, m) for m in range(31)]
-        self._magnitude, self._std = float(magnitude), std
+        self._layers, self._probability = augment.rand_augment_layers, augment.rand_augment_probability
+        self._magnitude, self._std = float(augment.rand_augment_magnitude), augment.rand_augment_magnitude_std
+        self._by_magnitude = [v2.RandAugment(1, magnitude, fill=augment.policy_fill) for magnitude in range(31)]
 
     def forward(self, image: Tensor) -> Tensor:
-        drawn = round(torch.normal(torch.tensor(self._magnitude), self._std).item())
-        augmented: Tensor = self._by_magnitude[min(max(drawn, 0), 30)](image)
-        return augmented
+        for _ in range(self._layers):
+            if torch.rand(()) < self._probability:
+                drawn = round(torch.normal(torch.tensor(self._magnitude), self._std).item())
+                image = self._by_magnitude[min(max(drawn, 0), 30)](image)
+        return image
 
 
-def _rand_augment(augment: AugmentConfig) -> v2.Transform:
-    layers, magnitude, std = (
-        augment.rand_augment_layers,
-        augment.rand_augment_magnitude,
-        augment.rand_augment_magnitude_std,
-    )
-    return _NoisyRandAugment(layers, magnitude, std) if std else v2.RandAugment(layers, magnitude)
+class _NoiseErasing(v2.RandomErasing):  # type: ignore[misc]
+    """Random erasing with noise that is N(0, 1) after the usual normalisation, as timm's `pixel` mode."""
+
+    def make_params(self, flat_inputs: list[Tensor]) -> dict[str, Any]:
+        params: dict[str, Any] = super().make_params(flat_inputs)
+        if params["v"] is not None:
+            shape = (flat_inputs[0].shape[0], params["h"], params["w"])
+            params["v"] = (_PHOTO_MEAN + _PHOTO_STD * torch.randn(shape)).clamp_(0, 255).to(torch.uint8)
+        return params
 
 
 def eval_transform(augment: AugmentConfig, image_size: int) -> v2.Transform:
     """uint8 (C, any, any) -> uint8 (C, S, S): shorter side to S / eval_crop_ratio, centre crop."""
-    return v2.Compose([_resize_short_side(round(image_size / augment.eval_crop_ratio)), v2.CenterCrop(image_size)])
+    side = round(image_size / augment.eval_crop_ratio)
+    return v2.Compose([_resize_short_side(augment, side), v2.CenterCrop(image_size)])
 
 
-def _resize_short_side(size: int) -> v2.Transform:
-    return v2.Resize(size, antialias=True)
+def _resize_short_side(augment: AugmentConfig, size: int) -> v2.Transform:
+    return v2.Resize(size, interpolation=v2.InterpolationMode(augment.interpolation), antialias=True)
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

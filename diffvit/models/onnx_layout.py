@@ -71,6 +71,7 @@ def write_onnx(saved: SavedModel, path: Path) -> None:
         {
             "classes": json.dumps(saved.classes),
             "image_size": str(size),
+            "interpolation": saved.interpolation,
             "resize_short_side": str(round(size / saved.eval_crop_ratio)),
             "channels": "grey" if saved.config.in_channels == 1 else "RGB",
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from diffvit.config import ModelConfig
 from diffvit.manifest import read_manifest
@@ -24,6 +24,7 @@ class SavedModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     eval_crop_ratio: float
+    interpolation: Literal["bilinear", "bicubic"]
     manifest: dict[str, Any]
 
 
@@ -42,5 +43,14 @@ def _load(folder: Path) -> SavedModel:
     origin = origin_of_manifest(manifest, folder)
     model = VisionTransformer(origin.model)
     load_weights(model, folder)
-    normalisation, crop_ratio = (origin.mean, origin.std), origin.eval_crop_ratio
-    return SavedModel(model.eval(), origin.model, origin.classes, *normalisation, crop_ratio, manifest)
+    interpolation = manifest["data"].get("interpolation", "bilinear")  # earlier checkpoints know no other
+    return SavedModel(
+        model=model.eval(),
+        config=origin.model,
+        classes=origin.classes,
+        mean=origin.mean,
+        std=origin.std,
+        eval_crop_ratio=origin.eval_crop_ratio,
+        interpolation=interpolation,
+        manifest=manifest,
+    )

@@ -106,7 +106,7 @@ def timm_config(saved: SavedModel) -> dict[str, Any]:
         "pretrained_cfg": {
             "input_size": [config.in_channels, config.image_size, config.image_size],
             "fixed_input_size": True,
-            "interpolation": "bilinear",
+            "interpolation": saved.interpolation,
             "crop_pct": _crop_pct(config.image_size, saved.eval_crop_ratio),
             "crop_mode": "center",
             "mean": _by_channel(saved.mean, config.in_channels),

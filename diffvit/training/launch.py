@@ -135,7 +135,10 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     """Fill in what the data decides, and make paths hold in the workers' own working directories."""
     found, asked = len(dataset.classes), config.model.num_classes
     if asked not in (0, found):
-        raise ValueError(f"model.num_classes must be the number of classes in the data, {found}, or 0; got {asked}")
+        raise ValueError(
+            f"model.num_classes must be the number of classes in the data, {found}, got {asked}; to train "
+            "a recipe on other data than its own, --model.num-classes 0 takes as many as the data has"
+        )
     if config.data.classes not in ((), dataset.classes):
         raise ValueError(f"data.classes must be those of the data, {dataset.classes}; got {config.data.classes}")
     path = config.data.path

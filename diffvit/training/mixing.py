@@ -36,6 +36,8 @@ def mix(images: Tensor, labels: Tensor, config: AugmentConfig, seed: int, step: 
     if not config.mixup and not config.cutmix:
         return images, Targets(labels)
     rng = np.random.default_rng(mixing_seed(seed, step))
+    if config.mix_probability < 1 and rng.random() >= config.mix_probability:
+        return images, Targets(labels)
     cuts = bool(config.cutmix) and (not config.mixup or rng.random() < 0.5)
     alpha = config.cutmix if cuts else config.mixup
     share = rng.beta(alpha, alpha)
