@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import tyro
 
-from diffvit.config import RehearsalOptions, RunConfig, from_json
+from diffvit.config import RehearsalOptions, RunConfig, differing_fields, from_json
 from diffvit.recipes import DEFAULT_RECIPE, RECIPES
 from diffvit.search.config import SearchConfig, SweepConfig
 from diffvit.search.space import Space
@@ -94,10 +94,29 @@ def parse_compare_config(description: str, arguments: list[str] | None = None) -
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        default = CompareConfig(_take_default(arguments))
-        return tyro.cli(CompareConfig, default=default, args=arguments, description=_described(description))
+        recipe = dataclasses.replace(_take_default(arguments), storage=RunConfig.storage)
+        config = tyro.cli(
+            CompareConfig, default=CompareConfig(recipe), args=arguments, description=_described(description)
+        )
+        _require_used(config, recipe)
+        return config
     except ValueError as error:
         fail(str(error))
+
+
+def _require_used(config: CompareConfig, recipe: RunConfig) -> None:
+    """Refuse options of a run that a comparison would not heed."""
+    run = config.run
+    differing = ", ".join(differing_fields(recipe, run))
+    if config.runs and differing:
+        raise ValueError(f"--runs compares runs as they were trained, got {differing} too; leave it out, or --runs")
+    for name, before, now, remedy in (
+        ("name", recipe.name, run.name, "--out names the comparison, and its runs are <arm>-seed<k>"),
+        ("seed", recipe.seed, run.seed, "--seeds N trains every arm under the seeds 0 to N - 1"),
+        ("scale.workers", recipe.scale.workers, run.scale.workers, "an arm has one; --concurrent trains arms together"),
+    ):
+        if now != before:
+            raise ValueError(f"compare takes no --{name}, got {now!r}: {remedy}")
 
 
 def run_training(config: RunConfig) -> None:
