@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import tyro
 
-from diffvit.config import RehearsalOptions, RunConfig, from_json
+from diffvit.config import RehearsalOptions, RunConfig, differing_fields, from_json
 from diffvit.recipes import DEFAULT_RECIPE, RECIPES
 from diffvit.search.config import SearchConfig, SweepConfig
 from diffvit.search.space import Space
@@ -70,19 +70,22 @@ def parse_finetune_config(description: str, arguments: list[str] | None = None) 
         if from_recipe and not (arguments and arguments[0] in RECIPES):
             arguments.insert(0, "finetune")
         default = _take_default(arguments)
-        weights = _value_of("--init.weights", arguments) or default.init.weights
+        weights = _value_of("--init.weights", arguments) or (default.init.weights if from_recipe else "")
         if weights:
-            from diffvit.models.pretrained import shape_of  # imports torch, which takes seconds
-
-            model = shape_of(weights)
-            if from_recipe:
-                model = dataclasses.replace(model, num_classes=default.model.num_classes)
-            default = dataclasses.replace(default, model=model, init=dataclasses.replace(default.init, weights=weights))
-        elif not {"-h", "--help"} & set(arguments):
+            default = _starting_from(weights, default, _value_of("--model.variant", arguments))
+        elif not default.init.weights and not {"-h", "--help"} & set(arguments):
             raise ValueError("init.weights is missing: the run, checkpoint or .safetensors file to start from")
         return tyro.cli(RunConfig, default=default, args=arguments, description=description)
     except ValueError as error:
         fail(str(error))
+
+
+def _starting_from(weights: str, default: RunConfig, variant: str) -> RunConfig:
+    """`default` with the model that `weights` are of, as the `variant` that is asked for, if one is."""
+    from diffvit.models.pretrained import model_from, origin_of  # imports torch, which takes seconds
+
+    model = dataclasses.replace(model_from(origin_of(weights), variant), num_classes=default.model.num_classes)
+    return dataclasses.replace(default, model=model, init=dataclasses.replace(default.init, weights=weights))
 
 
 def parse_compare_config(description: str, arguments: list[str] | None = None) -> CompareConfig:
@@ -91,10 +94,29 @@ def parse_compare_config(description: str, arguments: list[str] | None = None) -
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        default = CompareConfig(_take_default(arguments))
-        return tyro.cli(CompareConfig, default=default, args=arguments, description=_described(description))
+        recipe = dataclasses.replace(_take_default(arguments), storage=RunConfig.storage)
+        config = tyro.cli(
+            CompareConfig, default=CompareConfig(recipe), args=arguments, description=_described(description)
+        )
+        _require_used(config, recipe)
+        return config
     except ValueError as error:
         fail(str(error))
+
+
+def _require_used(config: CompareConfig, recipe: RunConfig) -> None:
+    """Refuse options of a run that a comparison would not heed."""
+    run = config.run
+    differing = ", ".join(differing_fields(recipe, run))
+    if config.runs and differing:
+        raise ValueError(f"--runs compares runs as they were trained, got {differing} too; leave it out, or --runs")
+    for name, before, now, remedy in (
+        ("name", recipe.name, run.name, "--out names the comparison, and its runs are <arm>-seed<k>"),
+        ("seed", recipe.seed, run.seed, "--seeds N trains every arm under the seeds 0 to N - 1"),
+        ("scale.workers", recipe.scale.workers, run.scale.workers, "an arm has one; --concurrent trains arms together"),
+    ):
+        if now != before:
+            raise ValueError(f"compare takes no --{name}, got {now!r}: {remedy}")
 
 
 def run_training(config: RunConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ import ray
 from conftest import with_fields
 
 from diffvit.analysis.comparison import CompareOptions
-from diffvit.compare import CompareConfig, arm_configs, run_comparison
-from diffvit.config import RunConfig, differing_fields
+from diffvit.arms import _reason, _train_arm, arm_configs
+from diffvit.cli import parse_compare_config
+from diffvit.compare import CompareConfig, run_comparison
+from diffvit.config import RunConfig, differing_fields, to_json
+from diffvit.data.sources import open_dataset
 from diffvit.models.vit import VisionTransformer
 from diffvit.recipes import RECIPES
 from diffvit.training.loop import RunStopped
@@ -50,6 +54,31 @@ def test_odd_heads_are_refused() -> None:
     recipe = RECIPES["sample-vit"]()
     with pytest.raises(ValueError, match=r"model\.num_heads must be even, got 3"):
         arm_configs(with_fields(recipe, model={"num_heads": 3}))
+
+
+def test_arms_are_kept_below_out_or_where_storage_says(tmp_path: Path) -> None:
+    earlier = tmp_path / "config.json"
+    earlier.write_text(to_json(dataclasses.replace(RECIPES["sample"](), storage="/elsewhere", seed=3)))
+    config = parse_compare_config("", ["--config", str(earlier), "--out", str(tmp_path / "out")])
+    assert config.recipe.storage == str(tmp_path / "out" / "runs")
+    assert parse_compare_config("", ["sample", "--storage", "s3://bucket/arms"]).recipe.storage == "s3://bucket/arms"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--name", "mine"], "takes no --name, got 'mine': --out names the comparison"),
+        (["--seed", "3"], "takes no --seed, got 3: --seeds N"),
+        (["--scale.workers", "4"], "takes no --scale.workers, got 4: an arm has one"),
+        (["--runs", "a", "b", "--optim.lr", "1.0"], "as they were trained, got optim.lr too"),
+    ],
+)
+def test_options_that_would_not_be_heeded_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse_compare_config("", ["sample", *arguments])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.ray
@@ -90,6 +119,25 @@ class TestRuns:
         run = with_fields(config.run, optim={"lr": 1e30, "warmup_epochs": 0.0, "clip_norm": 0.0})
         with pytest.raises(RunStopped, match=r"6 of 6 runs stopped: .*v1-seed0: the .* not finite"):
             run_comparison(dataclasses.replace(config, run=run), quiet)
+
+    def test_what_ends_an_arm_is_said_of_that_arm(self, config: CompareConfig) -> None:
+        """Wrong input, and a process that is lost: neither reaches the user as Ray's traceback, nor ends the others."""
+        run = with_fields(config.run, optim={"warmup_epochs": 0.0, "warmup_steps": 10_000})
+        with pytest.raises(RunStopped, match=r"3 of 3 runs stopped: .*v1-seed0: optim\.warmup_steps must not exceed"):
+            run_comparison(dataclasses.replace(config, run=run, seeds=1), quiet)
+
+        def lost() -> None:
+            os._exit(1)
+
+        def broken() -> None:
+            raise TypeError("a defect of ours")
+
+        assert "worker" in (_reason(ray.remote(max_retries=0)(lost).remote()) or "")
+        assert _reason(ray.remote(broken).remote()) == "TypeError: a defect of ours"
+
+    def test_a_folder_that_another_node_does_not_see(self, config: CompareConfig, tmp_path: Path) -> None:
+        arm = dataclasses.replace(config.run, storage=str(tmp_path / "not here"))
+        assert "its node does not see" in (_train_arm(to_json(arm), open_dataset(arm.data)) or "")
 
     def test_a_cluster_without_gpus_is_refused(self, config: CompareConfig) -> None:
         run = with_fields(config.run, scale={"gpu": True})

@@ -207,6 +207,8 @@ def test_parts_of_a_comparison(result: dict[str, Any]) -> None:
         "attention output, without high-norm tokens", "MLP output, without high-norm tokens",
     }  # fmt: skip
     assert result["arms"]["V2"]["speed"]["ratio_to_first"]["median"] > 0
+    assert result["arms"]["V2"]["training_speed"]["ratio_to_first"]["median"] > 0
+    assert result["arms"]["V2"]["training_flops_per_image"] > result["arms"]["plain"]["training_flops_per_image"]
 
 
 def test_the_same_arms_do_not_differ() -> None:
@@ -301,6 +303,29 @@ def test_the_report_says_what_was_found(result: dict[str, Any]) -> None:
     assert "more parameters than plain" in text
     assert "V1 <b> beside plain" in text
     assert "<b>V1 <b>" not in html  # names are escaped
+
+
+def test_runs_are_paired_by_seed_in_whatever_order_they_are_named(result: dict[str, Any]) -> None:
+    arms = {
+        "plain": [make_run("softmax", seed) for seed in (0, 1)],
+        "V2": [make_run("diff_v2", seed, lr=2e-3) for seed in (1, 0)],
+    }
+    found = compare(arms, make_batches(), OPTIONS)["arms"]["V2"]
+    assert found["seeds"] == [0, 1]
+    assert found["top1_difference"] == result["arms"]["V2"]["top1_difference"]
+    assert found["top1_difference"]["paired_by_seed"] is True
+
+
+def test_representations_in_bf16_are_as_alike_as_in_float32() -> None:
+    """Means over patches are float32 again, whatever the branches that they are of are computed in."""
+    found = {}
+    for precision in ("fp32", "bf16"):
+        options = dataclasses.replace(OPTIONS, precision=precision, batch_size=12)
+        result = compare({"plain": [make_run("softmax", 0)], "V1": [make_run("diff", 0)]}, make_batches(), options)
+        assert result["similarity_precision"] == precision
+        found[precision] = torch.tensor([record["same_depth"] for record in result["cka"]])
+    difference = (found["bf16"] - found["fp32"]).abs().max()
+    assert 0 < difference < 5e-3
 
 
 @pytest.mark.parametrize("field", ["batch_size", "noise_images", "speed_rounds"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +13,18 @@ from conftest import make_folder, with_fields
 from safetensors.torch import load_file, save_file
 
 from diffvit.cli import parse_finetune_config
-from diffvit.config import ModelConfig, OptimConfig, RunConfig
+from diffvit.config import ModelConfig, OptimConfig, RunConfig, to_json
 from diffvit.data.sources import open_dataset
+from diffvit.manifest import read_manifest, write_manifest
 from diffvit.models.convert import convert_plain, is_plain
-from diffvit.models.pretrained import TIMM_MODELS, shape_of
+from diffvit.models.origin import TIMM_MODELS, origin_by_name
+from diffvit.models.pretrained import model_from, origin_of
+from diffvit.models.saved import load_saved
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
 from diffvit.training.alone import train_alone
+from diffvit.training.launch import resolve
+from diffvit.training.loop import RunStopped
 from diffvit.training.optim import build_optimizer
 
 PLAIN = ModelConfig(variant="softmax", image_size=20, patch_size=5, num_classes=7, embed_dim=48, depth=3, num_heads=6)
@@ -126,6 +132,70 @@ def test_one_rate_makes_two_groups_as_before() -> None:
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.3, 0.05), (0.3, 0.0)]
 
 
+@pytest.mark.parametrize(
+    ("variant", "heads", "right"), [("diff_v2", 3, 6), ("diff_v2", 12, 6), ("diff", 6, 3), ("softmax", 3, 6)]
+)
+def test_heads_that_would_be_cut_otherwise_are_refused(tmp_path: Path, variant: Any, heads: int, right: int) -> None:
+    """Every tensor has the same shape for any number of them."""
+    folder = save_trained(tmp_path / "plain", random_model(PLAIN))
+    model = VisionTransformer(dataclasses.replace(PLAIN, variant=variant, num_heads=heads))
+    with pytest.raises(ValueError, match=rf"model\.num_heads = {right}, got {heads}"):
+        load_weights(model, folder, from_plain=True)
+    load_weights(
+        VisionTransformer(dataclasses.replace(PLAIN, variant=variant, num_heads=right)), folder, from_plain=True
+    )
+
+
+def test_sincos_positions_are_those_of_the_trained_size(tmp_path: Path) -> None:
+    """A model that goes on at 40 px is the one of 20 px shown images of 40 px."""
+    config = dataclasses.replace(PLAIN, pos_embed="sincos2d")
+    trained = random_model(config)
+    folder = save_trained(tmp_path / "sincos", trained)
+    shape = model_from(origin_of(str(folder)))
+    assert shape.position_grid == 4
+    larger = VisionTransformer(dataclasses.replace(shape, num_classes=7, image_size=40)).eval()
+    load_weights(larger, folder)
+    torch.testing.assert_close(larger(images(40)), trained(images(40)))
+    fresh = VisionTransformer(dataclasses.replace(config, image_size=40))
+    with pytest.raises(ValueError, match=r"needs model\.position_grid = 4, .* got None for a grid of 8"):
+        load_weights(fresh, folder)
+
+
+def save_trained(folder: Path, model: VisionTransformer, **fields: Any) -> Path:
+    """A checkpoint as a run writes it."""
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    classes = [f"class {i}" for i in range(model.config.num_classes)]
+    data = {"classes": classes, "mean": [0.1], "std": [0.2], "eval_crop_ratio": 1.0}
+    write_manifest(folder, {"step": 1, "model": dataclasses.asdict(model.config), "data": data, **fields})
+    return folder
+
+
+def test_the_classifier_of_other_classes_is_not_kept(tmp_path: Path) -> None:
+    source = random_model(PLAIN)
+    folder = save_trained(tmp_path / "seven", source)
+    same = tuple(f"class {i}" for i in range(7))
+    model = VisionTransformer(PLAIN)
+    report = load_weights(model, folder, replace_head=True, classes=same)
+    assert str(report) == "their own classifier"
+    assert torch.equal(model.head.weight, source.head.weight)
+    model = VisionTransformer(PLAIN)
+    own = model.head.weight.detach().clone()
+    report = load_weights(model, folder, replace_head=True, classes=(*same[:6], "another"))
+    assert str(report) == "a new classifier"
+    assert torch.equal(model.head.weight, own)
+
+
+def test_a_gate_that_was_part_open_when_saved_is_loaded_so(tmp_path: Path) -> None:
+    v2 = dataclasses.replace(PLAIN, variant="diff_v2")
+    model = random_model(v2)
+    model.open_gates(0.25)
+    folder = save_trained(tmp_path / "part", model, gate_opening=0.25)
+    expected = model(images())
+    torch.testing.assert_close(load_saved(folder).model(images()), expected)
+    assert (VisionTransformer(v2).eval()(images()) - expected).abs().max() > 1e-3
+
+
 @pytest.fixture
 def pretrained(tiny_config: RunConfig) -> RunConfig:
     """A finished run of a plain ViT."""
@@ -175,8 +245,12 @@ def test_a_plain_run_goes_on_as_v2_at_another_size(pretrained: RunConfig, tmp_pa
         pretrained,
         tmp_path,
         model={"variant": "diff_v2", "image_size": 24},
-        init={"gate_opening_steps": 3},
+        init={"gate_opening_steps": 4},
     )
+    steps = {int(folder.name[-8:]): read_manifest(folder) for folder in config.folder.glob("checkpoint_step_*")}
+    assert {step: manifest["gate_opening"] for step, manifest in steps.items()} == {
+        step: (step - 1) / 4 for step in steps
+    }
     assert after["pos_embed"].shape == (1, 36, 16)
     assert after["blocks.0.attn.qkv.weight"].shape == (64, 16)
     assert not torch.equal(after["blocks.0.attn.lambda_proj.weight"], torch.zeros(1, 16))
@@ -191,6 +265,9 @@ def parse(*arguments: str) -> RunConfig:
 def test_the_command_line_takes_the_model_from_the_weights(pretrained: RunConfig, tmp_path: Path) -> None:
     config = parse("--init.weights", str(pretrained.folder), "--data.path", "x", "--model.image-size", "24")
     assert config.model == dataclasses.replace(pretrained.model, num_classes=0, image_size=24)
+    again = tmp_path / "again.json"
+    again.write_text(to_json(with_fields(config, model={"image_size": 48}, data={"path": "y"})))
+    assert parse("--config", str(again)).model.image_size == 48
     assert (config.name, config.optim.layer_decay) == ("finetune", 0.75)
     file = tmp_path / "vit_dwee_patch16_reg1_gap_256.sbb.safetensors"
     save_file({"x": torch.zeros(1)}, file)
@@ -207,6 +284,7 @@ def test_the_command_line_takes_the_model_from_the_weights(pretrained: RunConfig
         (["--init.weights", "nowhere"], "must be a run, a checkpoint, a .safetensors file or hf-hub:NAME"),
         (["--init.weights", "hf-hub:someone/resnet50"], "says nothing of its model's shape"),
         (["--init.weights", "hf-hub:timm/vit_tiny_patch16_224", "--model.num-heads", "5"], "num_heads that fit"),
+        (["--init.weights", "hf-hub:timm/vit_tiny_patch16_224", "--model.variant", "diff"], "its 3 are odd"),
     ],
 )
 def test_command_lines_that_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,10 +307,48 @@ def test_known_shapes_are_timms() -> None:
             theirs = timm.create_model(name).state_dict()
             ours = VisionTransformer(dataclasses.replace(config, num_classes=1000)).state_dict()
         assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}, name
+        for published in timm.list_models(f"{name}.*", pretrained=True):
+            cfg, origin = timm.get_pretrained_cfg(published), origin_by_name(f"hf-hub:timm/{published}")
+            assert origin is not None
+            assert origin.model == config, published
+            assert (origin.mean, origin.std) == (tuple(cfg.mean), tuple(cfg.std)), published
 
 
-def test_shape_of_a_damaged_checkpoint(pretrained: RunConfig) -> None:
+def test_origin_of_a_damaged_checkpoint(pretrained: RunConfig) -> None:
     (checkpoint, *_) = pretrained.folder.glob("checkpoint_step_*")
     (checkpoint / "checkpoint.json").write_text('{"model": {"variant": "softmacks"}}')
-    with pytest.raises(ValueError, match="is damaged or of another version"):
-        shape_of(str(checkpoint))
+    with pytest.raises(ValueError, match="of another version"):
+        origin_of(str(checkpoint))
+    (checkpoint / "checkpoint.json").write_text("{")
+    with pytest.raises(ValueError, match=r"is damaged: checkpoint\.json cannot be read"):
+        origin_of(str(checkpoint))
+
+
+@pytest.mark.slow
+def test_the_normalisation_is_that_of_the_weights(pretrained: RunConfig) -> None:
+    """The first layer computes on the pixels that it was trained on, whatever the new images' own statistics are."""
+    config = with_fields(pretrained, data={"mean": (), "std": ()})
+    dataset = dataclasses.replace(open_dataset(config.data), mean=(0.4,), std=(0.3,))
+    assert resolve(config, dataset).data.mean == (0.4,)
+    tuned = with_fields(config, init={"weights": str(pretrained.folder)})
+    resolved = resolve(tuned, dataset).data
+    assert (resolved.mean, resolved.std) == (pretrained.data.mean, pretrained.data.std)
+    assert resolve(with_fields(tuned, data={"mean": (0.7,), "std": (0.6,)}), dataset).data.mean == (0.7,)
+
+
+@pytest.mark.slow
+def test_what_became_of_the_weights_is_said(pretrained: RunConfig) -> None:
+    config = with_fields(
+        dataclasses.replace(pretrained, name="v2"),
+        model={"variant": "diff_v2"},
+        init={"weights": str(pretrained.folder), "gate_opening_steps": 2},
+        optim={"epochs": 1},
+    )
+    heard: list[str] = []
+    train_alone(config, open_dataset(config.data), lambda kind, fields: heard.append(str(fields.get("message"))))
+    (said,) = [line for line in heard if line.startswith("started from")]
+    assert said.endswith("tiny: converted from a plain ViT, their own classifier")
+    # the gates of a V2 have learned when to be open: they are not closed again
+    again = with_fields(dataclasses.replace(config, name="again"), init={"weights": str(config.folder)})
+    with pytest.raises(RunStopped, match=r"gate_opening_steps is for a plain ViT's weights"):
+        train_alone(again, open_dataset(again.data))

@@ -67,7 +67,19 @@ def test_an_emulated_bf16_is_not_taken_by_itself(
     assert precision_warning(ScaleConfig(), CUDA) is None
 
 
-def test_bf16_on_a_cpu_is_done_and_said(tiny_config: RunConfig) -> None:
+@pytest.mark.parametrize(("found", "native"), [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({}, False)])
+def test_a_cpu_with_bf16_of_its_own_is_not_warned_of(
+    monkeypatch: pytest.MonkeyPatch, found: dict[str, bool], native: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, **found})
+    assert has_bf16(CPU) is native
+    warning = precision_warning(ScaleConfig(precision="bf16"), CPU)
+    assert (warning is None) is native
+    assert native or "on this CPU, which must emulate it" in (warning or "")
+
+
+def test_bf16_on_a_cpu_is_done_and_said(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     dataset = open_dataset(tiny_config.data)
     config = with_fields(
         tiny_config,
@@ -79,10 +91,11 @@ def test_bf16_on_a_cpu_is_done_and_said(tiny_config: RunConfig) -> None:
     heard: list[tuple[str, dict[str, object]]] = []
     train_alone(config, dataset, lambda kind, fields: heard.append((kind, fields)))
     (warning,) = [fields["message"] for kind, fields in heard if kind == "warning"]
-    assert "scale.precision = 'bf16' on a CPU" in str(warning)
+    assert "scale.precision = 'bf16' on this CPU" in str(warning)
     with autocast(config, CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-    with autocast(tiny_config, CPU):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    with autocast(tiny_config, CPU):  # by itself training on a CPU stays in float32
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 

@@ -26,7 +26,7 @@ from diffvit.data.batches import Batch
 from diffvit.data.loader import LocalStream
 from diffvit.data.sources import Dataset, open_dataset
 from diffvit.models.fetched import on_disk
-from diffvit.models.pretrained import shape_of
+from diffvit.models.pretrained import origin_of
 from diffvit.models.saved import load_saved
 from diffvit.rehearse import _beside
 from diffvit.storage import Storage
@@ -129,7 +129,7 @@ def test_cut_it_goes_on_from_the_store_alone(
 
 def test_weights_at_a_url(config: RunConfig, dataset: Dataset, scratch: Path) -> None:
     results = train_alone(with_fields(config, optim={"epochs": 1}), dataset)
-    assert shape_of(config.location) == dataclasses.replace(config.model, num_classes=0)
+    assert origin_of(config.location).model == config.model
     best = weights(config, results["best"]["checkpoint"])
     saved = load_saved(config.location).model.state_dict()
     assert all(torch.equal(saved[name], best[name]) for name in best)

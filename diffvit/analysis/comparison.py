@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,10 +21,12 @@ from diffvit.analysis.measure import RunMeasures
 from diffvit.analysis.regroup import Group, regroup
 from diffvit.analysis.robustness import CORRUPTIONS, corrupt
 from diffvit.analysis.similarity import RunKey, Similarity
-from diffvit.analysis.speed import inference_speed
+from diffvit.analysis.speed import inference_speed, training_speed
 from diffvit.analysis.statistics import calibration_error, mean_and_std, paired_bootstrap
 from diffvit.data.batches import Batch
 from diffvit.data.boxes import BoxedSplit
+from diffvit.models.flops import training_flops
+from diffvit.training.precision import has_bf16
 
 FORMAT_VERSION = 1
 _OBJECT_FIGURES = ("inside_mass", "inside_lift")
@@ -43,6 +45,8 @@ class CompareOptions:
     """Images at once; CKA's estimate is unbiased from 4 on, more only make it less noisy."""
     similarity_images: int = 2048
     """Images for CKA."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the forward passes for CKA; auto: bf16 where the device computes in it itself. Everything else is float32."""
     noise_images: int = 512
     """Images, compositions made of them, and images with boxes, for the figures of attention."""
     robustness_images: int = 2048
@@ -88,8 +92,11 @@ def compare(
         ValueError: arms that cannot be compared, or fewer than 4 images that could be read.
     """
     options, device = options or CompareOptions(), device or torch.device("cpu")
+    # pairs of runs are those of one seed, in whatever order the runs were named
+    arms = {arm: sorted(runs, key=lambda run: run.seed) for arm, runs in arms.items()}
     check_arms(arms)
-    measures = {(arm, run.seed): RunMeasures(run, device) for arm, runs in arms.items() for run in runs}
+    in_bf16 = options.precision == "bf16" or (options.precision == "auto" and has_bf16(device))
+    measures = {(arm, run.seed): RunMeasures(run, device, in_bf16) for arm, runs in arms.items() for run in runs}
     similarity, seen = Similarity(), 0
     first: Group | None = None
     for number, group in enumerate(regroup(batches, options.batch_size)):
@@ -100,23 +107,26 @@ def compare(
             progress(seen)
     assert first is not None  # regroup raises where there is nothing
     baseline, anyone = next(iter(arms)), next(iter(measures.values()))
-    speed = inference_speed(
-        {arm: measures[arm, runs[0].seed].model for arm, runs in arms.items()},
-        anyone.pixels(first.images),
-        options.speed_rounds,
-    )
+    models = {arm: measures[arm, runs[0].seed].model for arm, runs in arms.items()}
+    pixels = anyone.pixels(first.images)
+    speed = inference_speed(models, pixels, options.speed_rounds)
+    training = training_speed(models, pixels, options.speed_rounds)
     result = {
         "format_version": FORMAT_VERSION,
         "baseline": baseline,
         "images": seen,
         "similarity_images": similarity.images,
+        "similarity_precision": "bf16" if in_bf16 else "fp32",
         "noise_images": anyone.noise.images,
         "boxes": look_at_boxes(list(measures.values()), boxes, options.noise_images, options.batch_size),
         "robustness_images": anyone.answers(f"{CORRUPTIONS[0]} 1").shape[1],
         "speed_batch": len(first.labels),
         "device": str(device),
         "options": dataclasses.asdict(options),
-        "arms": {arm: _arm(arm, arms, measures, options) | {"speed": speed[arm]} for arm in arms},
+        "arms": {
+            arm: _arm(arm, arms, measures, options) | {"speed": speed[arm], "training_speed": training[arm]}
+            for arm in arms
+        },
         "cka": similarity.compute(),
     }
     plain: dict[str, Any] = _plain(result)
@@ -168,6 +178,7 @@ def _arm(arm: str, arms: Arms, measures: dict[RunKey, RunMeasures], options: Com
         "seeds": [run.seed for run in runs],
         "parameters": parameters,
         "parameters_to_baseline": parameters / sum(p.numel() for p in base[0].model.parameters()),
+        "training_flops_per_image": training_flops(runs[0].config.model),
         "num_heads": runs[0].config.model.num_heads,
         "differences": differences(arms[baseline][0], runs[0]),
         "top1": mean_and_std([100 * a[0].mean() for a in answers]),

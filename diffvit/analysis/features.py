@@ -69,7 +69,8 @@ def high_norm_threshold(norms: Tensor) -> float:
 
 
 def _mean(tokens: Tensor, left_out: Tensor | None) -> Tensor:
-    """(B, P P, D) -> (B, D)."""
+    """(B, P P, D) -> (B, D), at least float32: sums of bf16 would lose what tells images apart."""
+    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     if left_out is None:
         return tokens.mean(dim=1)
     kept = ~left_out | left_out.all(dim=1, keepdim=True)

@@ -25,15 +25,16 @@ Key = str
 
 
 class RunMeasures:
-    """A run's answers, added group by group. Models run in float32."""
+    """A run's answers, added group by group. Models run in float32, but `represents_in_bf16` where that is said."""
 
-    def __init__(self, run: FinishedRun, device: torch.device) -> None:
+    def __init__(self, run: FinishedRun, device: torch.device, represents_in_bf16: bool = False) -> None:
         self.run = run
         self.noise = AttentionNoise()
         self.composed = AttentionNoise()
         self.boxed = AttentionNoise()
         self.model = run.model.to(device).eval()
         self._device = device
+        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=represents_in_bf16)
         self._answers: dict[Key, list[Values]] = {}
         self._threshold: float | None = None
         self._patches = self._high_norm_patches = 0
@@ -63,7 +64,8 @@ class RunMeasures:
 
         The threshold of a high-norm token is taken from the first group and then stays.
         """
-        features = self.model.forward_features(self.pixels(group.images), layer_names(self.model))
+        with self._autocast:
+            features = self.model.forward_features(self.pixels(group.images), layer_names(self.model))
         norms = patch_norms(features, self.model)
         if self._threshold is None:
             self._threshold = high_norm_threshold(norms)

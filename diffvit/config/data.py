@@ -22,8 +22,8 @@ class DataConfig:
     split_seed: int = 0
     """Seed of that split; apart from the run's seed, so that several seeds share one validation set."""
     mean: tuple[float, ...] = ()
-    """Channel means subtracted from pixels in [0, 1]; one value stands for every channel. Empty: those that prepare
-    counted, else ImageNet's."""
+    """Channel means subtracted from pixels in [0, 1]; one value stands for every channel. Empty: those that
+    init.weights were trained with, else those that prepare counted, else ImageNet's."""
     std: tuple[float, ...] = ()
     """Channel standard deviations, likewise."""
     classes: tuple[str, ...] = ()

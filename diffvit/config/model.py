@@ -47,6 +47,9 @@ class ModelConfig:
     """What the classifier reads: the class token, or the mean of the patch tokens."""
     pos_embed: Literal["learned", "sincos2d"] = "learned"
     """Position embedding: learned, or fixed two-dimensional sin-cos over the patches (arXiv 2205.01580)."""
+    position_grid: int | None = None
+    """sincos2d only: make positions for a grid of so many patches a side and resample them to the model's, as learned
+    ones are when a trained model goes on at another size; None: the model's own grid."""
     no_embed_class: bool = False
     """Learned positions for the patches only, none for class and register tokens."""
     init_values: float | None = None
@@ -86,6 +89,11 @@ class ModelConfig:
             self.pos_embed == "learned" or self.embed_dim % 4 == 0,
             f"model.embed_dim must be divisible by 4 for sincos2d positions, got {self.embed_dim}",
         )
+        require(
+            self.position_grid is None or (self.pos_embed == "sincos2d" and self.position_grid >= 1),
+            f"model.position_grid is a number of patches for model.pos_embed = 'sincos2d', "
+            f"got {self.position_grid} and {self.pos_embed!r}",
+        )
         require_fraction("model.drop_path", self.drop_path)
         require(
             self.lambda_max is None or self.lambda_max > 0, f"model.lambda_max must be positive, got {self.lambda_max}"
@@ -95,6 +103,11 @@ class ModelConfig:
                 0.0 <= self.lambda_init < 1.0,
                 f"model.lambda_init must be 'depth' or a constant in [0, 1), got {self.lambda_init}",
             )
+
+    @property
+    def grid(self) -> int:
+        """Patches of a side of an image of the model's size."""
+        return self.image_size // self.patch_size
 
 
 def valid_num_heads(embed_dim: int, variant: Variant) -> list[int]:

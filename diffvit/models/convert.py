@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffvit.config import Variant
 from diffvit.models.vit import VisionTransformer
 
 Weights = dict[str, Tensor]
@@ -30,14 +31,41 @@ def is_plain(weights: Weights) -> bool:
     )
 
 
-def convert_plain(weights: Weights, model: VisionTransformer) -> Weights:
-    """The weights of a plain ViT for the differential `model`; what a plain ViT has not is the model's own.
+def differential_heads(plain_heads: int, variant: Variant) -> int:
+    """`num_heads` of the differential model that a plain one converts to: its maps are the plain model's, as wide.
 
     Raises:
-        ValueError: `model` is not as wide as the plain one.
+        ValueError: V1 reads two plain heads through each pair of maps, and their number is odd.
+    """
+    if variant == "diff_v2":
+        return plain_heads
+    if plain_heads % 2:
+        raise ValueError(
+            f"a plain ViT becomes V1 (model.variant = 'diff') by pairs of heads, and its {plain_heads} are odd; "
+            "'diff_v2' takes any number"
+        )
+    return plain_heads // 2
+
+
+def convert_plain(weights: Weights, model: VisionTransformer, plain_heads: int | None = None) -> Weights:
+    """The weights of a plain ViT for the differential `model`; what a plain ViT has not is the model's own.
+
+    Args:
+        weights: by timm's names; their shapes are the same for any number of heads.
+        model: as wide, with the heads that `differential_heads` says.
+        plain_heads: of the plain ViT; None where nothing tells, and then `model` is taken at its word.
+
+    Raises:
+        ValueError: `model` is not as wide as the plain one, or has other heads.
     """
     if model.config.variant == "softmax":
         return weights
+    heads = model.config.num_heads if plain_heads is None else differential_heads(plain_heads, model.config.variant)
+    if model.config.num_heads != heads:
+        raise ValueError(
+            f"a plain ViT of {plain_heads} heads becomes a {model.config.variant!r} model with "
+            f"model.num_heads = {heads}, got {model.config.num_heads}: other heads would be cut out of it at random"
+        )
     D = model.config.embed_dim
     own = model.state_dict()
     converted = dict(weights)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
-
 from diffvit.config import ModelConfig
 from diffvit.manifest import read_manifest
 from diffvit.models.fetched import on_disk
+from diffvit.models.origin import origin_of_manifest
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import find_checkpoint, load_weights
-
-_MODEL = TypeAdapter(ModelConfig)
 
 
 @dataclass(frozen=True)
@@ -44,13 +40,17 @@ def load_saved(source: str | Path) -> SavedModel:
 
 def _load(folder: Path) -> SavedModel:
     manifest = read_manifest(folder)
-    try:
-        config = _MODEL.validate_json(json.dumps(manifest["model"]))
-        data = manifest["data"]
-        found = (tuple(data["classes"]), tuple(data["mean"]), tuple(data["std"]), float(data["eval_crop_ratio"]))
-        interpolation = data.get("interpolation", "bilinear")  # earlier checkpoints know no other
-    except (ValidationError, KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint {folder} is of another version of diffvit: {error}") from None
-    model = VisionTransformer(config)
+    origin = origin_of_manifest(manifest, folder)
+    model = VisionTransformer(origin.model)
     load_weights(model, folder)
-    return SavedModel(model.eval(), config, *found, interpolation, manifest)
+    interpolation = manifest["data"].get("interpolation", "bilinear")  # earlier checkpoints know no other
+    return SavedModel(
+        model=model.eval(),
+        config=origin.model,
+        classes=origin.classes,
+        mean=origin.mean,
+        std=origin.std,
+        eval_crop_ratio=origin.eval_crop_ratio,
+        interpolation=interpolation,
+        manifest=manifest,
+    )

@@ -53,8 +53,9 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        D, self.grid = config.embed_dim, config.image_size // config.patch_size
+        D, self.grid = config.embed_dim, config.grid
         self.config = config
+        self.gate_opening = 1.0
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, D)) if config.class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, config.reg_tokens, D)) if config.reg_tokens else None
@@ -64,7 +65,10 @@ class VisionTransformer(nn.Module):
             self.pos_embed = nn.Parameter(torch.empty(1, self._prefix_positions + self.grid**2, D))
         else:
             self._prefix_positions = 0
-            self.register_buffer("pos_embed", sincos_positions(self.grid, D), persistent=False)
+            positions = sincos_positions(config.position_grid or self.grid, D)
+            if config.position_grid not in (None, self.grid):
+                positions = resample_positions(positions, 0, (self.grid, self.grid))
+            self.register_buffer("pos_embed", positions, persistent=False)
         self.blocks = nn.ModuleList(Block(config, layer_index) for layer_index in range(config.depth))
         # as in timm: a mean is normalised after it is taken, a class token before it is picked
         self.norm = nn.LayerNorm(D, _LAYER_NORM_EPS) if config.pool == "token" else nn.Identity()
@@ -133,6 +137,7 @@ class VisionTransformer(nn.Module):
 
     def open_gates(self, opening: float) -> None:
         """How far the second maps of V2 are let in, 0 to 1; see `diffvit.models.convert`."""
+        self.gate_opening = opening
         for module in self.modules():
             if isinstance(module, DiffAttentionV2):
                 module.gate_opening.fill_(opening)

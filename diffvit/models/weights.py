@@ -19,6 +19,7 @@ from torch import Tensor
 from diffvit.manifest import MANIFEST_NAME, WEIGHTS_NAME, read_manifest
 from diffvit.models.convert import convert_plain, is_plain
 from diffvit.models.fetched import on_disk
+from diffvit.models.origin import Origin, origin_by_name, origin_of_manifest
 from diffvit.models.vit import VisionTransformer, resample_positions
 
 HUB = "hf-hub:"
@@ -38,6 +39,11 @@ class LoadReport:
     converted: bool = False
     """Whether they were a plain ViT's and the model is not."""
 
+    def __str__(self) -> str:
+        done = ["converted from a plain ViT"] if self.converted else []
+        done += ["positions resampled to the model's grid"] if self.resampled else []
+        return ", ".join([*done, "a new classifier" if self.replaced else "their own classifier"])
+
 
 def load_weights(
     model: VisionTransformer,
@@ -45,8 +51,9 @@ def load_weights(
     *,
     replace_head: bool = False,
     from_plain: bool = False,
+    classes: tuple[str, ...] = (),
 ) -> LoadReport:
-    """Load `source` into `model`.
+    """Load `source` into `model`, with the gates of V2 as far open as they were.
 
     Args:
         model: changed only if everything fits.
@@ -54,39 +61,52 @@ def load_weights(
             at an s3:// or gs:// URL; hf-hub:OWNER/NAME (its model.safetensors, where huggingface_hub is installed); or
             a state dict. timm's names are ours; unilm's separate q/k/v projections are joined; positions of another
             grid resampled.
-        replace_head: leave the classifier as initialised where the source has one of another size, or none.
+        replace_head: leave the classifier as initialised where the source has one of another size or for other classes,
+            or none.
         from_plain: convert a plain ViT's weights where the model is differential (`diffvit.models.convert`).
+        classes: names of the model's, by label; a source that names others has a classifier for other classes.
 
     Raises:
-        ValueError: `source` is nothing of these, is damaged, or does not fit; every name that does not is listed.
+        ValueError: `source` is nothing of these, is damaged, or does not fit; every name that does not is listed. Heads
+            and fixed positions, which no shape shows, are checked where the source tells them: a checkpoint, or
+            timm's name.
     """
-    weights = join_unilm_projections(dict(_read(source)))
+    read, origin = _read(source)
+    weights = join_unilm_projections(dict(read))
     converted = from_plain and model.config.variant != "softmax" and is_plain(weights)
     if converted:
-        weights = convert_plain(weights, model)
+        weights = convert_plain(weights, model, None if origin is None else origin.model.num_heads)
+    if origin is not None:
+        _require_same_function(origin, model, converted)
     own = model.state_dict()
     resampled = _resample_positions(weights, own, model)
     replaced = []
     if replace_head:
-        replaced = [n for n in own if n.startswith("head.") and (n not in weights or weights[n].shape != own[n].shape)]
+        others = origin is not None and bool(origin.classes and classes) and origin.classes != classes
+        replaced = [
+            n for n in own if n.startswith("head.") and (others or n not in weights or weights[n].shape != own[n].shape)
+        ]
         for name in list(weights):
             if name.startswith("head.") and (name in replaced or name not in own):
                 del weights[name]
     _require_fit(weights, own, replaced)
     model.load_state_dict({**own, **weights})
+    if origin is not None and not converted:
+        model.open_gates(origin.gate_opening)
     return LoadReport(tuple(resampled), tuple(replaced), converted)
 
 
-def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _read(source: str | Path | Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Origin | None]:
+    """Weights, and what is known of them."""
     if isinstance(source, Mapping):
-        return source
+        return source, None
     if str(source).startswith(HUB):
-        return _read_safetensors(_download(str(source).removeprefix(HUB)))
+        return _read_safetensors(_download(str(source).removeprefix(HUB))), origin_by_name(str(source))
     with on_disk(source) as path:
         return _read_path(path)
 
 
-def _read_path(path: Path) -> Mapping[str, Tensor]:
+def _read_path(path: Path) -> tuple[Mapping[str, Tensor], Origin | None]:
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
@@ -96,7 +116,7 @@ def _read_path(path: Path) -> Mapping[str, Tensor]:
     if path.suffix != ".safetensors":
         hint = "pickled files can run code when read; convert it to safetensors" if path.suffix in _PICKLED else ""
         raise ValueError(f"weights must be a .safetensors file, got {str(path)!r}{'; ' + hint if hint else ''}")
-    return _read_safetensors(path)
+    return _read_safetensors(path), origin_by_name(str(path))
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -112,15 +132,17 @@ def find_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def _read_folder(folder: Path) -> Mapping[str, Tensor]:
+def _read_folder(folder: Path) -> tuple[Mapping[str, Tensor], Origin | None]:
     folder = find_checkpoint(folder)
     try:
-        hashed = read_manifest(folder)["sha256"]
+        manifest = read_manifest(folder)
+        hashed = manifest["sha256"]
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"checkpoint {folder} is damaged: {MANIFEST_NAME} cannot be read ({error})") from None
     if WEIGHTS_NAME not in hashed:
         raise ValueError(f"checkpoint {folder} has no weights: {MANIFEST_NAME} does not name {WEIGHTS_NAME}")
-    return _read_safetensors(folder / WEIGHTS_NAME)
+    origin = origin_of_manifest(manifest, folder) if "model" in manifest else None
+    return _read_safetensors(folder / WEIGHTS_NAME), origin
 
 
 def _checkpoint_of_run(run: Path) -> Path:
@@ -187,6 +209,23 @@ def _resample_positions(weights: dict[str, Tensor], own: dict[str, Tensor], mode
         return []  # another width or other tokens: reported as not fitting
     weights[name] = resample_positions(weights[name], prefix, (model.grid, model.grid))
     return [name]
+
+
+def _require_same_function(origin: Origin, model: VisionTransformer, converted: bool) -> None:
+    """What the shapes of the weights do not show, but what the model computes depends on."""
+    was, config = origin.model, model.config
+    if not converted and was.variant == config.variant and was.num_heads != config.num_heads:
+        raise ValueError(
+            f"the weights are of a model with model.num_heads = {was.num_heads}, got {config.num_heads}: "
+            "heads cut otherwise compute something else"
+        )
+    grid = origin.position_grid
+    if grid is not None and config.pos_embed == "sincos2d" and (config.position_grid or config.grid) != grid:
+        raise ValueError(
+            f"the weights were trained with sincos2d positions for {grid} x {grid} patches: another size "
+            f"needs model.position_grid = {grid}, which resamples them, got {config.position_grid} for a grid of "
+            f"{config.grid}"
+        )
 
 
 def _require_fit(weights: dict[str, Tensor], own: dict[str, Tensor], replaced: list[str]) -> None:

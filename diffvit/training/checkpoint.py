@@ -115,6 +115,7 @@ def take_snapshot(state: TrainState, config: RunConfig, metrics: dict[str, Any],
             "eval_crop_ratio": config.augment.eval_crop_ratio,
             "interpolation": config.augment.interpolation,
         },
+        "gate_opening": state.evaluated_model.gate_opening,
         "step": state.step,
         "seed": config.seed,
         "metrics": metrics,
@@ -151,6 +152,8 @@ def load_checkpoint(folder: Path, state: TrainState) -> None:
         state.ema.n_averaged.copy_(training["ema_updates"])
         weights = training["model"]
     _load_weights(state.model, weights)
+    for model in {state.model, state.evaluated_model}:
+        model.open_gates(manifest.get("gate_opening", 1.0))
     _load_moments(state.optimizer, training["optimizer"])
     state.schedule.load_state_dict(training["schedule"])
     state.step = manifest["step"]

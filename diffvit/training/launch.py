@@ -6,7 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from diffvit.data.loader import BatchLoader, plan_run
 from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.sources import SAMPLE, Dataset, open_dataset
 from diffvit.data.stream import RayStream
+from diffvit.models.pretrained import origin_of
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import HUB, load_weights
 from diffvit.scratch import scratch_folder
@@ -163,7 +164,16 @@ def require_weights(config: RunConfig) -> None:
 
 
 def _channel_statistics(config: RunConfig, dataset: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Those counted in the data, else ImageNet's; their average where the model sees grey."""
+    """Those that the weights were trained with, else those counted in the data, else ImageNet's.
+
+    Their average where the model sees grey.
+    """
+    if config.init.weights:
+        with suppress(
+            ValueError
+        ):  # a file that says nothing of its model; if it cannot be read at all, loading says so
+            origin = origin_of(config.init.weights)
+            return origin.mean, origin.std
     mean, std = (dataset.mean, dataset.std) if dataset.mean else (_IMAGENET_MEAN, _IMAGENET_STD)
     if len(mean) > config.model.in_channels:
         mean, std = (round(sum(mean) / 3, 4),), (round(sum(std) / 3, 4),)

@@ -120,7 +120,16 @@ def start_state(config: RunConfig, plan: TrainPlan, worker: Worker) -> TrainStat
     model = VisionTransformer(config.model)
     step = newest_step(worker, worker.store)
     if step is None and config.init.weights:
-        load_weights(model, config.init.weights, replace_head=True, from_plain=True)
+        report = load_weights(
+            model, config.init.weights, replace_head=True, from_plain=True, classes=config.data.classes
+        )
+        if config.init.gate_opening_steps and not report.converted:
+            raise RunStopped(
+                "init.gate_opening_steps is for a plain ViT's weights, whose second maps are new, and init.weights = "
+                f"{config.init.weights!r} are a V2's: closing its gates would take away what it learned; leave it out"
+            )
+        if worker.rank == 0:
+            worker.publish("started from", {"message": f"started from {config.init.weights}: {report}"})
     if config.init.train == "head":
         model.requires_grad_(False)
         model.head.requires_grad_(True)
@@ -143,10 +152,10 @@ def start_state(config: RunConfig, plan: TrainPlan, worker: Worker) -> TrainStat
 def _open_gates(config: RunConfig, state: TrainState) -> None:
     """Let the second maps of a converted plain ViT in, a little more each step."""
     steps = config.init.gate_opening_steps
-    if state.step <= steps and steps:
-        state.model.open_gates(state.step / steps)
-        if state.ema is not None:
-            state.evaluated_model.open_gates(state.step / steps)
+    opening = min(state.step / steps, 1.0) if steps else state.model.gate_opening
+    if opening != state.model.gate_opening:
+        for model in {state.model, state.evaluated_model}:
+            model.open_gates(opening)
 
 
 def _announce_skipped(batches: Iterator[Batch], worker: Worker) -> Iterator[Batch]:
