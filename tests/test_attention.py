@@ -193,7 +193,7 @@ def test_depth_schedule_by_hand() -> None:
 
 def test_v2_with_closed_gate_is_plain_attention_over_its_first_queries() -> None:
     layer, x = build(DiffAttentionV2), inputs(DiffAttentionV2)
-    layer._gate = lambda x: torch.zeros(B, H, N, 1, dtype=x.dtype)
+    layer.gate = lambda x: torch.zeros(B, H, N, 1, dtype=x.dtype)
     plain = build(Attention)
     D = WIDTH[Attention]
     with torch.no_grad():

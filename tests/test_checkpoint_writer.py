@@ -57,16 +57,32 @@ def test_training_does_not_wait_and_what_may_be_the_best_is_written(tmp_path: Pa
     assert store.entered.wait(10)
     for step in (2, 3):  # 3 takes the place of 2
         writer.submit(snapshot(step))
-    for epoch in (4, 5):  # these were evaluated, and stay
-        writer.submit(snapshot(epoch, top1=50.0))
+    for epoch in (4, 5):  # ends of epochs stay, and get their metrics
+        writer.submit(snapshot(epoch), stays=True)
+    writer.describe(5, {"epoch": 5, "top1": 50.0})
     for step in (6, 7):
         writer.submit(snapshot(step))
     assert time.monotonic() - started < 5
     assert store.steps == []
     store.open.set()
     writer.close()
-    assert store.steps == [1, 4, 5, 7]
+    assert [(entry.step, entry.metrics.get("top1")) for entry in store.entries()] == [
+        (1, None), (4, None), (5, 50.0), (7, None)
+    ]  # fmt: skip
     assert (writer.last_written, writer.failure, warnings) == (7, None, [])
+
+
+def test_what_is_pinned_is_written(tmp_path: Path, warnings: list[str]) -> None:
+    store = Gate(tmp_path)
+    writer = CheckpointWriter(store, 1, warnings.append)
+    writer.submit(snapshot(1))
+    assert store.entered.wait(10)
+    writer.submit(snapshot(2), pinned=(2,))
+    for step in (3, 4):  # the weights went bad: a rollback goes to 2
+        writer.submit(snapshot(step), pinned=(2,))
+    store.open.set()
+    writer.close()
+    assert store.steps == [1, 2, 4]
 
 
 def test_a_store_that_comes_back(tmp_path: Path, warnings: list[str]) -> None:

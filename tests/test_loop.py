@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from diffvit.data.loader import BatchLoader, LocalStream
 from diffvit.data.order import EvalPlan, TrainPlan, epoch_permutation
 from diffvit.data.sources import open_dataset
 from diffvit.models.vit import VisionTransformer
-from diffvit.training import loop, saver
+from diffvit.training import checkpoint_writer, loop, saver
 from diffvit.training import step as step_module
 from diffvit.training.checkpoint import Snapshot
 from diffvit.training.checkpoint_store import CheckpointStore
@@ -37,8 +38,8 @@ def _every_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """These steps take less time than a checkpoint, which a later one would replace before it is written."""
     submit = CheckpointWriter.submit
 
-    def submit_and_wait(writer: CheckpointWriter, snapshot: Snapshot, *others: Any) -> None:
-        submit(writer, snapshot, *others)
+    def submit_and_wait(writer: CheckpointWriter, snapshot: Snapshot, *others: Any, **options: Any) -> None:
+        submit(writer, snapshot, *others, **options)
         writer.wait()
 
     monkeypatch.setattr(CheckpointWriter, "submit", submit_and_wait)
@@ -78,7 +79,7 @@ class Run:
         eval_plan = EvalPlan(len(dataset.val), 4)
         stream = LocalStream(BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, eval_plan))
         train = stream.train
-        stream.train = lambda first_step: self.watched(map(source, train(first_step)), plan)  # type: ignore[method-assign]
+        stream.train = lambda first_step: map(source, self.watched(train(first_step), plan))  # type: ignore[method-assign]
         worker = Worker(
             torch.device("cpu"),
             self.epochs.append,
@@ -263,6 +264,26 @@ def test_too_many_poisoned_steps_take_the_weights_back_and_the_order_on(tiny_con
     assert {row["step"] for row in audited(config)} == {1, 2, 3, 4, 9, 10, 11, 12}
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("poisonable")
+@pytest.mark.parametrize("after", [5, 6, 7, 8])
+def test_a_sick_run_that_is_cut_goes_back_as_the_uncut_one(tiny_config: RunConfig, tmp_path: Path, after: int) -> None:
+    config = with_fields(
+        tiny_config,
+        checkpoint={"every_steps": 1},
+        optim={"epochs": 4, "max_skipped_steps": 2, "ema_decay": 0.5},
+        data={"audit": True},
+    )
+    uncut = Run(dataclasses.replace(config, name="uncut"), tmp_path / "uncut", source=poison(5, 7, 8))
+    with pytest.raises(KeyboardInterrupt):
+        Run(config, tmp_path / "cut", source=poison(5, 7, 8), stop_after=after)
+    resumed = Run(config, tmp_path / "cut", source=poison(5, 7, 8))
+    assert resumed.metrics[-1]["rollbacks"] == uncut.metrics[-1]["rollbacks"] == 1
+    ours, theirs = weights(checkpoint(tmp_path / "cut", 12)), weights(checkpoint(tmp_path / "uncut", 12))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert audited(config) == audited(dataclasses.replace(config, name="uncut"))
+
+
 @pytest.mark.usefixtures("poisonable")
 def test_rollbacks_are_bounded(tiny_config: RunConfig, tmp_path: Path) -> None:
     config = with_fields(
@@ -311,13 +332,68 @@ def test_a_store_that_stays_away_ends_the_run(
     assert [step for step, _ in scalars(config, "train/loss")] == [3, 6]  # found at the second save
 
 
+def test_a_cut_in_evaluation_costs_the_evaluation_only(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uncut = Run(dataclasses.replace(tiny_config, name="uncut"), tmp_path / "uncut")
+    evaluate, calls = loop.evaluate, []
+
+    def cut_once(*arguments: Any) -> dict[str, float]:
+        calls.append(0)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", cut_once)
+    with pytest.raises(KeyboardInterrupt):
+        Run(tiny_config, tmp_path / "cut")
+    assert "top1" not in CheckpointStore(tmp_path / "cut", tiny_config.checkpoint).entries()[-1].metrics
+    resumed = Run(tiny_config, tmp_path / "cut", stop_after=0)  # no step is left to take
+    assert [metrics["epoch"] for metrics in resumed.epochs] == [2]
+    for name in ("step", "top1", "loss", "train_loss", "train_top1"):
+        assert resumed.metrics[-1][name] == uncut.metrics[-1][name], name
+
+
+def test_the_epoch_of_a_cut_run_is_counted_whole(tiny_config: RunConfig, tmp_path: Path) -> None:
+    config = with_fields(tiny_config, checkpoint={"every_steps": 1})
+    uncut = Run(dataclasses.replace(config, name="uncut"), tmp_path / "uncut")
+    cut(config, tmp_path / "cut", 5)
+    resumed = Run(config, tmp_path / "cut")
+    for name in ("train_loss", "train_top1"):
+        assert resumed.metrics[-1][name] == uncut.metrics[-1][name], name
+
+
+def test_a_full_disk_costs_nothing_once_there_is_room(
+    tiny_config: RunConfig, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_writer, "_FIRST_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(CheckpointWriter, "wait", lambda writer, seconds=None: None)  # training goes on
+    filler = small_disk / "filler"
+    config = dataclasses.replace(with_fields(tiny_config, optim={"epochs": 4}), storage=str(small_disk))
+
+    def fill_and_free(batch: Batch) -> Batch:
+        if batch.row == 4:
+            with suppress(OSError), filler.open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+        if batch.row == 8:
+            filler.unlink()
+            monkeypatch.undo()  # the end of the run is waited for
+        return batch
+
+    run = Run(config, small_disk / "tiny", source=fill_and_free)
+    assert "could not be written and is tried again" in run.warnings[0]
+    assert run.metrics[-1]["step"] == 12
+    assert [step for step, _ in scalars(config, "train/loss")] == [3, 6, 9, 10, 12]
+
+
 def test_bad_images_are_skipped_counted_and_named(tiny_config: RunConfig, folder: Path, tmp_path: Path) -> None:
     (folder / "train/red/003.png").write_bytes(b"not an image")
     (folder / "val/blue/001.png").write_bytes((folder / "val/blue/002.png").read_bytes()[:100])
     run = Run(tiny_config, tmp_path)
     named = {image for kind, fields in run.published if kind == "skipped" for image in fields["images"]}
     assert {image.split(":")[0] for image in named} == {"train/red/003.png", "val/blue/001.png"}
-    assert run.metrics[-1]["skipped_images"] == 2 + 1  # the training image in each of two epochs
+    assert run.metrics[-1]["skipped_images"] == 2  # each once, however many epochs met it
 
 
 def test_too_many_bad_images_end_the_run(tiny_config: RunConfig, folder: Path, tmp_path: Path) -> None:

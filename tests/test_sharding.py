@@ -53,8 +53,8 @@ def _work(rank: int, workers: int, meeting: Path, jobs: tuple[Job, ...]) -> None
     torch.set_num_threads(1)
     submit = CheckpointWriter.submit
 
-    def submit_and_wait(writer: CheckpointWriter, *what: Any) -> None:
-        submit(writer, *what)
+    def submit_and_wait(writer: CheckpointWriter, *what: Any, **options: Any) -> None:
+        submit(writer, *what, **options)
         writer.wait()
 
     CheckpointWriter.submit = submit_and_wait  # type: ignore[method-assign]

@@ -5,7 +5,8 @@ Letters: B images, P patches of a side, S image side.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +16,12 @@ from torch import Tensor
 
 from diffvit.config import RunConfig
 from diffvit.data.images import normalize
+from diffvit.models.attention import AttentionMaps
 from diffvit.models.vit import VisionTransformer
 
 _CELL_INCHES = 1.1
+T = TypeVar("T")
+
 _DIFFERENCE = "A1 − λ A2"
 
 
@@ -33,7 +37,7 @@ def attention_figure(model: VisionTransformer, images: npt.NDArray[np.uint8], co
         images: (B, C, S, S), as the data pipeline gives them.
         config: for the model's pooling and patch grid, and the data's mean and standard deviation.
     """
-    rows = _rows(model, images, config)
+    rows = _rows(_watched(model, images, config, model.attention_maps)[-1], config)
     figure = Figure(figsize=(_CELL_INCHES * (len(images) + 0.5), _CELL_INCHES * (len(rows) + 1)), dpi=90)
     axes = figure.subplots(len(rows) + 1, 1)
     axes[0].imshow(_strip(images.transpose(0, 2, 3, 1) / 255), cmap="gray", vmin=0, vmax=1)
@@ -60,14 +64,27 @@ def _strip(cells: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return strip[..., 0] if channels == 1 else strip
 
 
-def _rows(model: VisionTransformer, images: npt.NDArray[np.uint8], config: RunConfig) -> dict[str, Tensor]:
-    """`{label: (B, P, P)}` of the last block, the mean over heads."""
+@torch.no_grad()
+def mean_gates(model: VisionTransformer, images: npt.NDArray[np.uint8], config: RunConfig) -> list[float]:
+    """`VisionTransformer.mean_gates` of images as the data pipeline gives them, (B, C, S, S)."""
+    return _watched(model, images, config, model.mean_gates)
+
+
+def _watched(
+    model: VisionTransformer, images: npt.NDArray[np.uint8], config: RunConfig, look: Callable[[Tensor], list[T]]
+) -> list[T]:
+    """What `look` sees of the images in the model's eval mode."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     pixels = normalize(torch.from_numpy(images).to(device), config.data.mean, config.data.std)
-    maps = model.attention_maps(pixels)[-1]
+    seen = look(pixels)
     model.train(was_training)
+    return seen
+
+
+def _rows(maps: AttentionMaps, config: RunConfig) -> dict[str, Tensor]:
+    """`{label: (B, P, P)}` of a block, the mean over heads."""
     named = {"A1": maps.positive}
     if maps.negative is not None:
         named |= {"A2": maps.negative, _DIFFERENCE: maps.combined}

@@ -209,20 +209,21 @@ class DiffAttentionV2(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        out: Tensor = self.proj(attend_two_maps(self.qkv(x_BND), self._split, self._gate(x_BND)).flatten(2))
+        out: Tensor = self.proj(attend_two_maps(self.qkv(x_BND), self._split, self.gate(x_BND)).flatten(2))
         return out
 
     def attention_maps(self, x_BND: Tensor) -> AttentionMaps:
         """The maps of `forward` on the same input; `weight` is sigmoid(lambda), (B, H, N, 1)."""
         q1, k1, q2, k2, _ = self._split(self.qkv(x_BND))
-        return AttentionMaps(softmax_map(q1, k1), softmax_map(q2, k2), self._gate(x_BND))
+        return AttentionMaps(softmax_map(q1, k1), softmax_map(q2, k2), self.gate(x_BND))
 
     def attention_logits(self, x_BND: Tensor) -> tuple[Tensor, ...]:
         """What `forward` takes the softmax of in each of the two maps, (B, H, N, N) each."""
         q1, k1, q2, k2, _ = self._split(self.qkv(x_BND))
         return scaled_scores(q1, k1), scaled_scores(q2, k2)
 
-    def _gate(self, x: Tensor) -> Tensor:
+    def gate(self, x: Tensor) -> Tensor:
+        """sigmoid(lambda) of `x` (B, N, D): (B, H, N, 1)."""
         gate = torch.sigmoid(in_full_precision(self.lambda_proj(x))) * self.gate_opening
         return gate.transpose(1, 2).unsqueeze(-1)
 

@@ -155,6 +155,15 @@ class VisionTransformer(nn.Module):
         attentions = [block.attn for block in self._blocks()]
         return [float(a.current_lambda().detach()) for a in attentions if isinstance(a, DiffAttention)]
 
+    def mean_gates(self, images_BCSS: Tensor) -> list[float]:
+        """V2's sigmoid(lambda) in each layer, the mean over these images, their tokens and the heads."""
+        means, x = [], self.embed(images_BCSS)
+        for block in self._blocks():
+            if isinstance(block.attn, DiffAttentionV2):
+                means.append(float(block.attn.gate(block.norm1(x)).mean()))
+            x = block(x)
+        return means
+
     def _blocks(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
 

@@ -22,10 +22,19 @@ from torch.optim.swa_utils import AveragedModel
 from diffvit.config import RunConfig
 from diffvit.manifest import WEIGHTS_NAME, read_manifest, write_manifest
 from diffvit.models.vit import VisionTransformer
+from diffvit.training.health import Health
 from diffvit.training.sharding import own_part, whole
 
 _TRAINING_STATE_NAME = "training.pt"
-_COUNTS = ("skipped", "train_seconds", "world_sizes", "poisoned_steps", "rollbacks")
+_COUNTS = (
+    "skipped_samples",
+    "train_seconds",
+    "world_sizes",
+    "poisoned_steps",
+    "rollbacks",
+    "good_step",
+    "epoch_sums",
+)
 """Fields of `TrainState` that are saved as they are."""
 
 
@@ -41,8 +50,16 @@ class TrainState:
     schedule: LambdaLR
     ema: AveragedModel | None
     step: int = 0
-    skipped: int = 0
-    """Training samples left out so far because their image could not be used."""
+    health: Health = field(default_factory=lambda: Health(0))
+    """Which of the last steps were poisoned."""
+    evaluated: bool = False
+    """Whether these weights were, at the end of an epoch."""
+    good_step: int | None = None
+    """That of the checkpoint which a sick run goes back to."""
+    skipped_samples: list[int] = field(default_factory=list)
+    """Numbers of the training samples whose image could not be used so far, each once."""
+    epoch_sums: dict[str, float] = field(default_factory=dict)
+    """What `Tracker` has added up since the epoch began."""
     train_seconds: float = 0.0
     """Time spent training and evaluating, over all sittings."""
     world_sizes: list[int] = field(default_factory=list)
@@ -97,6 +114,7 @@ def take_snapshot(state: TrainState, config: RunConfig, metrics: dict[str, Any],
     training = {
         "optimizer": state.optimizer.state_dict(),
         "schedule": state.schedule.state_dict(),
+        "health": state.health.state_dict(),
         **{name: getattr(state, name) for name in _COUNTS},
     }
     if state.ema is not None:
@@ -117,6 +135,7 @@ def take_snapshot(state: TrainState, config: RunConfig, metrics: dict[str, Any],
         },
         "gate_opening": state.evaluated_model.gate_opening,
         "step": state.step,
+        "epoch": metrics.get("epoch"),
         "seed": config.seed,
         "metrics": metrics,
     }
@@ -160,6 +179,11 @@ def load_checkpoint(folder: Path, state: TrainState) -> None:
     for name in _COUNTS:
         if name in training:  # an earlier version did not count everything
             setattr(state, name, training[name])
+    if "health" in training:
+        state.health.load_state_dict(training["health"])
+    state.evaluated = "top1" in manifest["metrics"]
+    if state.evaluated and not state.health.counted:
+        state.good_step = state.step  # as found after the rest was written
 
 
 def _load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
@@ -182,10 +206,13 @@ def roll_back(folder: Path, state: TrainState) -> None:
 
     Order, schedule and every count go on from `state.step`.
     """
-    here = {name: getattr(state, name) for name in ("step", *_COUNTS)}
+    here = {name: getattr(state, name) for name in ("step", "evaluated", *_COUNTS)}
+    health = state.health.state_dict()
     load_checkpoint(folder, state)
     for name, value in here.items():
         setattr(state, name, value)
+    state.health.load_state_dict(health)
+    state.health.cure()
     state.schedule.last_epoch = state.step - 1
     state.schedule.step()
     state.rollbacks += 1

@@ -129,6 +129,16 @@ class CheckpointStore:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
+    def describe(self, step: int, metrics: dict[str, Any]) -> None:
+        """Put `metrics` in the place of those of a checkpoint that is there.
+
+        Raises:
+            OSError, StorageError: the store is away or full, and the metrics are the old ones.
+        """
+        name = f"{checkpoint_name(step)}/{MANIFEST_NAME}"
+        manifest = json.loads(self._hasty.read(name)) | {"metrics": metrics}
+        self._hasty.write(name, (json.dumps(manifest, indent=2) + "\n").encode())
+
     def _upload(self, snapshot: Snapshot) -> None:
         name = checkpoint_name(snapshot.step)
         with scratch_folder() as folder:

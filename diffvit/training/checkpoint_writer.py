@@ -1,7 +1,7 @@
 """Writes checkpoints beside training: the loop hands over a copy of its state and goes on with the next step.
 
-One checkpoint is written at a time. Of those that wait a newer one takes the place of the one before, unless that was
-evaluated, and so may be the best. A store that is away, or full, is tried again with back-off
+One checkpoint is written at a time. Of those that wait a newer one takes the place of the one before, unless that is of
+the end of an epoch, and so may be the best, or is pinned. A store that is away, or full, is tried again with back-off
 while training goes on; only when nothing could be written for `checkpoint.retry_minutes` is that the run's problem.
 """
 
@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from diffvit.training.checkpoint import Snapshot, checkpoint_name
 from diffvit.training.checkpoint_store import CheckpointStore, Warn
@@ -20,9 +22,11 @@ _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.5, 30.0
 
 @dataclass(frozen=True)
 class _Waiting:
-    snapshot: Snapshot
+    step: int
+    write: Callable[[], None]
     pinned: Collection[int]
     before: tuple[Callable[[], None], ...]
+    stays: bool
 
 
 class CheckpointWriter:
@@ -41,7 +45,12 @@ class CheckpointWriter:
         self._thread.start()
 
     def submit(
-        self, snapshot: Snapshot, pinned: Collection[int] = (), before: tuple[Callable[[], None], ...] = ()
+        self,
+        snapshot: Snapshot,
+        pinned: Collection[int] = (),
+        before: tuple[Callable[[], None], ...] = (),
+        *,
+        stays: bool = False,
     ) -> None:
         """Write `snapshot` soon.
 
@@ -49,11 +58,26 @@ class CheckpointWriter:
             snapshot: the checkpoint.
             pinned: steps that outlast what is deleted afterwards.
             before: what must have been written when a reader sees the checkpoint; may be called more than once.
+            stays: whether it is written even if there is a newer one by then.
         """
         with self._changed:
-            while self._waiting and "top1" not in self._waiting[-1].snapshot.metrics:
+            while self._waiting and not self._waiting[-1].stays and self._waiting[-1].step not in pinned:
                 before = (*self._waiting.pop().before, *before)
-            self._waiting.append(_Waiting(snapshot, pinned, before))
+            write = partial(self._store.put, snapshot)
+            self._waiting.append(_Waiting(snapshot.step, write, pinned, before, stays))
+            self._changed.notify_all()
+
+    def describe(
+        self,
+        step: int,
+        metrics: dict[str, Any],
+        pinned: Collection[int] = (),
+        before: tuple[Callable[[], None], ...] = (),
+    ) -> None:
+        """Give a checkpoint, handed over with `stays`, other metrics; arguments as in `submit`."""
+        with self._changed:
+            write = partial(self._store.describe, step, metrics)
+            self._waiting.append(_Waiting(step, write, pinned, before, stays=True))
             self._changed.notify_all()
 
     def wait(self, seconds: float | None = None) -> None:
@@ -85,21 +109,21 @@ class CheckpointWriter:
                     self._changed.notify_all()
 
     def _write(self, waiting: _Waiting) -> None:
-        snapshot = waiting.snapshot
         deadline, delay = time.monotonic() + self._retry_seconds, _FIRST_DELAY_SECONDS
         while True:
             try:
                 for write in waiting.before:
                     write()
-                self._store.put(snapshot)
-                self._store.drop_others(snapshot.step, waiting.pinned)
+                waiting.write()
+                self._store.drop_others(waiting.step, waiting.pinned)
             except Exception as error:  # a full disk comes as OSError, RuntimeError or SafetensorError
                 if self._given_up.is_set() or time.monotonic() + delay > deadline:
-                    self.failure = f"no checkpoint could be written for {self._retry_seconds / 60:g} minutes: {error}"
+                    minutes = f"{self._retry_seconds / 60:g} minutes"
+                    self.failure = self.failure or f"no checkpoint could be written for {minutes}: {error}"
                     return
-                self._warn(f"{checkpoint_name(snapshot.step)} could not be written and is tried again: {error}")
+                self._warn(f"{checkpoint_name(waiting.step)} could not be written and is tried again: {error}")
             else:
-                self.last_written = snapshot.step
+                self.last_written = waiting.step
                 return
             self._given_up.wait(delay)
             delay = min(2 * delay, _LONGEST_DELAY_SECONDS)

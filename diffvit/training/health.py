@@ -28,7 +28,8 @@ class Health:
     def __init__(self, max_skipped_steps: int) -> None:
         self._max_skipped_steps = max_skipped_steps
         self._unread: list[Tensor] = []
-        self._calm = 0
+        self.calm = 0
+        """Good steps since the last poisoned one."""
         self.counted = 0
         """Poisoned steps that still count."""
         self.last_poisoned: int | None = None
@@ -51,14 +52,22 @@ class Health:
         self._unread.clear()
         for place, good in enumerate(finite):
             if good:
-                self._calm += 1
-                self.counted = 0 if self._calm >= CALM_STEPS else self.counted
+                self.calm += 1
+                self.counted = 0 if self.calm >= CALM_STEPS else self.counted
             else:
-                self._calm = 0
+                self.calm = 0
                 self.counted += 1
                 self.last_poisoned = first + place
         return finite.count(False)
 
     def cure(self) -> None:
         """The weights were taken back to when they were good."""
-        self._calm = self.counted = 0
+        self.calm = self.counted = 0
+
+    def state_dict(self) -> dict[str, int | None]:
+        """What a run that goes on from here must know; everything up to here is read."""
+        return {"calm": self.calm, "counted": self.counted, "last_poisoned": self.last_poisoned}
+
+    def load_state_dict(self, saved: dict[str, int | None]) -> None:
+        self.calm, self.counted = saved["calm"] or 0, saved["counted"] or 0
+        self.last_poisoned = saved["last_poisoned"]

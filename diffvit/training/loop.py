@@ -12,10 +12,11 @@ from contextlib import closing
 from functools import partial
 from typing import cast
 
+import numpy as np
 import torch
 
 from diffvit.config import RunConfig
-from diffvit.data.batches import Batch, Stream
+from diffvit.data.batches import SKIPPED_LABEL, Batch, Stream
 from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
@@ -72,38 +73,65 @@ def _train(
 ) -> None:
     model = replicate(state.model, worker.workers, worker.device, compiles=config.scale.compile)
     audit = Audit(config.location, train_plan, stream, worker.rank, state.step) if config.data.audit else None
-    batches = tracker.timed(_announce_skipped(stream.train(state.step), worker))
+    unusable: set[int] = set()
+    batches = tracker.timed(_announce_skipped(stream.train(state.step), worker, unusable))
     batches = audit.watch(batches) if audit else batches
-    sums, health = Sums(worker.device), Health(config.optim.max_skipped_steps)
+    sums, agree_every_steps = Sums(worker.device), LOG_EVERY_STEPS
 
-    while state.step < train_plan.total_steps:
+    while True:
+        if state.step and state.step % train_plan.steps_per_epoch == 0 and not state.evaluated:
+            _end_epoch(config, train_plan, eval_plan, stream, worker, state, saver, tracker)
+        if state.step == train_plan.total_steps:
+            return
         _open_gates(config, state)
-        health.add(take_step(config, train_plan, model, state, batches, sums, worker.rank, worker.device))
+        state.evaluated = False
+        state.health.add(take_step(config, train_plan, model, state, batches, sums, worker.rank, worker.device))
         ends_epoch = state.step % train_plan.steps_per_epoch == 0
-        saves = ends_epoch or state.step % (config.checkpoint.every_steps or train_plan.total_steps) == 0
-        if saves or state.step % LOG_EVERY_STEPS == 0:
-            state.poisoned_steps += health.read(state.step)
-            read = sums.read(vote=saver.asks(tracker.minutes_since_save) if worker.rank == 0 else 0)
+        saves = planned = ends_epoch or state.step % (config.checkpoint.every_steps or train_plan.total_steps) == 0
+        judges = planned or state.step % LOG_EVERY_STEPS == 0
+        if judges or state.step % agree_every_steps == 0:
+            state.poisoned_steps += state.health.read(state.step)
+            wish = saver.asks(tracker.minutes_since_save, tracker.step_seconds) if worker.rank == 0 else 0
+            read = sums.read(wish)
+            ask = Ask(int(read["votes"]))
+            agree_every_steps = 1 if Ask.OFTEN in ask else LOG_EVERY_STEPS
+            _note_unusable(unusable, read["skipped"], state, worker)
             tracker.log_steps(read)
-            saves = saver.answer(Ask(int(read["votes"]))) or saves
+            saves = saver.answer(ask) or saves
             _require_usable(tracker.epoch_skipped, train_plan.num_samples, config, "training")
-            if health.is_sick:
-                undone = saver.roll_back(health)
+            # only at steps that do not depend on the clock, so that a run that is cut goes the way of one that is not
+            if judges and state.health.is_sick:
+                undone = saver.roll_back()
+                saves = planned = True
                 if audit:
                     audit.forget(undone, state.step)
-        if ends_epoch:
-            evaluation = _announce_skipped(stream.evaluate(), worker)
-            evaluated = evaluate(state.evaluated_model, evaluation, eval_plan.num_samples, config, worker.device)
-            tracker.log_epoch(evaluated, stream)
-            _require_usable(evaluated["skipped"], eval_plan.num_samples, config, "validation")
-            _require_finite(evaluated["loss"], state.step // train_plan.steps_per_epoch, saver)
         if saves:
-            before = (*tracker.flush(), *_write_audit(audit, state.step, config, worker))
-            metrics = tracker.report()
-            saver.save(metrics, before, good=health.counted == 0)
-            if ends_epoch:
-                worker.report(metrics)
+            before = (*tracker.to_copy(), *_write_audit(audit, state.step, config, worker))
+            good = planned and not ends_epoch and state.health.counted == 0
+            saver.save(tracker.metrics(), before, good=good, ends_epoch=ends_epoch)
             tracker.saved()
+
+
+def _end_epoch(
+    config: RunConfig,
+    train_plan: TrainPlan,
+    eval_plan: EvalPlan,
+    stream: Stream,
+    worker: Worker,
+    state: TrainState,
+    saver: Saver,
+    tracker: Tracker,
+) -> None:
+    """Evaluate what was saved just before, so that a cut meanwhile costs no more than the evaluation."""
+    evaluation = _announce_skipped(stream.evaluate(), worker)
+    evaluated = evaluate(state.evaluated_model, evaluation, eval_plan.num_samples, config, worker.device)
+    tracker.log_epoch(evaluated, stream)
+    _require_usable(evaluated["skipped"], eval_plan.num_samples, config, "validation")
+    _require_finite(evaluated["loss"], state.step // train_plan.steps_per_epoch, saver)
+    metrics = tracker.end_epoch(evaluated)
+    saver.describe(metrics, tracker.to_copy())
+    worker.report(metrics)
+    tracker.saved()
 
 
 def _write_audit(audit: Audit | None, step: int, config: RunConfig, worker: Worker) -> Iterator[Callable[[], None]]:
@@ -141,7 +169,7 @@ def start_state(config: RunConfig, plan: TrainPlan, worker: Worker) -> TrainStat
             part.to(worker.device)
     optimizer = build_optimizer(model, config.optim)
     schedule = build_schedule(optimizer, config.optim, plan.steps_per_epoch)
-    state = TrainState(model, optimizer, schedule, ema)
+    state = TrainState(model, optimizer, schedule, ema, health=Health(config.optim.max_skipped_steps))
     if worker.store is not None and step is not None:
         with worker.store.opened(step) as folder:
             load_checkpoint(folder, state)
@@ -158,11 +186,22 @@ def _open_gates(config: RunConfig, state: TrainState) -> None:
             model.open_gates(opening)
 
 
-def _announce_skipped(batches: Iterator[Batch], worker: Worker) -> Iterator[Batch]:
+def _announce_skipped(batches: Iterator[Batch], worker: Worker, unusable: set[int] | None = None) -> Iterator[Batch]:
+    """The same batches; the numbers of samples that cannot be used are added to `unusable`."""
     for batch in batches:
         if batch.skipped:
             worker.publish("skipped", {"images": list(batch.skipped)})
+            if unusable is not None:
+                unusable.update(batch.samples[batch.labels == SKIPPED_LABEL].tolist())
         yield batch
+
+
+def _note_unusable(unusable: set[int], skipped: float, state: TrainState, worker: Worker) -> None:
+    """Bring what the ranks found, each on its own, into the state of all. A collective where any of them `skipped`."""
+    if skipped:
+        found = gather_bytes(np.array(sorted(unusable), np.int64).tobytes(), worker.device)
+        state.skipped_samples = sorted({*state.skipped_samples, *np.frombuffer(b"".join(found), np.int64).tolist()})
+        unusable.clear()
 
 
 def _require_usable(skipped: float, num_samples: int, config: RunConfig, split: str) -> None:

@@ -12,13 +12,15 @@ from diffvit.config import RunConfig
 from diffvit.training.checkpoint import TrainState, checkpoint_name, roll_back, take_snapshot
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.checkpoint_writer import CheckpointWriter
-from diffvit.training.health import CALM_STEPS, Health
+from diffvit.training.health import CALM_STEPS
 from diffvit.training.logbook import Logbook
 from diffvit.training.sharding import is_sharded
 from diffvit.training.worker import RunStopped, Worker
 
 _POLL_SECONDS = 2.0
 """Between two looks for a node that is about to go, each of which is a barrier."""
+_SLOW_STEP_SECONDS = 0.5
+"""From here on ranks agree at every step, so that a node's notice of seconds is not spent on ten of them."""
 _PREEMPTED_SAVE_MINUTES = 5 / 60
 """Between checkpoints once a node is about to go."""
 _LAST_WRITE_SECONDS = 10.0
@@ -31,6 +33,8 @@ class Ask(IntFlag):
     SAVE = 1
     POLL = 2
     STOP = 4
+    OFTEN = 8
+    """To be asked at every step, because steps are slow."""
 
 
 def newest_step(worker: Worker, store: CheckpointStore | None, up_to: int | None = None) -> int | None:
@@ -60,13 +64,12 @@ class Saver:
             self._logbook.begin(state.step, state.train_seconds, worker.workers)
             worker.store.sweep()
             self._writer = CheckpointWriter(worker.store, config.checkpoint.retry_minutes, worker.warn)
-        self._good_step = state.step or None
         self._preempted = False
         self._polled_at = time.monotonic()
         self._every_minutes = config.checkpoint.every_minutes or math.inf
 
-    def asks(self, minutes_since_save: float) -> Ask:
-        """What rank 0 asks for now; and a sign of its life."""
+    def asks(self, minutes_since_save: float, step_seconds: float) -> Ask:
+        """What rank 0 asks for now, when a step takes `step_seconds`; and a sign of its life."""
         self._logbook.alive(self._state.step, self._state.train_seconds, self._worker.workers)
         ask = Ask(0)
         if minutes_since_save >= self._every_minutes:
@@ -75,6 +78,8 @@ class Saver:
             ask |= Ask.POLL
         if self._writer is not None and self._writer.failure:
             ask |= Ask.STOP
+        if step_seconds >= _SLOW_STEP_SECONDS:
+            ask |= Ask.OFTEN
         return ask
 
     def answer(self, ask: Ask) -> bool:
@@ -95,34 +100,51 @@ class Saver:
                 self._worker.warn(f"a node is about to go: saving at step {self._state.step}")
         return notice or Ask.SAVE in ask
 
-    def save(self, metrics: dict[str, Any], before: tuple[Callable[[], None], ...] = (), *, good: bool) -> None:
+    def save(
+        self, metrics: dict[str, Any], before: tuple[Callable[[], None], ...] = (), *, good: bool, ends_epoch: bool
+    ) -> None:
         """Hand a copy of the state to the writer, after rank 0 has written what must be there `before` it.
 
-        A `good` one is what a sick run goes back to.
+        A `good` one is what a sick run goes back to; one that `ends_epoch` is still to be evaluated.
         """
         if good:
-            self._good_step = self._state.step
+            self._state.good_step = self._state.step
         keeps = self._writer is not None
         if keeps or is_sharded(self._state.model):
             snapshot = take_snapshot(self._state, self._config, metrics, keeps=keeps)
         if self._writer is not None:
-            pinned = () if self._good_step is None else (self._good_step,)
-            self._writer.submit(snapshot, pinned, before)
+            self._writer.submit(snapshot, self._pinned, before, stays=ends_epoch)
         elif self._worker.rank == 0:
             for write in before:
                 write()
 
-    def roll_back(self, health: Health) -> int:
+    def describe(self, metrics: dict[str, Any], before: tuple[Callable[[], None], ...] = ()) -> None:
+        """Give the checkpoint of this step, the end of an epoch, the metrics of its evaluation."""
+        state = self._state
+        state.evaluated = True
+        if not state.health.counted:
+            state.good_step = state.step
+        if self._writer is not None:
+            self._writer.describe(state.step, metrics, self._pinned, before)
+        elif self._worker.rank == 0:
+            for write in before:
+                write()
+
+    @property
+    def _pinned(self) -> tuple[int, ...]:
+        return () if self._state.good_step is None else (self._state.good_step,)
+
+    def roll_back(self) -> int:
         """Take the weights of the last good checkpoint, and go on from here with them; the step they are of.
 
         Raises:
             RunStopped: there is none, or that was done `optim.max_rollbacks` times.
         """
-        config = self._config.optim
+        config, health, good_step = self._config.optim, self._state.health, self._state.good_step
         if self._writer is not None:
             self._writer.wait()
         store = self._worker.store
-        step = None if self._good_step is None else newest_step(self._worker, store, self._good_step)
+        step = None if good_step is None else newest_step(self._worker, store, good_step)
         if store is None or step is None or self._state.rollbacks >= config.max_rollbacks:
             raise RunStopped(
                 f"the loss or its gradient is not finite at step {health.last_poisoned}, after {health.counted} such "
@@ -133,7 +155,6 @@ class Saver:
             )
         with store.opened(step) as folder:
             roll_back(folder, self._state)
-        health.cure()
         self._worker.warn(
             f"step {health.last_poisoned}: too many steps whose loss or gradient is not finite; back to the weights of "
             f"{checkpoint_name(step)}, on with the samples after step {self._state.step}"
@@ -143,7 +164,8 @@ class Saver:
     @property
     def last_good(self) -> str:
         """For messages."""
-        exists = checkpoint_name(self._good_step) if self._good_step is not None else None
+        good_step = self._state.good_step
+        exists = checkpoint_name(good_step) if good_step is not None else None
         return f"the last good checkpoint {f'is {exists}' if exists else 'does not exist: none was saved yet'}"
 
     def finish(self) -> None:

@@ -6,14 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
-from diffvit.analysis.attention_grid import attention_figure
+from diffvit.analysis.attention_grid import attention_figure, mean_gates
 from diffvit.config import RunConfig
 from diffvit.data.batches import Batch, Stream
 from diffvit.data.order import TrainPlan
 from diffvit.training.checkpoint import TrainState
-from diffvit.training.event_folder import TENSORBOARD_FOLDER, EventFolder
+from diffvit.training.event_log import TENSORBOARD_FOLDER, EventLog
 from diffvit.training.sharding import is_sharded, whole_copy
 from diffvit.training.utilisation import device_name
 
@@ -39,25 +37,24 @@ class Tracker:
         self, config: RunConfig, plan: TrainPlan, state: TrainState, publish: Publish, *, enabled: bool
     ) -> None:
         self._config, self._plan, self._state, self._publish = config, plan, state, publish
-        self._writer: SummaryWriter | None = None
-        if enabled:
-            self._events = EventFolder(config.location)
-            # what a cut run wrote after the step it goes on from will be written again
-            self._writer = SummaryWriter(str(self._events.path), purge_step=state.step + 1)
+        self._events = EventLog(config.location, state.step + 1) if enabled else None
         self._seconds_before, self._first_step = state.train_seconds, state.step
         self._started = self._lap_started = time.perf_counter()
+        self._lap_first_step = state.step
         self._saved_at = self._started
         self._waited = 0.0
-        self._evaluated: dict[str, float] = {}
-        self._reset_epoch()
+        self.step_seconds = 0.0
+        """What a step took lately."""
+        if not state.epoch_sums or state.evaluated:
+            self._begin_epoch()
 
-    def _reset_epoch(self) -> None:
-        self._epoch = dict.fromkeys(("loss", "top1", "images", "skipped", "seconds", "waited"), 0.0)
+    def _begin_epoch(self) -> None:
+        self._state.epoch_sums = dict.fromkeys(("loss", "top1", "images", "skipped", "seconds", "waited"), 0.0)
 
     @property
     def epoch_skipped(self) -> float:
-        """Training samples skipped since the epoch began (or since the run was continued), over all ranks."""
-        return self._epoch["skipped"]
+        """Training samples skipped since the epoch began, over all ranks."""
+        return self._state.epoch_sums["skipped"]
 
     @property
     def minutes_since_save(self) -> float:
@@ -79,16 +76,17 @@ class Tracker:
         now = time.perf_counter()
         seconds, waited = now - self._lap_started, self._waited
         self._lap_started, self._waited = now, 0.0
+        self.step_seconds = seconds / max(self._state.step - self._lap_first_step, 1)
+        self._lap_first_step = self._state.step
         self._state.train_seconds = self._seconds_before + now - self._started
-        self._state.skipped += int(sums["skipped"])
+        epoch = self._state.epoch_sums
         for name in ("loss", "top1"):
-            self._epoch[name] += sums[name] * sums["images"]
-        for name, value in (("images", sums["images"]), ("skipped", sums["skipped"])):
-            self._epoch[name] += value
-        self._epoch["seconds"] += seconds
-        self._epoch["waited"] += waited
-        lambdas = self._state.model.lambdas() if self._writer is not None or is_sharded(self._state.model) else []
-        if self._writer is None:
+            epoch[name] += sums[name] * sums["images"]
+        added = {"images": sums["images"], "skipped": sums["skipped"], "seconds": seconds, "waited": waited}
+        for name, value in added.items():
+            epoch[name] += value
+        lambdas = self._state.model.lambdas() if self._events is not None or is_sharded(self._state.model) else []
+        if self._events is None:
             return
         step, lr = self._state.step, float(self._state.schedule.get_last_lr()[0])
         images = sums["images"] + sums["skipped"]
@@ -100,9 +98,9 @@ class Tracker:
             "speed/data_wait_fraction": min(waited / seconds, 1.0),
         }
         for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+            self._events.add_scalar(name, value, step)
         for layer, value in enumerate(lambdas):
-            self._writer.add_scalar(f"lambda/layer_{layer:02d}", value, step)
+            self._events.add_scalar(f"lambda/layer_{layer:02d}", value, step)
         self._publish(
             "step",
             {
@@ -116,26 +114,29 @@ class Tracker:
 
     def log_epoch(self, evaluated: dict[str, float], stream: Stream) -> None:
         """Record an evaluation; `evaluated` from `evaluate`. Draws attention maps a few times a run."""
-        self._evaluated = evaluated
+        self._state.train_seconds = self._seconds_before + time.perf_counter() - self._started
         step, model = self._state.step, self._state.evaluated_model
         draws = draws_attention(step // self._plan.steps_per_epoch, self._plan.epochs)
-        if draws and is_sharded(model):
+        gates = self._config.model.variant == "diff_v2"
+        if (draws or gates) and is_sharded(model):
             model = whole_copy(model)
-        if self._writer is None:
+        if self._events is None:
             return
         for name in ("loss", "top1", "top5"):
-            self._writer.add_scalar(f"val/{name}", evaluated[name], step)
+            self._events.add_scalar(f"val/{name}", evaluated[name], step)
+        if not (draws or gates):
+            return
+        images = stream.preview(_GRID_IMAGES).images
         if draws:
-            images = stream.preview(_GRID_IMAGES).images
-            figure = attention_figure(model, images, self._config)
-            self._writer.add_figure("attention/last_block", figure, step)
-        self._writer.flush()
+            self._events.add_figure("attention/last_block", attention_figure(model, images, self._config), step)
+        for layer, value in enumerate(mean_gates(model, images, self._config) if gates else []):
+            self._events.add_scalar(f"gate/layer_{layer:02d}", value, step)
 
-    def report(self) -> dict[str, Any]:
-        """The metrics of a checkpoint written now; at the end of an epoch also told to the console."""
-        step, epoch, used = self._state.step, self._epoch, max(self._epoch["images"], 1.0)
-        seconds = max(epoch["seconds"], 1e-9)
-        metrics = {
+    def metrics(self) -> dict[str, Any]:
+        """The metrics of a checkpoint written now, before it is evaluated."""
+        step, epoch = self._state.step, self._state.epoch_sums
+        used, seconds = max(epoch["images"], 1.0), max(epoch["seconds"], 1e-9)
+        return {
             "epoch": -(-step // self._plan.steps_per_epoch),
             "step": step,
             "train_loss": epoch["loss"] / used,
@@ -143,25 +144,25 @@ class Tracker:
             "images_per_second": (epoch["images"] + epoch["skipped"]) / seconds,
             "data_wait_fraction": min(epoch["waited"] / seconds, 1.0),
             "train_seconds": self._state.train_seconds,
-            "skipped_images": self._state.skipped + int(self._evaluated.get("skipped", 0)),
+            "skipped_images": len(self._state.skipped_samples),
             "world_sizes": list(self._state.world_sizes),
             "device": device_name(next(self._state.model.parameters()).device),
             "poisoned_steps": self._state.poisoned_steps,
             "rollbacks": self._state.rollbacks,
         }
-        if step % self._plan.steps_per_epoch == 0:
-            metrics |= {name: self._evaluated[name] for name in ("loss", "top1", "top5")}
-            if self._writer is not None:
-                self._publish("epoch", metrics)
-            self._reset_epoch()
+
+    def end_epoch(self, evaluated: dict[str, float]) -> dict[str, Any]:
+        """The metrics of the epoch's checkpoint, `evaluated` included; also told to the console."""
+        metrics = self.metrics() | {name: evaluated[name] for name in ("loss", "top1", "top5")}
+        metrics["skipped_images"] += int(evaluated["skipped"])
+        if self._events is not None:
+            self._publish("epoch", metrics)
+        self._begin_epoch()
         return metrics
 
-    def flush(self) -> tuple[Callable[[], None], ...]:
-        """Bring the events to the disk; what is to be called, on rank 0, to bring them into the run's folder."""
-        if self._writer is None:
-            return ()
-        self._writer.flush()
-        return (self._events.copy,)
+    def to_copy(self) -> tuple[Callable[[], None], ...]:
+        """What is to be called, on rank 0, to bring the events into the run's folder."""
+        return () if self._events is None else (self._events.copy,)
 
     def saved(self) -> None:
         """A checkpoint was handed over; evaluation and that do not count as training time in images a second."""
@@ -169,8 +170,7 @@ class Tracker:
         self._waited = 0.0
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._events is not None:
             self._events.close()
 
     def _eta_seconds(self, now: float) -> float:
