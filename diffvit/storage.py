@@ -137,7 +137,7 @@ class Storage:
         """Write the whole file or nothing. One that is not `durable` may be lost when a local disk loses power."""
         path = self.path(name)
         if self.is_remote:
-            with self.filesystem.open_output_stream(path) as file:
+            with self.filesystem.open_output_stream(path, compression=None) as file:  # else by the name's ending
                 file.write(content)
             return
         _write_local(Path(path), content, durable)
@@ -145,19 +145,11 @@ class Storage:
     @_retried
     def fetch(self, name: str, target: Path) -> None:
         """Copy a file to `target` on a local disk, however large it is."""
-        with self.filesystem.open_input_stream(self.path(name)) as source, target.open("wb") as copy:
+        with (
+            self.filesystem.open_input_stream(self.path(name), compression=None) as source,
+            target.open("wb") as copy,
+        ):
             shutil.copyfileobj(source, copy, _COPIED_BYTES)
-
-    @_retried
-    def open(self, name: str) -> pa.NativeFile:
-        """A seekable file, open for reading."""
-        return self.filesystem.open_input_file(self.path(name))
-
-    def open_for_writing(self, name: str) -> pa.NativeFile:
-        """A file to append to, for content that is too large for `write`. It may be seen before it is whole."""
-        if not self.is_remote:
-            Path(self.path(name)).parent.mkdir(parents=True, exist_ok=True)
-        return self.filesystem.open_output_stream(self.path(name))
 
     @_retried
     def size(self, name: str) -> int | None:

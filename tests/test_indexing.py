@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import tarfile
+import threading
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,11 +19,13 @@ from conftest import ObjectStore, make_folder
 from PIL import Image
 from torchvision import datasets
 
+from diffvit import storage as storage_module
 from diffvit.config import SourceOptions
+from diffvit.data import originals
 from diffvit.data.indexing import find_units, index_unit
-from diffvit.data.originals import Staging
+from diffvit.data.originals import Staging, label_entries, read_labels
 from diffvit.data.packing import read_entries_content
-from diffvit.storage import Storage
+from diffvit.storage import Storage, StorageError
 
 
 def index(source: Path | str, staging: Path, **options: object) -> dict[str, dict[str, object]]:
@@ -26,7 +33,8 @@ def index(source: Path | str, staging: Path, **options: object) -> dict[str, dic
     config = SourceOptions(**options)
     entries = {}
     for number, unit in enumerate(find_units(str(source), config)):
-        table = index_unit(unit, config, Staging(Storage(str(staging)), f"{number}.bin"))
+        table = index_unit(unit, config, Staging(Storage(str(staging)), str(number)))
+        table = label_entries(table, read_labels(config.labels))
         contents = read_entries_content(table)
         for row, content in zip(table.to_pylist(), contents, strict=True):
             assert row["key"] not in entries
@@ -150,6 +158,116 @@ def test_hostile_and_damaged_tars_are_accounted_for(tmp_path: Path) -> None:
     assert "leaves the archive" in reasons["train/../../evil.png"]
     assert "a link or device" in reasons["train/a/link.png"]
     assert "cut short" in str(entries["x.tar/train/a/9.png"]["content"]) or "damaged" in str(reasons)
+
+
+def reasons_of(path: Path, staging: Path) -> tuple[int, dict[str, object]]:
+    """How many images are good, and why the others are not."""
+    entries = index(path, staging)
+    reasons = {key: e["reason"] for key, e in entries.items() if e["reason"]}
+    return len(entries) - len(reasons), reasons
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_a_tar_that_loses_images_says_so(tmp_path: Path, mode: str) -> None:
+    """Python's tarfile ends without a word at each of these."""
+    files = {f"train/a/{i}.png": picture(i) for i in range(10)}  # a header and a block of data each
+    plain = make_tar(tmp_path / "plain.tar", files).read_bytes()
+    assert all(len(content) <= 512 for content in files.values())
+    pack = {"w": bytes, "w:gz": gzip.compress, "w:bz2": bz2.compress, "w:xz": lzma.compress}[mode]
+    corrupt = bytearray(plain)
+    corrupt[3 * 1024 + 148] ^= 1  # in the check sum of the fourth header
+    for number, (content, images, reason) in enumerate(
+        [
+            (plain, 10, None),
+            (plain[: 10 * 1024 + 512], 10, None),  # a lone block of zeros marks the end too
+            (plain[: 4 * 1024], 4, "without an end mark"),
+            (plain[: 4 * 1024 + 100], 4, "within a header"),
+            (bytes(corrupt), 3, "bad checksum"),
+            (plain + plain, 10, "more data follows its end mark"),
+            (b"", 0, "damaged"),
+        ]
+    ):
+        path = tmp_path / f"{number}.tar"
+        path.write_bytes(pack(content))
+        good, reasons = reasons_of(path, tmp_path / "s")
+        assert good == images
+        assert list(reasons) == ([] if reason is None else [f"{number}.tar/…"])
+        assert reason is None or reason in str(reasons[f"{number}.tar/…"])
+
+
+def test_compressed_tars_of_several_members_and_damaged_ones(tmp_path: Path) -> None:
+    plain = make_tar(tmp_path / "plain.tar", {f"train/a/{i}.png": picture(i) for i in range(10)}).read_bytes()
+    for name, compress in (("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)):
+        whole = compress(plain[:5000]) + compress(plain[5000:])  # as pbzip2 and bgzip write them
+        for content, good in ((whole, 10), (whole[:-30], None)):
+            path = tmp_path / f"x.tar.{name}"
+            path.write_bytes(content)
+            images, reasons = reasons_of(path, tmp_path / "s")
+            assert (good is None) == ("damaged from here" in str(reasons))
+            assert good in (None, images)
+
+
+def test_a_damaged_tar_in_a_tar_spoils_no_other(tmp_path: Path) -> None:
+    inner = make_tar(tmp_path / "inner.tar", {f"{i}.png": picture(i) for i in range(4)}).read_bytes()
+    path = make_tar(tmp_path / "x.tar", {"n01.tar": inner[:2048], "n02.tar": inner})
+    good, reasons = reasons_of(path, tmp_path / "s")
+    assert good == 6
+    assert list(reasons) == ["x.tar/n01.tar/…"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "parquet"])
+def test_an_outage_is_waited_for_or_ends_the_indexing(
+    tmp_path: Path, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """It is no damage of the file, also where it comes between two reads; nor does it lose what is staged."""
+    name, rng = f"x.{kind}", np.random.default_rng(0)
+    files = {f"train/a/{i}.png": rng.bytes(500) for i in range(200)}
+    if kind == "parquet":
+        table = pa.table({"image": list(files.values()), "label": [0, 1] * 100})
+        pq.write_table(table, tmp_path / name, row_group_size=50)
+    else:
+        make_tar(tmp_path / name, files, "w:gz" if kind == "tar.gz" else "w")
+    bucket = Storage(object_store.uri(f"outage-{tmp_path.name}"))
+    bucket.write(name, (tmp_path / name).read_bytes())
+    (unit,) = find_units(bucket.uri, SourceOptions())
+    monkeypatch.setattr(originals, "_READ_AHEAD_BYTES", 4096)  # so that there are many reads
+    monkeypatch.setattr(originals, "_STAGED_BYTES", 4096)
+    read, reads = Storage.read_range, []
+
+    def interrupted(self: Storage, *args: object) -> bytes:
+        reads.append(args)
+        if len(reads) == 3:
+            object_store.stop()
+            timers[0].start()
+        return read(self, *args)
+
+    monkeypatch.setattr(Storage, "read_range", interrupted)
+    timers = [threading.Timer(1.0, object_store.start)]
+    table = index_unit(unit, SourceOptions(), Staging(bucket.child("staging"), "0"))
+    timers[0].join()
+    assert table.num_rows == 200
+    assert table["reason"].null_count == 200
+    monkeypatch.setattr(storage_module, "RETRY_SECONDS", 0.1)
+    reads.clear()
+    timers[0] = threading.Timer(0, lambda: None)
+    try:
+        with pytest.raises(StorageError, match="is away"):
+            index_unit(unit, SourceOptions(), Staging(bucket.child("staging"), "0"))
+    finally:
+        object_store.start()
+
+
+def test_staging_is_written_in_files_that_can_be_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(originals, "_STAGED_BYTES", 10)
+    storage = Storage(str(tmp_path))
+    staging = Staging(storage, "images/7")
+    contents = [b"four", b"sixsix", b"x" * 25, b"", b"one"]
+    places = [staging.add(content) for content in contents]
+    staging.close()
+    staging.close()
+    assert storage.sizes() == {"images/7-00000.bin": 10, "images/7-00001.bin": 25, "images/7-00002.bin": 3}
+    assert [storage.read_range(p["file"], p["offset"], p["length"]) for p in places] == contents
 
 
 def test_hugging_face_parquet(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,6 +40,10 @@ ENTRY_SCHEMA = pa.schema(
 )
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _SPLIT_IN_NAME = re.compile(r"(?<![a-z])(train|validation|valid|val|test)(?![a-z])")
+
+_STAGED_BYTES = 32 * 2**20
+_READ_AHEAD_BYTES = 8 * 2**20
+"""An object store is read in such pieces; asking it for each header of a tar would take a round trip an image."""
 
 Kind = Literal["folder", "tar", "parquet", "shards", "torchvision"]
 
@@ -74,24 +79,72 @@ def listing_digest(units: Sequence[Unit]) -> str:
 
 
 class Staging:
-    """Receives the images of a unit, one after the other, into one file."""
+    """Receives the images of a unit, one after the other, into files `<name>-00000.bin`, …, each written at once.
+
+    An upload that breaks off cannot be continued, so what is written to a store must be small enough to write again.
+    """
 
     def __init__(self, storage: Storage, name: str) -> None:
-        self.location, self.name, self._storage = storage.uri, name, storage
-        self._position = 0
-        self._file: pa.NativeFile | None = None
+        self._storage, self._name = storage, name
+        self._files = 0
+        self._held = bytearray()
 
-    def add(self, content: bytes) -> int:
-        """Where the image begins."""
-        if self._file is None:
-            self._file = self._storage.open_for_writing(self.name)
-        self._file.write(content)
-        self._position += len(content)
-        return self._position - len(content)
+    def add(self, content: bytes) -> dict[str, Any]:
+        """Where the image lies, as fields of its Entry."""
+        if self._held and len(self._held) + len(content) > _STAGED_BYTES:
+            self.close()
+        place = {"location": self._storage.uri, "file": self._file, "offset": len(self._held), "length": len(content)}
+        self._held += content
+        return place
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        """Write what is still held."""
+        if self._held:
+            self._storage.write(self._file, bytes(self._held))
+            self._files += 1
+            self._held.clear()
+
+    @property
+    def _file(self) -> str:
+        return f"{self._name}-{self._files:05d}.bin"
+
+
+class _RemoteFile(io.RawIOBase):
+    """An object as a file whose every read waits for a store that is away, as `Storage.read_range` does."""
+
+    def __init__(self, storage: Storage, name: str, size: int) -> None:
+        self._storage, self._name, self._size = storage, name, size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        length = min(len(buffer), self._size - self._position)
+        content = self._storage.read_range(self._name, self._position, length) if length > 0 else b""
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+
+def open_original(unit: Unit) -> BinaryIO:
+    """The only file of a unit, seekable, open for reading.
+
+    Raises:
+        FileNotFoundError: it is not there any more.
+        StorageError: the store stayed away; from reads too.
+    """
+    storage, (name,), (size,) = Storage(unit.location), unit.files, unit.sizes
+    if not storage.is_remote:
+        return Path(storage.path(name)).open("rb")
+    return io.BufferedReader(_RemoteFile(storage, name, size), _READ_AHEAD_BYTES)
 
 
 def split_of_path(name: str) -> tuple[str | None, tuple[str, ...]]:
@@ -109,6 +162,18 @@ def split_of_file(name: str) -> str | None:
 
 def is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS and not is_hidden(name)
+
+
+def label_entries(entries: pa.Table, labels: dict[str, str]) -> pa.Table:
+    """The entries, with the class of `read_labels` where they have none."""
+    if not labels:
+        return entries
+    names = [
+        found or labels.get(PurePosixPath(key).stem)
+        for key, found in zip(entries["key"].to_pylist(), entries["class_name"].to_pylist(), strict=True)
+    ]
+    place = entries.schema.get_field_index("class_name")
+    return entries.set_column(place, ENTRY_SCHEMA.field("class_name"), pa.array(names, pa.string()))
 
 
 def read_labels(path: str) -> dict[str, str]:

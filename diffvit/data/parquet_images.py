@@ -13,8 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffvit.config import SourceOptions
-from diffvit.data.originals import Entry, Staging, Unit, split_of_file
-from diffvit.storage import Storage
+from diffvit.data.originals import Entry, Staging, Unit, open_original, split_of_file
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class")
@@ -24,7 +23,7 @@ _BATCH_ROWS = 64
 def index_parquet(unit: Unit, options: SourceOptions, staging: Staging) -> Iterator[Entry]:
     """Entries of one file; every image is copied to staging, because Parquet may compress or split it."""
     (name,) = unit.files
-    with Storage(unit.location).open(name) as file:
+    with open_original(unit) as file:
         parquet = pq.ParquetFile(file)
         schema = parquet.schema_arrow
         image, label = _columns(schema, options, name)
@@ -43,15 +42,7 @@ def index_parquet(unit: Unit, options: SourceOptions, staging: Staging) -> Itera
                 if content is None:
                     yield Entry(key, name, reason="no image bytes")
                     continue
-                yield Entry(
-                    key=key,
-                    file=staging.name,
-                    offset=staging.add(content),
-                    length=len(content),
-                    split=split_of_file(name),
-                    class_name=class_name,
-                    location=staging.location,
-                )
+                yield Entry(key, split=split_of_file(name), class_name=class_name, **staging.add(content))
 
 
 def _columns(schema: pa.Schema, options: SourceOptions, name: str) -> tuple[str, str | None]:

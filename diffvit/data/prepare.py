@@ -18,12 +18,7 @@ from diffvit.config import PrepareConfig, SourceOptions
 from diffvit.data.claim import STAGING, claim, identity_of, release, require_same
 from diffvit.data.indexing import find_units, index_unit
 from diffvit.data.layout import Layout, plan_layout
-from diffvit.data.originals import (
-    Staging,
-    Unit,
-    read_entries,
-    write_entries,
-)
+from diffvit.data.originals import Staging, Unit, label_entries, read_entries, read_labels, write_entries
 from diffvit.data.packing import Limits, PackedShard, pack_shard, read_index_part, read_packed
 from diffvit.data.shards import (
     FORMAT_VERSION,
@@ -81,8 +76,10 @@ def collect_entries(units: list[Unit], options: SourceOptions, staging: Storage,
     """The entries of every unit, in order; each unit is indexed once, anywhere in the cluster.
 
     Raises:
-        ValueError: a unit cannot be read at all.
+        ValueError: a unit is not what it should be, or `options.labels` is not.
+        StorageError: a store stayed away.
     """
+    labels = read_labels(options.labels)
     names = [f"index/{number:06d}.parquet" for number in range(len(units))]
     there = staging.sizes("index")
     todo = [number for number, name in enumerate(names) if name not in there]
@@ -91,8 +88,10 @@ def collect_entries(units: list[Unit], options: SourceOptions, staging: Storage,
 
     def index(units: list[Unit], number: int) -> str:
         try:
-            table = index_unit(units[number], options, Staging(staging, f"images/{number:06d}.bin"))
-        except (ValueError, OSError) as error:  # pyarrow's errors are ValueErrors
+            table = index_unit(units[number], options, Staging(staging, f"images/{number:06d}"))
+        except (ValueError, OSError) as error:  # pyarrow's are of either kind
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's fault and not the file's
             return f"{', '.join(units[number].files[:1])}: {error}"
         write_entries(staging, names[number], table)
         return ""
@@ -105,7 +104,7 @@ def collect_entries(units: list[Unit], options: SourceOptions, staging: Storage,
             raise ValueError(f"the source cannot be read: {error}")
         done += 1
         report("indexing", done, len(units))
-    return pa.concat_tables(read_entries(staging, name) for name in names)
+    return label_entries(pa.concat_tables(read_entries(staging, name) for name in names), labels)
 
 
 def _pack_all(layout: Layout, target: Storage, limits: Limits, report: Report) -> list[PackedShard]:

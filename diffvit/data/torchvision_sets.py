@@ -55,9 +55,7 @@ def index_torchvision(unit: Unit, options: SourceOptions, staging: Staging) -> I
             image, label = dataset[number]
             encoded = io.BytesIO()
             image.save(encoded, "PNG")
-            content = encoded.getvalue()
-            place = {"offset": staging.add(content), "length": len(content)}
-            place |= {"file": staging.name, "location": staging.location}
+            place = staging.add(encoded.getvalue())
         key = f"{split}/{number:07d}"
         yield Entry(key=key, split=split, class_name=classes[label] if classes else str(label), **place)
 
