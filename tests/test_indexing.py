@@ -15,16 +15,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ObjectStore, make_folder
+from conftest import ObjectStore, make_folder, make_image
 from PIL import Image
 from torchvision import datasets
 
 from diffvit import storage as storage_module
 from diffvit.config import SourceOptions
 from diffvit.data import originals
+from diffvit.data.images import FORMATS
 from diffvit.data.indexing import find_units, index_unit
-from diffvit.data.originals import Staging, label_entries, read_labels
+from diffvit.data.originals import Staging, ignored_in, label_entries, read_entries, read_labels, write_entries
 from diffvit.data.packing import read_entries_content
+from diffvit.data.sources import IMAGE_EXTENSIONS
 from diffvit.storage import Storage, StorageError
 
 
@@ -85,6 +87,54 @@ def test_folder_without_splits_and_images_without_class(tmp_path: Path) -> None:
         "lost.png": None,
     }
     assert {e["split"] for e in entries.values()} == {None}
+
+
+def test_a_class_called_train_is_no_split(tmp_path: Path) -> None:
+    for name in ("bus/1.png", "train/2.png", "train/3.jpg"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(picture(1))
+    entries = index(tmp_path / "in", tmp_path / "s")
+    assert [(e["split"], e["class_name"]) for e in entries.values()] == [
+        (None, "bus"),
+        (None, "train"),
+        (None, "train"),
+    ]
+    # beside a split of class folders, test is a split whose images have no class
+    make_image(tmp_path / "in2/train/cat/1.png", hue=0, seed=0)
+    make_image(tmp_path / "in2/test/2.png", hue=0, seed=0)
+    entries = index(tmp_path / "in2", tmp_path / "s")
+    assert [(e["split"], e["class_name"]) for e in entries.values()] == [("test", None), ("train", "cat")]
+
+
+def test_files_of_other_kinds_are_counted(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "a", images_per_class=1)
+    for name in ("a.txt", "red/b.TXT", "c.heic", "Makefile", ".hidden"):
+        (root / name).write_text("no image")
+    (unit,) = find_units(str(root), SourceOptions())
+    table = index_unit(unit, SourceOptions(), Staging(Storage(str(tmp_path)), "0"))
+    write_entries(Storage(str(tmp_path)), "x", table)
+    assert ignored_in(read_entries(Storage(str(tmp_path)), "x")) == {".txt": 2, ".heic": 1, "(none)": 1}
+    files = {"a/1.png": picture(1), "a/1.cls": b"7", "a/1.txt": b"a cat", "a/2.heic": b""}
+    make_tar(tmp_path / "t/x.tar", files)
+    (tmp_path / "t/notes.md").write_text("no image")
+    (unit,) = find_units(str(tmp_path / "t"), SourceOptions())
+    table = index_unit(unit, SourceOptions(), Staging(Storage(str(tmp_path)), "0"))
+    assert ignored_in(table) == {".md": 1, ".txt": 1, ".heic": 1}
+
+
+def test_every_extension_that_is_read_is_listed() -> None:
+    Image.init()
+    read = {extension for extension, name in Image.registered_extensions().items() if name in FORMATS}
+    assert read == IMAGE_EXTENSIONS
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "x.tar", {b"a/\xff.png".decode(errors="surrogateescape"): picture(1)})
+    assert index(path, tmp_path / "s")["x.tar/a/\\udcff.png"]["content"] == picture(1)
+    with open(bytes(tmp_path) + b"/\xfe.png", "wb"):  # noqa: PTH123
+        pass
+    with pytest.raises(ValueError, match=r"names of files must be UTF-8, got .*/\\xfe\.png; rename it"):
+        find_units(str(tmp_path), SourceOptions())
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
@@ -279,6 +329,7 @@ def test_hugging_face_parquet(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "in/test-00000-of-00001.parquet", compression="zstd")
     entries = list(index(tmp_path / "in", tmp_path / "s").values())
     assert [e["class_name"] for e in entries] == ["cat", "dog", None, None]
+    assert [e["label"] for e in entries] == [0, 1, None, None]
     assert [e["content"] for e in entries[:3]] == [picture(i) for i in range(3)]
     assert entries[0]["key"] == "test-00000-of-00001.parquet/0000000/0.png"
     assert entries[3]["reason"] == "no image bytes"
@@ -333,6 +384,51 @@ def test_torchvision_files_are_taken_as_they_are(tmp_path: Path, monkeypatch: py
     assert [e["class_name"] for e in entries.values()] == ["blue", "green", "red"]
     assert entries["train/0000002"]["content"] == (tmp_path / "root/train/red/000.png").read_bytes()
     assert not (tmp_path / "s").exists()
+
+
+class Pets:
+    """Laid out as torchvision's OxfordIIITPet: no train split, paths in `_images`."""
+
+    classes = ("beagle", "abyssinian")
+
+    def __init__(self, root: Path, split: str = "trainval") -> None:
+        if split not in ("trainval", "test"):
+            raise ValueError(f"Unknown value {split!r} for argument split")
+        self._images, self._labels = [root / "0.jpg", root / "1.jpg"], [0, 1]
+
+    def __len__(self) -> int:
+        return 2
+
+
+class Cranes(Pets):
+    """Names as ImageNet's, which are tuples and not unique."""
+
+    classes = (("crane", "bird"), ("crane",))
+    wnids = ("n02012849", "n03126707")
+
+
+def test_torchvision_sets_of_other_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (0, 1):
+        (tmp_path / f"{number}.jpg").write_bytes(b"the bytes of it")
+    for name, kind, classes in (("OxfordIIITPet", Pets, Pets.classes), ("ImageNet", Cranes, Cranes.wnids)):
+        monkeypatch.setattr(datasets, name, kind)
+        entries = index(f"torchvision:{name}", tmp_path / "s", root=str(tmp_path))
+        assert {key: (e["class_name"], e["label"], e["content"]) for key, e in entries.items()} == {
+            f"{split}/000000{i}": (classes[i], i, b"the bytes of it") for split in ("train", "test") for i in (0, 1)
+        }
+
+
+def test_a_torchvision_set_that_is_not_of_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "0.jpg").write_bytes(b"x")
+
+    class Attributes(Pets):
+        def __init__(self, root: Path, split: str) -> None:
+            super().__init__(root)
+            self._labels = [[0.5, 1.0]] * 2
+
+    monkeypatch.setattr(datasets, "CelebA", Attributes)
+    with pytest.raises(ValueError, match="must give each image the number of one class"):
+        index("torchvision:CelebA", tmp_path / "s", root=str(tmp_path))
 
 
 @pytest.mark.parametrize(

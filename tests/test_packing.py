@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from diffvit.data.originals import ENTRY_SCHEMA
-from diffvit.data.packing import Limits, PackedShard, pack_shard, read_index_part, read_packed
+from diffvit.data.packing import Limits, PackedShard, pack_shard, read_entries_content, read_index_part, read_packed
 from diffvit.storage import Storage
 
 LIMITS = Limits(max_pixels=10_000, max_bytes=50_000, max_side=None)
@@ -134,6 +134,12 @@ def test_a_shard_of_bad_images_is_not_written(tmp_path: Path) -> None:
     assert packed.shard is None
     assert target.size("train/00000.parquet") is None
     assert read_packed(target, "train/00000.parquet") == packed
+
+
+def test_an_entry_with_a_reason_is_not_read(tmp_path: Path) -> None:
+    row = {"key": "x", "location": str(tmp_path), "file": "x", "offset": 0, "length": -1, "reason": "a link"}
+    (content,) = read_entries_content(pa.Table.from_pylist([row], schema=ENTRY_SCHEMA))
+    assert str(content) == "a link"
 
 
 def test_a_file_that_went_away_is_quarantined(tmp_path: Path) -> None:

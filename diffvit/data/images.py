@@ -17,6 +17,8 @@ from torchvision.transforms import v2
 
 from diffvit.config import AugmentConfig
 
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
+"""The only ones of PIL's that are tried: others start programs (Ghostscript for EPS) on what a stranger wrote."""
 _JPEG_MAGIC = b"\xff\xd8\xff"
 
 

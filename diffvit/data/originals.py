@@ -15,12 +15,14 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffvit.data.sources import IMAGE_EXTENSIONS
@@ -31,6 +33,7 @@ ENTRY_SCHEMA = pa.schema(
         ("key", pa.string()),
         ("split", pa.string()),  # null where the source does not say
         ("class_name", pa.string()),  # null where the image has none
+        ("label", pa.int64()),  # the number that the source itself gives the class; null where it gives none
         ("location", pa.string()),  # of the folder that holds the file
         ("file", pa.string()),
         ("offset", pa.int64()),
@@ -38,6 +41,7 @@ ENTRY_SCHEMA = pa.schema(
         ("reason", pa.string()),  # why it cannot be used; null where it can
     ]
 )
+_IGNORED = b"ignored"
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _SPLIT_IN_NAME = re.compile(r"(?<![a-z])(train|validation|valid|val|test)(?![a-z])")
 
@@ -56,6 +60,8 @@ class Unit:
     location: str
     files: tuple[str, ...]
     sizes: tuple[int, ...]
+    ignored: Counter[str] = field(default_factory=Counter)
+    """How many files beside these are no images, by extension; indexing a tar adds those in it."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class Entry:
     length: int = -1
     split: str | None = None
     class_name: str | None = None
+    label: int | None = None
     location: str | None = None
     reason: str | None = None
 
@@ -161,7 +168,7 @@ def split_of_file(name: str) -> str | None:
 
 
 def is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS and not is_hidden(name)
+    return extension_of(name) in IMAGE_EXTENSIONS and not is_hidden(name)
 
 
 def label_entries(entries: pa.Table, labels: dict[str, str]) -> pa.Table:
@@ -199,6 +206,11 @@ def read_labels(path: str) -> dict[str, str]:
     return labels
 
 
+def places_of(entries: pa.Table) -> list[Storage]:
+    """Every folder or store that holds the images."""
+    return [Storage(location) for location in pc.unique(entries["location"]).to_pylist()]
+
+
 def write_entries(storage: Storage, name: str, entries: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(entries, sink)
@@ -206,7 +218,22 @@ def write_entries(storage: Storage, name: str, entries: pa.Table) -> None:
 
 
 def read_entries(storage: Storage, name: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(storage.read(name)), schema=ENTRY_SCHEMA)
+    return pq.read_table(pa.BufferReader(storage.read(name)))
+
+
+def with_ignored(entries: pa.Table, ignored: Mapping[str, int]) -> pa.Table:
+    """The table, with the number of files that are no images, by extension."""
+    return entries.replace_schema_metadata({_IGNORED: json.dumps(ignored)})
+
+
+def ignored_in(entries: pa.Table) -> Counter[str]:
+    """What `with_ignored` noted."""
+    return Counter(json.loads((entries.schema.metadata or {}).get(_IGNORED, b"{}")))
+
+
+def extension_of(name: str) -> str:
+    """In lower case, with its dot; '(none)' where there is none."""
+    return PurePosixPath(name).suffix.lower() or "(none)"
 
 
 def is_hidden(name: str) -> bool:

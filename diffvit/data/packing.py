@@ -100,9 +100,11 @@ def read_index_part(storage: Storage, name: str) -> pa.Table:
 
 
 def read_entries_content(entries: pa.Table) -> Iterator[bytes | ImageError]:
-    """The encoded image of each entry, in order; an ImageError where there is no such file or it is shorter."""
+    """The encoded image of each entry, in order; an ImageError where it has a reason, or its file ends before it."""
 
     def read(row: dict[str, Any]) -> bytes | ImageError:
+        if row["reason"] is not None:
+            return ImageError(row["reason"])
         storage = Storage(row["location"])
         try:
             content = storage.read_range(row["file"], row["offset"], row["length"])
@@ -110,7 +112,7 @@ def read_entries_content(entries: pa.Table) -> Iterator[bytes | ImageError]:
             return ImageError(f"cannot be read: {error.strerror or error}")
         return content if len(content) == row["length"] else ImageError("its file is cut short")
 
-    rows = entries.select(["location", "file", "offset", "length"]).to_pylist()
+    rows = entries.select(["location", "file", "offset", "length", "reason"]).to_pylist()
     if any("://" in row["location"] for row in rows):
         with ThreadPoolExecutor(_READ_THREADS) as pool:
             yield from pool.map(read, rows)

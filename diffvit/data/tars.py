@@ -16,13 +16,23 @@ import json
 import lzma
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Self
 
 from diffvit.config import SourceOptions
-from diffvit.data.originals import Entry, Staging, Unit, is_image, open_original, split_of_file, split_of_path
+from diffvit.data.originals import (
+    Entry,
+    Staging,
+    Unit,
+    extension_of,
+    is_image,
+    open_original,
+    split_of_file,
+    split_of_path,
+)
 
 _MAX_LABEL_BYTES = 2**20
 _READ_BYTES = 2**20
@@ -36,7 +46,7 @@ def index_tar(unit: Unit, options: SourceOptions, staging: Staging) -> Iterator[
     own_class = PurePosixPath(name).name.split(".")[0] if options.tar_is_class else None
     with open_original(unit) as file:
         unpacked = _unpacked(file)
-        walk = _Walk(name, staging if unpacked else None)
+        walk = _Walk(name, staging if unpacked else None, unit.ignored)
         walk.tar(unpacked or file, name, 0, own_class)
     for sample in walk.samples.values():
         for entry in sample.images:
@@ -58,6 +68,7 @@ class _Walk:
 
     file_name: str
     staging: Staging | None
+    ignored: Counter[str]
     samples: dict[str, _Sample] = field(default_factory=dict)
 
     def sample(self, name: str) -> _Sample:
@@ -100,6 +111,8 @@ class _Walk:
         elif path.suffix in (".cls", ".json") and member.size <= _MAX_LABEL_BYTES:
             sample = self.sample(sample_name)
             sample.class_name = sample.class_name or _label_of(path.suffix, _content(tar, member))
+        else:
+            self.ignored[extension_of(path.name)] += 1
 
     def _staged(self, entry: Entry, tar: tarfile.TarFile, member: tarfile.TarInfo) -> Entry:
         if self.staging is None:
