@@ -55,7 +55,8 @@ class Job:
 
     @property
     def parts(self) -> int:
-        return math.ceil(self.entries.num_rows / self.part_images)
+        rows: int = self.entries.num_rows
+        return math.ceil(rows / self.part_images)
 
     def part(self, number: int) -> pa.Table:
         """The entries of a part."""
