@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -21,38 +21,25 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
-import torch
 from ray.data import DataContext
 
 from diffvit.analysis.confusion import confusion_figure, per_class
-from diffvit.config import AugmentConfig, PredictConfig
+from diffvit.cluster.waiting import can_grow, room_for, wait_for_nodes
+from diffvit.config import AugmentConfig, PredictConfig, ScaleConfig
 from diffvit.data.claim import STAGING, claim, identity_of, release, require_same
-from diffvit.data.images import ImageError, decode_image, eval_transform, normalize
-from diffvit.data.indexing import find_units
-from diffvit.data.packing import read_entries_content
+from diffvit.data.indexing import find_units, with_absolute_paths
+from diffvit.data.originals import read_labels
 from diffvit.data.prepare import collect_entries
-from diffvit.data.tasks import Report, fetch
+from diffvit.data.tasks import STORE_ERRORS, Report, fetch
 from diffvit.manifest import WEIGHTS_NAME, sha256_of
 from diffvit.models.fetched import on_disk
 from diffvit.models.saved import SavedModel, load_saved
 from diffvit.models.weights import find_checkpoint
-from diffvit.storage import Storage
+from diffvit.prediction import PARTS, Job, Predictor, load_part, part_name
+from diffvit.storage import Storage, StorageError
 
 RESULTS_NAME = "predictions.json"
 _PART_IMAGES = 512
-_PARTS = "predictions"
-
-_PREDICTION_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("split", pa.string()),
-        ("class", pa.string()),
-        ("predicted", pa.string()),
-        ("top_classes", pa.list_(pa.string())),
-        ("top_probabilities", pa.list_(pa.float32())),
-        ("reason", pa.string()),  # why there is no prediction
-    ]
-)
 
 
 def predict(config: PredictConfig, report: Report) -> dict[str, Any]:
@@ -62,6 +49,7 @@ def predict(config: PredictConfig, report: Report) -> dict[str, Any]:
         ValueError: no such checkpoint or images, or `out` holds something else.
         StorageError: a store stayed away; the same call goes on from there.
     """
+    config = with_absolute_paths(config)
     target = Storage(config.out)
     with on_disk(config.checkpoint) as found:
         checkpoint = find_checkpoint(found)
@@ -69,20 +57,43 @@ def predict(config: PredictConfig, report: Report) -> dict[str, Any]:
     units = find_units(config.images, config)
     skipped = ("out", "download", "workers", "gpu", "batch_size", "checkpoint")
     options = {name: value for name, value in asdict(config).items() if name not in skipped}
-    identity = identity_of({**options, "weights_sha256": weights}, units)
+    labels = read_labels(config.labels)
+    identity = identity_of({**options, "weights_sha256": weights}, units, labels)
     finished = _finished(target, identity)
     if finished is not None:
+        release(target)
         return finished
+    require_resources(config)
     claim(target, identity)
-    entries = collect_entries(units, config, target.child(STAGING), report)
+    entries = collect_entries(units, config, labels, target.child(STAGING), report)
     if config.split:
         entries = entries.filter(pc.equal(entries["split"], config.split))
     if not entries.num_rows:
         raise ValueError(f"{config.images} holds no images" + (f" of split {config.split!r}" if config.split else ""))
-    _predict_parts(config, saved, entries.combine_chunks(), target, report)
-    results = _summarise(saved, entries.num_rows, identity, target)
+    augment = AugmentConfig(eval_crop_ratio=saved.eval_crop_ratio, interpolation=saved.interpolation)
+    job = Job(config, saved.config, augment, entries.combine_chunks(), target, _PART_IMAGES)
+    _predict_parts(job, saved, report)
+    results = _summarise(job, saved, identity)
     release(target)
     return results
+
+
+def require_resources(config: PredictConfig) -> None:
+    """Check that the nodes can hold the copies of the model and leave a CPU for decoding; first wait for those to come.
+
+    Raises:
+        ValueError: they cannot; says what would do. (Ray would wait for ever.)
+    """
+    what = "GPU" if config.gpu else "CPU"
+    bundles = [{what: 1.0}] * config.workers + [{"CPU": 1.0}]
+    if can_grow():
+        wait_for_nodes(bundles, 60 * ScaleConfig().wait_minutes, print)
+    if room_for(bundles) < len(bundles):
+        have = ray.cluster_resources()
+        raise ValueError(
+            f"workers = {config.workers} copies of the model need a {what} each, and decoding a CPU; the cluster has "
+            f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
+        )
 
 
 def _finished(target: Storage, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -94,112 +105,46 @@ def _finished(target: Storage, identity: dict[str, Any]) -> dict[str, Any] | Non
     return results
 
 
-def _part_name(number: int) -> str:
-    return f"{_PARTS}/part-{number:06d}.parquet"
-
-
-def _predict_parts(
-    config: PredictConfig, saved: SavedModel, entries: pa.Table, target: Storage, report: Report
-) -> None:
+def _predict_parts(job: Job, saved: SavedModel, report: Report) -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    parts = -(-entries.num_rows // _PART_IMAGES)
-    there = target.sizes(_PARTS)
-    todo = [number for number in range(parts) if _part_name(number) not in there]
-    done = sum(len(entries[n * _PART_IMAGES : (n + 1) * _PART_IMAGES]) for n in range(parts) if n not in set(todo))
-    report("predicting", done, entries.num_rows)
+    there, images = job.target.sizes(PARTS), job.entries.num_rows
+    todo = [number for number in range(job.parts) if part_name(number) not in there]
+    done = images - sum(job.part(number).num_rows for number in todo)
+    report("predicting", done, images)
     if not todo:
         return
-    job = ray.put(_Job(config, saved, entries, target))
+    reference, model = ray.put(job), ray.put(saved)
 
     def load(row: dict[str, Any]) -> dict[str, Any]:
-        return _load_part(fetch(job), int(row["item"]))
+        try:
+            return load_part(fetch(reference), int(row["item"])) | {"error": ""}
+        except STORE_ERRORS as error:  # as a value, for Ray Data loses what an exception was
+            return {"number": int(row["item"]), "pixels": np.zeros(0, np.uint8), "reasons": "", "error": str(error)}
 
     decoded = ray.data.from_items(todo, override_num_blocks=len(todo)).map(load)
-    gpus = 1 if config.gpu else 0
+    gpus = 1 if job.config.gpu else 0
     predicted = decoded.map(
-        _Predictor, fn_constructor_args=(job,), concurrency=config.workers, num_gpus=gpus, num_cpus=0 if gpus else 1
+        Predictor,
+        fn_constructor_args=(reference, model),
+        concurrency=job.config.workers,
+        num_gpus=gpus,
+        num_cpus=0 if gpus else 1,
     )
     for row in predicted.iter_rows():
+        if row["error"]:
+            raise StorageError(row["error"])
         done += int(row["images"])
-        report("predicting", done, entries.num_rows)
+        report("predicting", done, images)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What every task and actor needs; sent once to each node."""
-
-    config: PredictConfig
-    saved: SavedModel
-    entries: pa.Table
-    target: Storage
-
-
-def _load_part(job: _Job, number: int) -> dict[str, Any]:
-    model = job.saved.config
-    augment = AugmentConfig(eval_crop_ratio=job.saved.eval_crop_ratio, interpolation=job.saved.interpolation)
-    transform = eval_transform(augment, model.image_size)
-    entries = job.entries[number * _PART_IMAGES : (number + 1) * _PART_IMAGES]
-    images = np.zeros((entries.num_rows, model.in_channels, model.image_size, model.image_size), np.uint8)
-    reasons = entries["reason"].to_pylist()
-    for place, content in enumerate(read_entries_content(entries)):
-        try:
-            if isinstance(content, ImageError):
-                raise content
-            images[place] = transform(decode_image(content, model.in_channels, job.config.max_pixels)).numpy()
-        except ImageError as error:
-            reasons[place] = reasons[place] or str(error)
-    return {"number": number, "pixels": images, "reasons": json.dumps(reasons)}
-
-
-class _Predictor:
-    """Holds the model; an actor of the Ray Data job."""
-
-    def __init__(self, job: Any) -> None:
-        self._job: _Job = fetch(job)
-        self._device = torch.device("cuda" if self._job.config.gpu else "cpu")
-        self._model = self._job.saved.model.to(self._device).eval()
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        number, reasons = int(row["number"]), json.loads(row["reasons"])
-        probabilities = self._probabilities(row["pixels"])
-        k = min(self._job.config.top_k, probabilities.shape[1])
-        top = probabilities.topk(k, dim=1)
-        names = np.array(self._job.saved.classes)[top.indices.numpy()]
-        entries = self._job.entries[number * _PART_IMAGES : (number + 1) * _PART_IMAGES]
-        bad = [reason is not None for reason in reasons]
-        columns: dict[str, Any] = {
-            "key": entries["key"],
-            "split": entries["split"],
-            "class": entries["class_name"],
-            "predicted": [None if b else str(row[0]) for b, row in zip(bad, names, strict=True)],
-            "top_classes": [None if b else row.tolist() for b, row in zip(bad, names, strict=True)],
-            "top_probabilities": [None if b else row for b, row in zip(bad, top.values.tolist(), strict=True)],
-            "reason": reasons,
-        }
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.table(columns, schema=_PREDICTION_SCHEMA), sink)
-        self._job.target.write(_part_name(number), sink.getvalue())
-        return {"images": len(reasons)}
-
-    @torch.inference_mode()
-    def _probabilities(self, images: Any) -> torch.Tensor:
-        """(n, classes) in float32 on the CPU."""
-        saved, parts = self._job.saved, []
-        for batch in torch.from_numpy(np.array(images)).split(self._job.config.batch_size):
-            pixels = normalize(batch.to(self._device), saved.mean, saved.std)
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-                logits = self._model(pixels)
-            parts.append(logits.float().softmax(dim=1).cpu())
-        return torch.cat(parts)
-
-
-def _summarise(saved: SavedModel, images: int, identity: dict[str, Any], target: Storage) -> dict[str, Any]:
+def _summarise(job: Job, saved: SavedModel, identity: dict[str, Any]) -> dict[str, Any]:
     """Count what the parts say and write the results."""
+    target, images = job.target, job.entries.num_rows
     known = {name: label for label, name in enumerate(saved.classes)}
     confusion = np.zeros((len(known), len(known)), np.int64)
     seen = skipped = labelled = top5 = 0
-    for name in target.sizes(_PARTS):
+    for name in [part_name(number) for number in range(job.parts)]:  # killed writers may have left others
         table = pq.read_table(pa.BufferReader(target.read(name)))
         seen += table.num_rows
         columns = (table[column].to_pylist() for column in ("class", "predicted", "top_classes"))

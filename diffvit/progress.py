@@ -13,6 +13,7 @@ from rich.table import Table
 from diffvit.data.shards import INFO_NAME, QUARANTINE_NAME, DatasetInfo
 
 _CLASSES_SHOWN = 20
+_EXTENSIONS_SHOWN = 8
 _LINE_EVERY_SECONDS = 10.0
 """Between lines where the terminal cannot redraw one."""
 
@@ -65,11 +66,22 @@ def print_dataset(out: str, info: DatasetInfo, seconds: float) -> None:
         "classes": f"{len(info.classes):,}",
         "size": f"{sum(shard.bytes for shard in shards) / 2**20:,.1f} MiB in {len(shards)} shards",
         "quarantined": f"{info.quarantined:,}" + (f" ({QUARANTINE_NAME} says why)" if info.quarantined else ""),
+        "ignored": _counts(info.ignored),
         "took": f"{seconds:,.0f} s, {(images + info.quarantined) / seconds:,.0f} images/s",
     }
     for name, value in rows.items():
-        table.add_row(name, value, style="yellow" if name == "quarantined" and info.quarantined else "")
+        if value:
+            table.add_row(name, value, style="yellow" if name == "quarantined" and info.quarantined else "")
     console.print(table)
+
+
+def _counts(ignored: dict[str, int]) -> str:
+    """'7 files that are no images: 5 .txt, 2 .heic', the most frequent first."""
+    if not ignored:
+        return ""
+    ranked = sorted(ignored.items(), key=lambda item: -item[1])
+    named = ", ".join(f"{count:,} {extension}" for extension, count in ranked[:_EXTENSIONS_SHOWN])
+    return f"{sum(ignored.values()):,} files that are no images: {named}" + (", …" * (len(ranked) > _EXTENSIONS_SHOWN))
 
 
 def print_predictions(out: str, results: dict[str, Any]) -> None:

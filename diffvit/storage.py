@@ -27,12 +27,27 @@ from pyarrow import fs
 _REMOTE_SCHEMES = ("s3", "gs", "gcs")
 RETRY_SECONDS = 60.0
 _S3_ATTEMPTS = 3
+_OPEN_OBJECTS = 16_384
+"""More than ImageNet has shards (about 2,200), of which a random order reads any at any time. An open object
+takes less than a kilobyte and no connection."""
 _COPIED_BYTES = 8 * 2**20
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.5, 15.0
-_PERMANENT = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "NoSuchBucket", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH")
+_PERMANENT = (
+    "ACCESS_DENIED",
+    "NO_SUCH_BUCKET",
+    "NoSuchBucket",
+    "' not found",  # Arrow's word for the bucket, where it asks for its region
+    "INVALID_ACCESS_KEY_ID",
+    "SIGNATURE_DOES_NOT_MATCH",
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def absolute(location: str) -> str:
+    """The same place for a process in another working directory; a URI stays as it is."""
+    return location if "://" in location else str(Path(location).expanduser().absolute())
 
 
 class StorageError(RuntimeError):
@@ -110,12 +125,16 @@ class Storage:
 
     def path(self, name: str = "") -> str:
         """What pyarrow calls `name`; on a local disk an absolute path."""
-        root = _filesystem(self.uri)[1]
+        root = self._opened()[1]
         return f"{root}/{name}" if name else root
 
     @property
     def filesystem(self) -> fs.FileSystem:
-        return _filesystem(self.uri)[0]
+        return self._opened()[0]
+
+    @_retried
+    def _opened(self) -> tuple[fs.FileSystem, str]:
+        return _filesystem(self.uri)
 
     @_retried
     def read(self, name: str) -> bytes:
@@ -127,7 +146,7 @@ class Storage:
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         """`length` bytes of a file from `offset` on; fewer where the file ends. Safe to call from many threads."""
         if self.is_remote:
-            content: bytes = _opened(self.uri, name).read_at(length, offset)
+            content: bytes = _open_object(self.uri, name).read_at(length, offset)
             return content
         with open(self.path(name), "rb", buffering=0) as file:  # noqa: PTH123, the plain call is twice as fast
             return os.pread(file.fileno(), length, offset)
@@ -137,7 +156,7 @@ class Storage:
         """Write the whole file or nothing. One that is not `durable` may be lost when a local disk loses power."""
         path = self.path(name)
         if self.is_remote:
-            with self.filesystem.open_output_stream(path) as file:
+            with self.filesystem.open_output_stream(path, compression=None) as file:  # else by the name's ending
                 file.write(content)
             return
         _write_local(Path(path), content, durable)
@@ -145,19 +164,11 @@ class Storage:
     @_retried
     def fetch(self, name: str, target: Path) -> None:
         """Copy a file to `target` on a local disk, however large it is."""
-        with self.filesystem.open_input_stream(self.path(name)) as source, target.open("wb") as copy:
+        with (
+            self.filesystem.open_input_stream(self.path(name), compression=None) as source,
+            target.open("wb") as copy,
+        ):
             shutil.copyfileobj(source, copy, _COPIED_BYTES)
-
-    @_retried
-    def open(self, name: str) -> pa.NativeFile:
-        """A seekable file, open for reading."""
-        return self.filesystem.open_input_file(self.path(name))
-
-    def open_for_writing(self, name: str) -> pa.NativeFile:
-        """A file to append to, for content that is too large for `write`. It may be seen before it is whole."""
-        if not self.is_remote:
-            Path(self.path(name)).parent.mkdir(parents=True, exist_ok=True)
-        return self.filesystem.open_output_stream(self.path(name))
 
     @_retried
     def size(self, name: str) -> int | None:
@@ -214,10 +225,10 @@ def _write_local(path: Path, content: bytes | pa.Buffer, durable: bool) -> None:
 def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """File system of pyarrow, and the folder's path in it."""
     if "://" not in uri:
-        return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+        return fs.LocalFileSystem(), absolute(uri)
     try:
-        filesystem, path = fs.FileSystem.from_uri(uri)
-    except (OSError, pa.ArrowInvalid) as error:
+        filesystem, path = fs.FileSystem.from_uri(uri)  # asks S3 for the bucket's region, unless the URI says it
+    except pa.ArrowInvalid as error:
         raise StorageError(f"{uri} cannot be opened: {error}") from None
     return _s3(uri, filesystem) or filesystem, path.rstrip("/")
 
@@ -238,8 +249,8 @@ def _s3(uri: str, known: fs.FileSystem) -> fs.FileSystem | None:
     )
 
 
-@lru_cache(maxsize=256)
-def _opened(uri: str, name: str) -> pa.NativeFile:
+@lru_cache(maxsize=_OPEN_OBJECTS)
+def _open_object(uri: str, name: str) -> pa.NativeFile:
     """Kept open, because opening an object asks the store for its size."""
     filesystem, root = _filesystem(uri)
     return filesystem.open_input_file(f"{root}/{name}")

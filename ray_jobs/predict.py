@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diffvit.cli import job_ends, parse_options
-from diffvit.config import PredictConfig
+from diffvit.config import PredictConfig, ScaleConfig
 
 
 def main() -> None:
@@ -14,7 +14,7 @@ def main() -> None:
     from diffvit.training.cluster import connect
 
     with job_ends("from here"), Progress() as progress:
-        connect()
+        connect(ScaleConfig(workers=config.workers, cpus_per_worker=1.0))
         results = predict(config, progress.show)
     print_predictions(config.out, results)
 

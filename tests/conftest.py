@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,6 +102,23 @@ class ObjectStore:
 
     def uri(self, folder: str) -> str:
         return f"s3://bucket/{folder}?endpoint_override=127.0.0.1:{self._port}&scheme=http"
+
+
+class Outage:
+    """A job's `report` that takes the store away for a second and a half, once, when a part of `what` is done."""
+
+    def __init__(self, store: ObjectStore, what: str) -> None:
+        self._store, self._what = store, what
+        self._back = threading.Timer(1.5, store.start)
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what == self._what and done and self._back.ident is None:
+            self._store.stop()
+            self._back.start()
+
+    def join(self) -> None:
+        """Raises RuntimeError where there was no outage."""
+        self._back.join()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageCms
 
 from diffvit.config import AugmentConfig
 from diffvit.data.images import ImageError, decode_image, eval_transform, normalize, train_transform
@@ -60,6 +60,55 @@ def test_cmyk_jpeg() -> None:
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     image = Image.fromarray(np.array([[0, 256, 32768, 65535]], np.uint16))
     assert decode_image(encode(image), 1, ANY_SIZE).flatten().tolist() == [0, 1, 128, 255]
+
+
+def test_floats_are_scaled_or_refused() -> None:
+    def decoded(values: list[float]) -> list[int]:
+        image = Image.fromarray(np.array([values], np.float32))
+        return decode_image(encode(image, "TIFF"), 1, ANY_SIZE).flatten().tolist()
+
+    assert decoded([0.0, 0.1, 0.5, 1.0]) == [0, 26, 128, 255]
+    assert decoded([0.0, 1.4, 128.0, 255.0]) == [0, 1, 128, 255]
+    for values in ([0.0, 256.0], [-0.1, 1.0], [0.5, float("nan")]):
+        with pytest.raises(ImageError, match=r"pixels from .* expected 0 to 1 or 0 to 255"):
+            decoded(values)
+    with pytest.raises(ImageError, match=r"pixels from 0 to 70000, expected 0 to 65535"):
+        decode_image(encode(Image.fromarray(np.array([[0, 70_000]], np.int32)), "TIFF"), 1, ANY_SIZE)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "LAB", "1", "P", "LA", "RGBA"])
+def test_modes_of_tiff_and_png_decode_to_what_they_show(mode: str) -> None:
+    shown = photo("L") if mode == "LA" else photo("1") if mode == "1" else photo()
+    match mode:
+        case "LAB":
+            profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+            image = ImageCms.profileToProfile(photo(), *profiles, outputMode="LAB")
+        case "P":
+            image = photo().quantize(256)
+        case "LA":
+            image = photo("L").convert("LA")
+        case _:
+            image = photo(mode)
+    decoded = decode_image(encode(image, "PNG" if mode == "P" else "TIFF"), 3, ANY_SIZE)
+    difference = (decoded.permute(1, 2, 0).int() - torch.from_numpy(np.array(shown.convert("RGB"))).int()).abs()
+    assert difference.float().mean() < 8
+
+
+def test_a_strangers_postscript_reaches_no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    eps = encode(photo(), "EPS")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    with pytest.raises(ImageError, match="not a readable image"):
+        decode_image(eps, 3, ANY_SIZE)
+
+
+def test_a_strip_is_refused_before_it_fills_the_memory() -> None:
+    strip = decode_image(encode(Image.new("1", (20_000, 1))), 3, ANY_SIZE)
+    for transform in (eval_transform(AugmentConfig(), 224), train_transform(AugmentConfig(crop="pad"), 224)):
+        with pytest.raises(ImageError, match="20000 x 1 pixels, too narrow to be resized to"):
+            transform(strip)
+    long = torch.zeros(3, 700, 2, dtype=torch.uint8)  # at 256 x 89,600 still within the bound
+    assert eval_transform(AugmentConfig(), 224)(long).shape == (3, 224, 224)
+    assert train_transform(AugmentConfig(), 224)(strip).shape == (3, 224, 224)
 
 
 def test_transparency_is_white() -> None:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import tarfile
+import threading
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ObjectStore, make_folder
+from conftest import ObjectStore, make_folder, make_image
 from PIL import Image
 from torchvision import datasets
 
+from diffvit import storage as storage_module
 from diffvit.config import SourceOptions
+from diffvit.data import originals
+from diffvit.data.images import FORMATS
 from diffvit.data.indexing import find_units, index_unit
-from diffvit.data.originals import Staging
+from diffvit.data.originals import Staging, ignored_in, label_entries, read_entries, read_labels, write_entries
 from diffvit.data.packing import read_entries_content
-from diffvit.storage import Storage
+from diffvit.data.sources import IMAGE_EXTENSIONS
+from diffvit.storage import Storage, StorageError
 
 
 def index(source: Path | str, staging: Path, **options: object) -> dict[str, dict[str, object]]:
@@ -26,7 +35,8 @@ def index(source: Path | str, staging: Path, **options: object) -> dict[str, dic
     config = SourceOptions(**options)
     entries = {}
     for number, unit in enumerate(find_units(str(source), config)):
-        table = index_unit(unit, config, Staging(Storage(str(staging)), f"{number}.bin"))
+        table = index_unit(unit, config, Staging(Storage(str(staging)), str(number)))
+        table = label_entries(table, read_labels(config.labels))
         contents = read_entries_content(table)
         for row, content in zip(table.to_pylist(), contents, strict=True):
             assert row["key"] not in entries
@@ -77,6 +87,54 @@ def test_folder_without_splits_and_images_without_class(tmp_path: Path) -> None:
         "lost.png": None,
     }
     assert {e["split"] for e in entries.values()} == {None}
+
+
+def test_a_class_called_train_is_no_split(tmp_path: Path) -> None:
+    for name in ("bus/1.png", "train/2.png", "train/3.jpg"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(picture(1))
+    entries = index(tmp_path / "in", tmp_path / "s")
+    assert [(e["split"], e["class_name"]) for e in entries.values()] == [
+        (None, "bus"),
+        (None, "train"),
+        (None, "train"),
+    ]
+    # beside a split of class folders, test is a split whose images have no class
+    make_image(tmp_path / "in2/train/cat/1.png", hue=0, seed=0)
+    make_image(tmp_path / "in2/test/2.png", hue=0, seed=0)
+    entries = index(tmp_path / "in2", tmp_path / "s")
+    assert [(e["split"], e["class_name"]) for e in entries.values()] == [("test", None), ("train", "cat")]
+
+
+def test_files_of_other_kinds_are_counted(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "a", images_per_class=1)
+    for name in ("a.txt", "red/b.TXT", "c.heic", "Makefile", ".hidden"):
+        (root / name).write_text("no image")
+    (unit,) = find_units(str(root), SourceOptions())
+    table = index_unit(unit, SourceOptions(), Staging(Storage(str(tmp_path)), "0"))
+    write_entries(Storage(str(tmp_path)), "x", table)
+    assert ignored_in(read_entries(Storage(str(tmp_path)), "x")) == {".txt": 2, ".heic": 1, "(none)": 1}
+    files = {"a/1.png": picture(1), "a/1.cls": b"7", "a/1.txt": b"a cat", "a/2.heic": b""}
+    make_tar(tmp_path / "t/x.tar", files)
+    (tmp_path / "t/notes.md").write_text("no image")
+    (unit,) = find_units(str(tmp_path / "t"), SourceOptions())
+    table = index_unit(unit, SourceOptions(), Staging(Storage(str(tmp_path)), "0"))
+    assert ignored_in(table) == {".md": 1, ".txt": 1, ".heic": 1}
+
+
+def test_every_extension_that_is_read_is_listed() -> None:
+    Image.init()
+    read = {extension for extension, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")}
+    assert read == IMAGE_EXTENSIONS
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "x.tar", {b"a/\xff.png".decode(errors="surrogateescape"): picture(1)})
+    assert index(path, tmp_path / "s")["x.tar/a/\\udcff.png"]["content"] == picture(1)
+    with open(bytes(tmp_path) + b"/\xfe.png", "wb"):  # noqa: PTH123
+        pass
+    with pytest.raises(ValueError, match=r"names of files must be UTF-8, got .*/\\xfe\.png; rename it"):
+        find_units(str(tmp_path), SourceOptions())
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
@@ -152,6 +210,116 @@ def test_hostile_and_damaged_tars_are_accounted_for(tmp_path: Path) -> None:
     assert "cut short" in str(entries["x.tar/train/a/9.png"]["content"]) or "damaged" in str(reasons)
 
 
+def reasons_of(path: Path, staging: Path) -> tuple[int, dict[str, object]]:
+    """How many images are good, and why the others are not."""
+    entries = index(path, staging)
+    reasons = {key: e["reason"] for key, e in entries.items() if e["reason"]}
+    return len(entries) - len(reasons), reasons
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_a_tar_that_loses_images_says_so(tmp_path: Path, mode: str) -> None:
+    """Python's tarfile ends without a word at each of these."""
+    files = {f"train/a/{i}.png": picture(i) for i in range(10)}  # a header and a block of data each
+    plain = make_tar(tmp_path / "plain.tar", files).read_bytes()
+    assert all(len(content) <= 512 for content in files.values())
+    pack = {"w": bytes, "w:gz": gzip.compress, "w:bz2": bz2.compress, "w:xz": lzma.compress}[mode]
+    corrupt = bytearray(plain)
+    corrupt[3 * 1024 + 148] ^= 1  # in the check sum of the fourth header
+    for number, (content, images, reason) in enumerate(
+        [
+            (plain, 10, None),
+            (plain[: 10 * 1024 + 512], 10, None),  # a lone block of zeros marks the end too
+            (plain[: 4 * 1024], 4, "without an end mark"),
+            (plain[: 4 * 1024 + 100], 4, "within a header"),
+            (bytes(corrupt), 3, "bad checksum"),
+            (plain + plain, 10, "more data follows its end mark"),
+            (b"", 0, "damaged"),
+        ]
+    ):
+        path = tmp_path / f"{number}.tar"
+        path.write_bytes(pack(content))
+        good, reasons = reasons_of(path, tmp_path / "s")
+        assert good == images
+        assert list(reasons) == ([] if reason is None else [f"{number}.tar/…"])
+        assert reason is None or reason in str(reasons[f"{number}.tar/…"])
+
+
+def test_compressed_tars_of_several_members_and_damaged_ones(tmp_path: Path) -> None:
+    plain = make_tar(tmp_path / "plain.tar", {f"train/a/{i}.png": picture(i) for i in range(10)}).read_bytes()
+    for name, compress in (("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)):
+        whole = compress(plain[:5000]) + compress(plain[5000:])  # as pbzip2 and bgzip write them
+        for content, good in ((whole, 10), (whole[:-30], None)):
+            path = tmp_path / f"x.tar.{name}"
+            path.write_bytes(content)
+            images, reasons = reasons_of(path, tmp_path / "s")
+            assert (good is None) == ("damaged from here" in str(reasons))
+            assert good in (None, images)
+
+
+def test_a_damaged_tar_in_a_tar_spoils_no_other(tmp_path: Path) -> None:
+    inner = make_tar(tmp_path / "inner.tar", {f"{i}.png": picture(i) for i in range(4)}).read_bytes()
+    path = make_tar(tmp_path / "x.tar", {"n01.tar": inner[:2048], "n02.tar": inner})
+    good, reasons = reasons_of(path, tmp_path / "s")
+    assert good == 6
+    assert list(reasons) == ["x.tar/n01.tar/…"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "parquet"])
+def test_an_outage_is_waited_for_or_ends_the_indexing(
+    tmp_path: Path, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """It is no damage of the file, also where it comes between two reads; nor does it lose what is staged."""
+    name, rng = f"x.{kind}", np.random.default_rng(0)
+    files = {f"train/a/{i}.png": rng.bytes(500) for i in range(200)}
+    if kind == "parquet":
+        table = pa.table({"image": list(files.values()), "label": [0, 1] * 100})
+        pq.write_table(table, tmp_path / name, row_group_size=50)
+    else:
+        make_tar(tmp_path / name, files, "w:gz" if kind == "tar.gz" else "w")
+    bucket = Storage(object_store.uri(f"outage-{tmp_path.name}"))
+    bucket.write(name, (tmp_path / name).read_bytes())
+    (unit,) = find_units(bucket.uri, SourceOptions())
+    monkeypatch.setattr(originals, "_READ_AHEAD_BYTES", 4096)  # so that there are many reads
+    monkeypatch.setattr(originals, "_STAGED_BYTES", 4096)
+    read, reads = Storage.read_range, []
+
+    def interrupted(self: Storage, *args: object) -> bytes:
+        reads.append(args)
+        if len(reads) == 3:
+            object_store.stop()
+            timers[0].start()
+        return read(self, *args)
+
+    monkeypatch.setattr(Storage, "read_range", interrupted)
+    timers = [threading.Timer(1.0, object_store.start)]
+    table = index_unit(unit, SourceOptions(), Staging(bucket.child("staging"), "0"))
+    timers[0].join()
+    assert table.num_rows == 200
+    assert table["reason"].null_count == 200
+    monkeypatch.setattr(storage_module, "RETRY_SECONDS", 0.1)
+    reads.clear()
+    timers[0] = threading.Timer(0, lambda: None)
+    try:
+        with pytest.raises(StorageError, match="is away"):
+            index_unit(unit, SourceOptions(), Staging(bucket.child("staging"), "0"))
+    finally:
+        object_store.start()
+
+
+def test_staging_is_written_in_files_that_can_be_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(originals, "_STAGED_BYTES", 10)
+    storage = Storage(str(tmp_path))
+    staging = Staging(storage, "images/7")
+    contents = [b"four", b"sixsix", b"x" * 25, b"", b"one"]
+    places = [staging.add(content) for content in contents]
+    staging.close()
+    staging.close()
+    assert storage.sizes() == {"images/7-00000.bin": 10, "images/7-00001.bin": 25, "images/7-00002.bin": 3}
+    assert [storage.read_range(p["file"], p["offset"], p["length"]) for p in places] == contents
+
+
 def test_hugging_face_parquet(tmp_path: Path) -> None:
     features = {"info": {"features": {"img": {}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
     images = [{"bytes": picture(i), "path": f"{i}.png"} for i in range(3)] + [{"bytes": None, "path": "x.png"}]
@@ -161,6 +329,7 @@ def test_hugging_face_parquet(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "in/test-00000-of-00001.parquet", compression="zstd")
     entries = list(index(tmp_path / "in", tmp_path / "s").values())
     assert [e["class_name"] for e in entries] == ["cat", "dog", None, None]
+    assert [e["label"] for e in entries] == [0, 1, None, None]
     assert [e["content"] for e in entries[:3]] == [picture(i) for i in range(3)]
     assert entries[0]["key"] == "test-00000-of-00001.parquet/0000000/0.png"
     assert entries[3]["reason"] == "no image bytes"
@@ -215,6 +384,51 @@ def test_torchvision_files_are_taken_as_they_are(tmp_path: Path, monkeypatch: py
     assert [e["class_name"] for e in entries.values()] == ["blue", "green", "red"]
     assert entries["train/0000002"]["content"] == (tmp_path / "root/train/red/000.png").read_bytes()
     assert not (tmp_path / "s").exists()
+
+
+class Pets:
+    """Laid out as torchvision's OxfordIIITPet: no train split, paths in `_images`."""
+
+    classes = ("beagle", "abyssinian")
+
+    def __init__(self, root: Path, split: str = "trainval") -> None:
+        if split not in ("trainval", "test"):
+            raise ValueError(f"Unknown value {split!r} for argument split")
+        self._images, self._labels = [root / "0.jpg", root / "1.jpg"], [0, 1]
+
+    def __len__(self) -> int:
+        return 2
+
+
+class Cranes(Pets):
+    """Names as ImageNet's, which are tuples and not unique."""
+
+    classes = (("crane", "bird"), ("crane",))
+    wnids = ("n02012849", "n03126707")
+
+
+def test_torchvision_sets_of_other_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (0, 1):
+        (tmp_path / f"{number}.jpg").write_bytes(b"the bytes of it")
+    for name, kind, classes in (("OxfordIIITPet", Pets, Pets.classes), ("ImageNet", Cranes, Cranes.wnids)):
+        monkeypatch.setattr(datasets, name, kind)
+        entries = index(f"torchvision:{name}", tmp_path / "s", root=str(tmp_path))
+        assert {key: (e["class_name"], e["label"], e["content"]) for key, e in entries.items()} == {
+            f"{split}/000000{i}": (classes[i], i, b"the bytes of it") for split in ("train", "test") for i in (0, 1)
+        }
+
+
+def test_a_torchvision_set_that_is_not_of_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "0.jpg").write_bytes(b"x")
+
+    class Attributes(Pets):
+        def __init__(self, root: Path, split: str) -> None:
+            super().__init__(root)
+            self._labels = [[0.5, 1.0]] * 2
+
+    monkeypatch.setattr(datasets, "CelebA", Attributes)
+    with pytest.raises(ValueError, match="must give each image the number of one class"):
+        index("torchvision:CelebA", tmp_path / "s", root=str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,30 @@ def test_classes_that_are_numbers_sort_as_numbers() -> None:
     assert sort_classes({"10", "9", "x"}) == ("10", "9", "x")
 
 
+def numbered(*rows: tuple[str, int | None]) -> pa.Table:
+    """Two images of each (class, its number)."""
+    return pa.Table.from_pylist(
+        [
+            {"key": f"{i}-{n}", "class_name": c, "label": label, "length": 10}
+            for i, (c, label) in enumerate(rows)
+            for n in (0, 1)
+        ],
+        schema=ENTRY_SCHEMA,
+    )
+
+
+def test_classes_stay_in_the_sources_own_order() -> None:
+    layout = plan(numbered(("trouser", 1), ("bag", 8), ("t-shirt", 0)))
+    assert layout.classes == ("t-shirt", "trouser", "bag")
+    names = layout.entries["class_name"].to_pylist()
+    assert [layout.classes[label] for label in layout.labels] == names
+    # where it has none, or contradicts itself, by name
+    assert plan(numbered(("b", 0), ("a", None))).classes == ("a", "b")
+    assert plan(numbered(("b", 0), ("a", 0))).classes == ("a", "b")
+    with pytest.raises(ValueError, match="classes must differ in name, the source calls 134 and 517 'crane'"):
+        plan(numbered(("crane", 134), ("x", 200), ("crane", 517)))
+
+
 def test_tiny_images_spread_over_shards() -> None:
     layout = plan(entries(*many(20_000), length=1), shard_bytes=2**30)
     assert [name for name, *_ in layout.shards if name.startswith("train")] == [

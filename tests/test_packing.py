@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from diffvit.data.originals import ENTRY_SCHEMA
-from diffvit.data.packing import Limits, PackedShard, pack_shard, read_index_part, read_packed
+from diffvit.data.packing import Limits, PackedShard, pack_shard, read_entries_content, read_index_part, read_packed
 from diffvit.storage import Storage
 
 LIMITS = Limits(max_pixels=10_000, max_bytes=50_000, max_side=None)
@@ -121,6 +121,45 @@ def test_a_smaller_copy_on_request(tmp_path: Path) -> None:
     assert opened[0].getexif().get(0x0112, 1) == 1
 
 
+def test_a_smaller_copy_of_every_kind(tmp_path: Path) -> None:
+    """None ends the preparation, what lost something may lose more, and a palette is not resized as numbers."""
+    half_clear = io.BytesIO()
+    Image.new("RGBA", (30, 20), (200, 0, 0, 100)).save(half_clear, "WEBP")
+    files = {
+        "cmyk.tif": encoded("CMYK", "TIFF"),
+        "cmyk.jpg": encoded("CMYK", "JPEG"),
+        "ycbcr.tif": encoded("YCbCr", "TIFF"),
+        "float.tif": encoded("F", "TIFF"),
+        "bits16.png": encoded("I;16", "PNG"),
+        "one-bit.png": encoded("1", "PNG"),
+        "palette.png": encoded("P", "PNG"),
+        "two.mpo": encoded("RGB", "MPO", save_all=True, append_images=[Image.new("RGB", (30, 20))]),
+        "lossy.webp": encoded("RGB", "WEBP"),
+        "lossless.webp": encoded("RGB", "WEBP", lossless=True),
+        "alpha.webp": half_clear.getvalue(),
+        "photo.avif": encoded("RGB", "AVIF"),
+    }
+    packed, target = pack(tmp_path, files, Limits(10_000, 50_000, max_side=15))
+    assert packed.quarantined == []
+    images = pq.read_table(pa.BufferReader(target.read("train/00000.parquet")))["image"].to_pylist()
+    opened = {name: Image.open(io.BytesIO(image)) for name, image in zip(files, images, strict=True)}
+    assert {image.size for image in opened.values()} == {(15, 10)}
+    assert {name: (image.format, image.mode) for name, image in opened.items()} == {
+        "cmyk.tif": ("PNG", "RGB"),
+        "cmyk.jpg": ("JPEG", "RGB"),
+        "ycbcr.tif": ("PNG", "RGB"),
+        "float.tif": ("PNG", "L"),
+        "bits16.png": ("PNG", "L"),
+        "one-bit.png": ("PNG", "L"),
+        "palette.png": ("PNG", "RGB"),
+        "two.mpo": ("JPEG", "RGB"),
+        "lossy.webp": ("JPEG", "RGB"),
+        "lossless.webp": ("PNG", "RGB"),
+        "alpha.webp": ("PNG", "RGBA"),
+        "photo.avif": ("JPEG", "RGB"),
+    }
+
+
 def test_a_shard_is_packed_once(tmp_path: Path) -> None:
     packed, target = pack(tmp_path, {"a.png": encoded("RGB", "PNG"), "bad.png": b""})
     assert read_packed(target, "train/00000.parquet") == packed
@@ -134,6 +173,12 @@ def test_a_shard_of_bad_images_is_not_written(tmp_path: Path) -> None:
     assert packed.shard is None
     assert target.size("train/00000.parquet") is None
     assert read_packed(target, "train/00000.parquet") == packed
+
+
+def test_an_entry_with_a_reason_is_not_read(tmp_path: Path) -> None:
+    row = {"key": "x", "location": str(tmp_path), "file": "x", "offset": 0, "length": -1, "reason": "a link"}
+    (content,) = read_entries_content(pa.Table.from_pylist([row], schema=ENTRY_SCHEMA))
+    assert str(content) == "a link"
 
 
 def test_a_file_that_went_away_is_quarantined(tmp_path: Path) -> None:

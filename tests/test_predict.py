@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_folder, make_image, with_fields
+from conftest import ObjectStore, Outage, make_folder, make_image, with_fields
 
 from diffvit import predict as module
 from diffvit.config import AugmentConfig, PredictConfig, PrepareConfig, RunConfig
@@ -22,6 +23,7 @@ from diffvit.data.sources import open_dataset
 from diffvit.models.saved import load_saved
 from diffvit.models.vit import VisionTransformer
 from diffvit.predict import predict
+from diffvit.storage import Storage, StorageError
 from diffvit.training.checkpoint import TrainState, checkpoint_name, take_snapshot
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.loop import Worker, fit
@@ -116,6 +118,59 @@ def test_cut_between_parts_it_goes_on(config: PredictConfig, monkeypatch: pytest
     assert predict(config, quiet) == results  # again is free
     with pytest.raises(ValueError, match=r"(?s)holds predictions made .* top_k: 2 there, 3 now"):
         predict(dataclasses.replace(config, top_k=3), quiet)
+
+
+def test_what_killed_writers_left_is_no_part(config: PredictConfig) -> None:
+    target = Storage(config.out)
+    target.write(".staging/x", b"")
+    target.write("predictions/.part-000000.parquet.4711", b"half")
+    assert predict(config, quiet)["images"] == 24
+
+
+def test_too_many_copies_of_the_model_are_refused(config: PredictConfig) -> None:
+    with pytest.raises(ValueError, match=r"workers = 6 copies .* need a CPU each, and decoding a CPU; .* has 6 CPUs"):
+        predict(dataclasses.replace(config, workers=6), quiet)
+    with pytest.raises(ValueError, match=r"workers = 1 copies of the model need a GPU each"):
+        predict(dataclasses.replace(config, gpu=True), quiet)
+    assert not Path(config.out).exists()
+
+
+def test_another_place_is_no_other_source(config: PredictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(config.images).parent)
+    relative = dataclasses.replace(config, images="unseen", out="out")
+    assert predict(relative, quiet)["images"] == 24
+    monkeypatch.chdir("/")
+    assert predict(config, quiet)["images"] == 24  # the same, so free
+
+
+@pytest.mark.slow
+def test_an_outage_in_the_middle(
+    config: PredictConfig, object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link in a tar, which has no place, is among them."""
+    monkeypatch.setattr(module, "_PART_IMAGES", 5)
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(config.images, "unseen")
+        link = tarfile.TarInfo("unseen/red/link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    bucket = Storage(object_store.uri(f"images-{tmp_path.name}"))
+    bucket.write("x.tar", (tmp_path / "x.tar").read_bytes())
+    outage = Outage(object_store, "predicting")
+    remote = dataclasses.replace(config, images=bucket.uri, out=object_store.uri(f"out-{tmp_path.name}"))
+    results = predict(remote, outage)
+    outage.join()
+    assert (results["images"], results["skipped"]) == (25, 2)
+
+
+def test_a_store_that_stays_away_is_said_in_one_line(config: PredictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the tasks that read and from the actors that write."""
+    target = Storage(config.out)
+    target.write(".staging/x", b"")
+    target.write("predictions", b"a file where a folder must be")
+    with pytest.raises(StorageError, match="predictions") as caught:
+        predict(config, quiet)
+    assert "\n" not in str(caught.value)
 
 
 def test_shards_and_one_split(config: PredictConfig, tmp_path: Path) -> None:

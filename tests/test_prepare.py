@@ -7,22 +7,24 @@ import json
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ObjectStore, make_folder, make_image
+from conftest import ObjectStore, Outage, make_folder, make_image
 from PIL import Image
 from test_packing import BAD, GOOD
 
 from diffvit.config import DataConfig, PrepareConfig
 from diffvit.data import prepare as module
-from diffvit.data.prepare import prepare
-from diffvit.data.shards import DatasetInfo, damaged_shards, open_shards
+from diffvit.data.prepare import prepare, verify
+from diffvit.data.shards import DatasetInfo, open_shards
 from diffvit.data.sources import open_dataset
-from diffvit.storage import Storage
+from diffvit.data.tasks import map_anywhere
+from diffvit.storage import Storage, StorageError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -58,7 +60,7 @@ def test_a_folder_becomes_a_data_set(config: PrepareConfig) -> None:
     assert {name: split.class_counts for name, split in info.splits.items()} == {"train": [18] * 3, "val": [2] * 3}
     assert len(info.splits["train"].shards) > 2
     assert (info.width, info.height) == ((20, 20.0, 20), (17, 17.0, 17))
-    assert damaged_shards(Storage(config.out), info) == []
+    assert verify(config, quiet) == info
     assert not (Path(config.out) / ".staging").exists()
     # statistics, from the files themselves
     train = [key for key, (split, _, _) in images.items() if split == "train"]
@@ -161,6 +163,76 @@ def test_from_bucket_to_bucket(tmp_path: Path, object_store: ObjectStore) -> Non
     assert {name: split.images for name, split in info.splits.items()} == {"train": 12, "val": 6}
     assert len(read_all(out)) == 18
     assert [name for name in Storage(out).sizes() if name.startswith(".")] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["indexing", "packing"])
+def test_an_outage_in_the_middle(tmp_path: Path, object_store: ObjectStore, phase: str) -> None:
+    images = make_folder(tmp_path / "images", images_per_class=20)
+    bucket = Storage(object_store.uri(f"in-{tmp_path.name}"))
+    for name in ("blue", "green", "red"):
+        with tarfile.open(tmp_path / f"{name}.tar.gz", "w:gz") as tar:
+            tar.add(images / name, name)
+        bucket.write(f"{name}.tar.gz", (tmp_path / f"{name}.tar.gz").read_bytes())
+    outage = Outage(object_store, phase)
+    out = object_store.uri(f"out-{tmp_path.name}")
+    info = prepare(PrepareConfig(source=bucket.uri, out=out, shard_mib=0.01), outage)
+    outage.join()
+    assert (info.quarantined, len(read_all(out))) == (0, 60)
+
+
+def test_a_disk_or_store_that_fails_is_said_in_one_line(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise StorageError("the store is away")
+
+    monkeypatch.setattr(module, "pack_shard", fail)
+    with pytest.raises(StorageError, match=r"^the store is away$"):
+        prepare(config, quiet)
+
+
+def test_a_node_that_does_not_see_a_folder_loses_no_images(tmp_path: Path) -> None:
+    def work(_: object, __: int) -> str:
+        raise AssertionError("must not be tried")
+
+    with pytest.raises(StorageError, match=r"/nowhere is not on the node .* a disk that all its nodes share"):
+        list(map_anywhere(work, None, [0], [Storage(str(tmp_path)), Storage("/nowhere")]))
+
+
+def test_labels_and_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(8):
+        make_image(tmp_path / f"in/{number}.png", hue=number, seed=number)
+    (tmp_path / "labels.csv").write_text("".join(f"{n},{'ab'[n % 2]}\n" for n in range(8)))
+    monkeypatch.chdir(tmp_path)
+    config = PrepareConfig(source="in", out="out", labels="labels.csv")
+    assert prepare(config, quiet).source == str(tmp_path / "in")
+    assert {key: name for key, (_, name, _) in read_all(tmp_path / "out").items()} == {
+        f"{n}.png": "ab"[n % 2] for n in range(8)
+    }
+    with Path("labels.csv").open("a") as file:
+        file.write("9,b\n")
+    with pytest.raises(ValueError, match="labels_sha256"):
+        prepare(config, quiet)
+
+
+def test_verify_finds_a_flipped_bit(config: PrepareConfig) -> None:
+    with pytest.raises(ValueError, match=r"has no dataset\.json"):
+        verify(config, quiet)
+    prepare(config, quiet)
+    shard = Path(config.out, "train/00001.parquet")
+    content = bytearray(shard.read_bytes())
+    content[20] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"1 of \d+ shards of .* not what prepare wrote, among them train/00001"):
+        verify(config, quiet)
+
+
+def test_killed_before_it_tidied_up_it_does_so_later(config: PrepareConfig) -> None:
+    Path(config.source, "notes.txt").write_text("no image")
+    info = prepare(config, quiet)
+    assert info.ignored == {".txt": 1}
+    Storage(config.out).write(".staging/x", b"")
+    assert prepare(config, quiet) == info
+    assert not Path(config.out, ".staging").exists()
 
 
 def test_a_source_that_cannot_be_read_is_named(tmp_path: Path) -> None:

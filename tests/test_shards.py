@@ -19,8 +19,8 @@ from diffvit.data.shards import (
     DatasetInfo,
     ShardSplit,
     SplitInfo,
-    damaged_shards,
     index_name,
+    is_damaged,
     open_shards,
     read_info,
     write_info,
@@ -94,12 +94,13 @@ def test_offsets_hold_over_row_groups_and_pages(tmp_path: Path) -> None:
 def test_damage_is_found(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     info = make_dataset(storage)
-    assert damaged_shards(storage, info) == []
+    shards = info.splits["train"].shards
+    assert [is_damaged(storage, s) for s in shards] == [False, False]
     shard = tmp_path / "train/00001.parquet"
     content = bytearray(shard.read_bytes())
     content[20] ^= 1
     shard.write_bytes(content)
-    assert damaged_shards(storage, info) == ["train/00001.parquet"]
+    assert [is_damaged(storage, s) for s in shards] == [False, True]
     shard.write_bytes(content[:-1])
     with pytest.raises(
         ValueError, match=r"1 of 2 shards of .* are missing or have another size .* train/00001.parquet"

@@ -46,9 +46,11 @@ class PrepareConfig(SourceOptions):
     """A larger image goes to quarantine."""
     max_image_bytes: int = 64 * 2**20
     """An image of more bytes goes to quarantine."""
+    verify: bool = False
+    """Prepare nothing: read the data set at `out` and compare it with its check sums."""
 
     def __post_init__(self) -> None:
-        require(bool(self.source), "source is missing: the images to prepare (--source FOLDER)")
+        require(bool(self.source) or self.verify, "source is missing: the images to prepare (--source FOLDER)")
         require(bool(self.out), "out is missing: the folder that receives the data set (--out FOLDER)")
         require(0.0 < self.val_fraction < 1.0, f"val_fraction must be between 0 and 1, got {self.val_fraction}")
         for name in ("shard_mib", "max_pixels", "max_image_bytes"):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -16,9 +17,12 @@ STAGING = ".staging"
 _IDENTITY_NAME = f"{STAGING}/identity.json"
 
 
-def identity_of(options: dict[str, Any], units: Sequence[Unit]) -> dict[str, Any]:
-    """What must be the same for a job to go on: its options, and the name and size of every file it reads."""
-    return {**options, "listing_sha256": listing_digest(units)}
+def identity_of(options: dict[str, Any], units: Sequence[Unit], labels: dict[str, str]) -> dict[str, Any]:
+    """What must be the same for a job to go on: options, labels, and the name and size of every file it reads."""
+    identity = {**options, "listing_sha256": listing_digest(units)}
+    if labels:
+        identity["labels_sha256"] = hashlib.sha256(json.dumps(labels).encode()).hexdigest()
+    return identity
 
 
 def claim(target: Storage, identity: dict[str, Any]) -> None:
@@ -49,5 +53,5 @@ def require_same(there: dict[str, Any], now: dict[str, Any], what: str) -> None:
 
 
 def release(target: Storage) -> None:
-    """The result is whole."""
+    """The result is whole. Called for a finished one too, for the job may have been killed before it came here."""
     target.delete_folder(STAGING)

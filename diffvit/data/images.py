@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -18,6 +21,10 @@ from torchvision.transforms import v2
 
 from diffvit.config import AugmentConfig
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
+"""The only ones of PIL's that are tried: others start programs (Ghostscript for EPS) on what a stranger wrote.
+PIL's JPEG reader takes MPO too."""
+_LARGEST_RESIZED_PIXELS = 50_000_000
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _PHOTO_MEAN, _PHOTO_STD = 114.4, 57.6
 """ImageNet's, averaged over its channels, in grey levels."""
@@ -28,7 +35,7 @@ class ImageError(ValueError):
 
 
 def decode_image(encoded: bytes, channels: int, max_pixels: int) -> Tensor:
-    """The picture as people see it: EXIF rotation applied, alpha on white, 16 bits scaled to 8, first frame only.
+    """The picture as people see it: EXIF rotation applied, alpha on white, other depths in 8 bits, first frame only.
 
     Args:
         encoded: the bytes of a file that PIL reads.
@@ -39,13 +46,38 @@ def decode_image(encoded: bytes, channels: int, max_pixels: int) -> Tensor:
         uint8 (channels, height, width).
 
     Raises:
-        ImageError: not an image, truncated, or larger than `max_pixels`.
+        ImageError: not an image of FORMATS, truncated, larger than `max_pixels`, or of numbers that are no pixels.
     """
+    with _opened(encoded, max_pixels) as image:
+        if encoded.startswith(_JPEG_MAGIC) and image.mode in ("L", "RGB"):
+            return _decode_jpeg(encoded, channels)
+        picture = _upright(image)
+        if picture.mode in ("LA", "RGBA"):
+            rgba = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        picture = picture.convert("L" if channels == 1 else "RGB")
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        return pixels.view(picture.height, picture.width, channels).permute(2, 0, 1)
+
+
+def read_picture(encoded: bytes, max_pixels: int) -> tuple[Image.Image, str]:
+    """The picture upright, with 8 bits a channel, as L, LA, RGB or RGBA; and its format as PIL calls it.
+
+    Raises:
+        ImageError: as `decode_image`.
+    """
+    with _opened(encoded, max_pixels) as image:
+        return _upright(image), str(image.format)
+
+
+@contextmanager
+def _opened(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """The image before its pixels are decoded; what the body then meets is an ImageError."""
     with warnings.catch_warnings():
         # max_pixels replaces PIL's own bound, and torchvision's deprecation concerns us and not the user
         warnings.simplefilter("ignore")
         try:
-            image = Image.open(io.BytesIO(encoded))
+            image = Image.open(io.BytesIO(encoded), formats=FORMATS)
         except Image.DecompressionBombError as error:
             raise ImageError(str(error)) from None
         except Exception as error:  # PIL's plug-ins raise whatever their parsers do
@@ -53,9 +85,7 @@ def decode_image(encoded: bytes, channels: int, max_pixels: int) -> Tensor:
         if image.width * image.height > max_pixels:
             raise ImageError(f"{image.width} x {image.height} pixels, more than data.max_pixels = {max_pixels}")
         try:
-            if encoded.startswith(_JPEG_MAGIC) and image.mode in ("L", "RGB"):
-                return _decode_jpeg(encoded, channels)
-            return _decode_any(image, channels)
+            yield image
         except Exception as error:  # as above
             raise ImageError(f"does not decode: {error}") from None
 
@@ -67,16 +97,29 @@ def _decode_jpeg(encoded: bytes, channels: int) -> Tensor:
     return decoded
 
 
-def _decode_any(image: Image.Image, channels: int) -> Tensor:
+def _upright(image: Image.Image) -> Image.Image:
+    """EXIF rotation applied, and whatever PIL's mode is turned into L, LA, RGB or RGBA."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel; PIL's own conversion would clip at 255
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
-    elif image.mode in ("PA", "LA", "RGBA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    image = image.convert("L" if channels == 1 else "RGB")
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(image.height, image.width, channels).permute(2, 0, 1)
+    if image.mode == "F":
+        return _in_eight_bits(image, {1: 255.0, 255: 1.0})
+    if image.mode.startswith("I"):  # PIL's own conversion would clip at 255
+        return _in_eight_bits(image, {65_535: 1 / 257})
+    if image.has_transparency_data:
+        return image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
+    if image.mode in ("L", "RGB"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _in_eight_bits(image: Image.Image, scales: dict[int, float]) -> Image.Image:
+    """To grey; `scales` has what to multiply by, by the largest value that a pixel may then have."""
+    pixels = np.asarray(image)
+    low, high = pixels.min(), pixels.max()
+    scale = next((scale for bound, scale in scales.items() if 0 <= low <= high <= bound), None)
+    if scale is None:
+        ranges = " or ".join(f"0 to {bound}" for bound in scales)
+        raise ImageError(f"pixels from {low:g} to {high:g}, expected {ranges}")
+    return Image.fromarray((pixels * scale + 0.5).astype(np.uint8))
 
 
 def train_transform(augment: AugmentConfig, image_size: int) -> v2.Transform:
@@ -89,7 +132,7 @@ def train_transform(augment: AugmentConfig, image_size: int) -> v2.Transform:
                 v2.RandomResizedCrop(image_size, scale=augment.crop_scale, interpolation=interpolation, antialias=True)
             )
         case "pad":
-            steps += [_resize_short_side(augment, image_size), v2.RandomCrop(image_size, padding=augment.padding)]
+            steps += [_ResizeShortSide(augment, image_size), v2.RandomCrop(image_size, padding=augment.padding)]
         case "none":
             steps.append(eval_transform(augment, image_size))
     if augment.flip:
@@ -139,11 +182,24 @@ class _NoiseErasing(v2.RandomErasing):  # type: ignore[misc]
 def eval_transform(augment: AugmentConfig, image_size: int) -> v2.Transform:
     """uint8 (C, any, any) -> uint8 (C, S, S): shorter side to S / eval_crop_ratio, centre crop."""
     side = round(image_size / augment.eval_crop_ratio)
-    return v2.Compose([_resize_short_side(augment, side), v2.CenterCrop(image_size)])
+    return v2.Compose([_ResizeShortSide(augment, side), v2.CenterCrop(image_size)])
 
 
-def _resize_short_side(augment: AugmentConfig, size: int) -> v2.Transform:
-    return v2.Resize(size, interpolation=v2.InterpolationMode(augment.interpolation), antialias=True)
+class _ResizeShortSide(v2.Resize):  # type: ignore[misc]  # torchvision ships no types
+    """Refuses a strip so narrow that its long side would fill the memory."""
+
+    def __init__(self, augment: AugmentConfig, size: int) -> None:
+        super().__init__(size, interpolation=v2.InterpolationMode(augment.interpolation), antialias=True)
+        self._short_side = size
+
+    def forward(self, image: Tensor) -> Tensor:
+        short, long = sorted(image.shape[-2:])
+        if self._short_side * self._short_side * long > _LARGEST_RESIZED_PIXELS * short:
+            raise ImageError(
+                f"{long} x {short} pixels, too narrow to be resized to {self._short_side} on its short side"
+            )
+        resized: Tensor = super().forward(image)
+        return resized
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -5,20 +5,36 @@ A *unit* is a part that one task indexes: a tar, a Parquet file, a split of a to
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from diffvit.config import SourceOptions
-from diffvit.data.originals import ENTRY_SCHEMA, Entry, Kind, Staging, Unit, is_hidden, is_image, split_of_path
+from diffvit.data.originals import (
+    ENTRY_SCHEMA,
+    Entry,
+    Kind,
+    Staging,
+    Unit,
+    extension_of,
+    is_hidden,
+    is_image,
+    split_of_path,
+    with_ignored,
+)
 from diffvit.data.parquet_images import index_parquet
 from diffvit.data.shards import INFO_NAME, open_shards, read_info
 from diffvit.data.sources import IMAGE_EXTENSIONS, SAMPLE, SAMPLE_FOLDER
 from diffvit.data.tars import index_tar
 from diffvit.data.torchvision_sets import find_splits, index_torchvision
-from diffvit.storage import Storage
+from diffvit.storage import Storage, absolute
 
 TORCHVISION = "torchvision:"
+Config = TypeVar("Config", bound=SourceOptions)
 _TAR_EXTENSIONS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
@@ -42,10 +58,13 @@ def find_units(source: str, options: SourceOptions) -> list[Unit]:
             Unit("shards", storage.uri, (split,), (info.images,)) for split, info in read_info(storage).splits.items()
         ]
     by_kind: dict[Kind, dict[str, int]] = {"folder": {}, "tar": {}, "parquet": {}}
+    ignored: Counter[str] = Counter()
     for name, size in files.items():
         kind = _kind_of(name)
         if kind is not None:
             by_kind[kind][name] = size
+        else:
+            ignored[extension_of(name)] += 1
     found = [kind for kind, names in by_kind.items() if names]
     if not found:
         raise ValueError(
@@ -58,12 +77,23 @@ def find_units(source: str, options: SourceOptions) -> list[Unit]:
     (kind,) = found
     names = by_kind[kind]
     if kind == "folder":  # listing is all there is to do
-        return [Unit(kind, storage.uri, tuple(names), tuple(names.values()))]
-    return [Unit(kind, storage.uri, (name,), (size,)) for name, size in names.items()]
+        return [Unit(kind, storage.uri, tuple(names), tuple(names.values()), ignored)]
+    units = [Unit(kind, storage.uri, (name,), (size,)) for name, size in names.items()]
+    return [replace(units[0], ignored=ignored), *units[1:]]
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The same options for a process with another working directory, such as a task's."""
+    changed: dict[str, Any] = {}
+    for field in ("source", "images", "out", "labels", "root"):
+        value = getattr(config, field, "")
+        if value and value != SAMPLE and not value.startswith(TORCHVISION):
+            changed[field] = absolute(value)
+    return replace(config, **changed)
 
 
 def _list(source: str) -> tuple[Storage, dict[str, int]]:
-    storage = Storage(source)
+    storage = Storage(absolute(source))
     head, mark, query = source.partition("?")
     if _kind_of(head) is not None:
         parent, _, name = head.rstrip("/").rpartition("/")
@@ -71,7 +101,11 @@ def _list(source: str) -> tuple[Storage, dict[str, int]]:
         size = folder.size(name)
         if size is not None:
             return folder, {name: size}
-    files = {name: size for name, size in storage.sizes().items() if not is_hidden(name)}
+    try:
+        files = {name: size for name, size in storage.sizes().items() if not is_hidden(name)}
+    except UnicodeDecodeError as error:
+        name = error.object.decode(errors="backslashreplace")
+        raise ValueError(f"names of files must be UTF-8, got {name}; rename it") from None
     if not files:
         raise ValueError(f"source {source!r} does not exist or is empty")
     return storage, files
@@ -95,16 +129,26 @@ def index_unit(unit: Unit, options: SourceOptions, staging: Staging) -> pa.Table
         entries = list(index(unit, options, staging))
     finally:
         staging.close()
-    rows = [{**vars(entry), "location": entry.location or unit.location} for entry in entries]
-    return pa.Table.from_pylist(rows, schema=ENTRY_SCHEMA)
+    rows = [{**vars(entry), "key": _text(entry.key), "location": entry.location or unit.location} for entry in entries]
+    return with_ignored(pa.Table.from_pylist(rows, schema=ENTRY_SCHEMA), unit.ignored)
+
+
+def _text(name: str) -> str:
+    """A tar's names may be of any encoding; what is not UTF-8 is written as its code."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _index_folder(unit: Unit, _: SourceOptions, __: Staging) -> Iterator[Entry]:
-    """`[<split>/]<class>/…/<image>`, as torchvision's ImageFolder reads it."""
-    for name, size in zip(unit.files, unit.sizes, strict=True):
-        split, rest = split_of_path(name)
-        class_name = rest[0] if len(rest) > 1 else None
-        yield Entry(key=name, file=name, length=size, split=split, class_name=class_name)
+    """`[<split>/]<class>/…/<image>`, as torchvision's ImageFolder reads it.
+
+    Where no split's folder has class folders, one called `train` is a class of railway pictures.
+    """
+    places = [split_of_path(name) for name in unit.files]
+    has_splits = any(split and len(rest) > 1 for split, rest in places)
+    for name, size, (split, rest) in zip(unit.files, unit.sizes, places, strict=True):
+        folders = (rest if has_splits else PurePosixPath(name).parts)[:-1]
+        class_name = folders[0] if folders else None
+        yield Entry(key=name, file=name, length=size, split=split if has_splits else None, class_name=class_name)
 
 
 def _index_shards(unit: Unit, _: SourceOptions, __: Staging) -> Iterator[Entry]:

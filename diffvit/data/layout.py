@@ -49,9 +49,12 @@ def plan_layout(entries: pa.Table, *, val_fraction: float, seed: int, shard_byte
             else "the source holds no images"
         )
     names = entries["class_name"].to_pylist()
-    classes = sort_classes(set(names))
+    classes = order_classes(names, entries["label"].to_pylist())
     if len(classes) < 2:
-        raise ValueError(f"a classifier needs at least 2 classes, the source has only {classes[0]!r}")
+        raise ValueError(
+            f"a classifier needs at least 2 classes, the source has only {classes[0]!r}; where that is a folder around "
+            "the class folders, name it instead"
+        )
     number = {name: label for label, name in enumerate(classes)}
     labels = np.array([number[name] for name in names], np.int64)
     splits = _splits(entries["split"].to_pylist())
@@ -62,6 +65,23 @@ def plan_layout(entries: pa.Table, *, val_fraction: float, seed: int, shard_byte
     _require_trained(classes, labels, splits)
     rows, shards = _shuffle_and_cut(splits, entries["length"].to_numpy(), seed, shard_bytes)
     return Layout(classes, entries.take(rows), labels[rows], shards, quarantined)
+
+
+def order_classes(names: list[str], numbers: list[int | None]) -> tuple[str, ...]:
+    """In the source's own order, where it numbers all of its classes in one way; else sorted.
+
+    Raises:
+        ValueError: it has two classes of one name, as ImageNet's two cranes are.
+    """
+    pairs = set(zip(numbers, names, strict=True))
+    by_number = dict(sorted((number, name) for number, name in pairs if number is not None))
+    if None in numbers or len(by_number) < len(pairs):
+        return sort_classes(set(names))
+    first: dict[str, int] = {}
+    for number, name in by_number.items():
+        if first.setdefault(name, number) != number:
+            raise ValueError(f"classes must differ in name, the source calls {first[name]} and {number} {name!r}")
+    return tuple(by_number.values())
 
 
 def sort_classes(names: set[str]) -> tuple[str, ...]:

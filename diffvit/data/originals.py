@@ -13,13 +13,16 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffvit.data.sources import IMAGE_EXTENSIONS
@@ -30,6 +33,7 @@ ENTRY_SCHEMA = pa.schema(
         ("key", pa.string()),
         ("split", pa.string()),  # null where the source does not say
         ("class_name", pa.string()),  # null where the image has none
+        ("label", pa.int64()),  # the number that the source itself gives the class; null where it gives none
         ("location", pa.string()),  # of the folder that holds the file
         ("file", pa.string()),
         ("offset", pa.int64()),
@@ -37,8 +41,13 @@ ENTRY_SCHEMA = pa.schema(
         ("reason", pa.string()),  # why it cannot be used; null where it can
     ]
 )
+_IGNORED = b"ignored"
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _SPLIT_IN_NAME = re.compile(r"(?<![a-z])(train|validation|valid|val|test)(?![a-z])")
+
+_STAGED_BYTES = 32 * 2**20
+_READ_AHEAD_BYTES = 8 * 2**20
+"""An object store is read in such pieces; asking it for each header of a tar would take a round trip an image."""
 
 Kind = Literal["folder", "tar", "parquet", "shards", "torchvision"]
 
@@ -51,6 +60,8 @@ class Unit:
     location: str
     files: tuple[str, ...]
     sizes: tuple[int, ...]
+    ignored: Counter[str] = field(default_factory=Counter)
+    """How many files beside these are no images, by extension; indexing a tar adds those in it."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class Entry:
     length: int = -1
     split: str | None = None
     class_name: str | None = None
+    label: int | None = None
     location: str | None = None
     reason: str | None = None
 
@@ -74,24 +86,72 @@ def listing_digest(units: Sequence[Unit]) -> str:
 
 
 class Staging:
-    """Receives the images of a unit, one after the other, into one file."""
+    """Receives the images of a unit, one after the other, into files `<name>-00000.bin`, …, each written at once.
+
+    An upload that breaks off cannot be continued, so what is written to a store must be small enough to write again.
+    """
 
     def __init__(self, storage: Storage, name: str) -> None:
-        self.location, self.name, self._storage = storage.uri, name, storage
-        self._position = 0
-        self._file: pa.NativeFile | None = None
+        self._storage, self._name = storage, name
+        self._files = 0
+        self._held = bytearray()
 
-    def add(self, content: bytes) -> int:
-        """Where the image begins."""
-        if self._file is None:
-            self._file = self._storage.open_for_writing(self.name)
-        self._file.write(content)
-        self._position += len(content)
-        return self._position - len(content)
+    def add(self, content: bytes) -> dict[str, Any]:
+        """Where the image lies, as fields of its Entry."""
+        if self._held and len(self._held) + len(content) > _STAGED_BYTES:
+            self.close()
+        place = {"location": self._storage.uri, "file": self._file, "offset": len(self._held), "length": len(content)}
+        self._held += content
+        return place
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        """Write what is still held."""
+        if self._held:
+            self._storage.write(self._file, bytes(self._held))
+            self._files += 1
+            self._held.clear()
+
+    @property
+    def _file(self) -> str:
+        return f"{self._name}-{self._files:05d}.bin"
+
+
+class _RemoteFile(io.RawIOBase):
+    """An object as a file whose every read waits for a store that is away, as `Storage.read_range` does."""
+
+    def __init__(self, storage: Storage, name: str, size: int) -> None:
+        self._storage, self._name, self._size = storage, name, size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        length = min(len(buffer), self._size - self._position)
+        content = self._storage.read_range(self._name, self._position, length) if length > 0 else b""
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+
+def open_original(unit: Unit) -> BinaryIO:
+    """The only file of a unit, seekable, open for reading.
+
+    Raises:
+        FileNotFoundError: it is not there any more.
+        StorageError: the store stayed away; from reads too.
+    """
+    storage, (name,), (size,) = Storage(unit.location), unit.files, unit.sizes
+    if not storage.is_remote:
+        return Path(storage.path(name)).open("rb")
+    return io.BufferedReader(_RemoteFile(storage, name, size), _READ_AHEAD_BYTES)
 
 
 def split_of_path(name: str) -> tuple[str | None, tuple[str, ...]]:
@@ -108,7 +168,19 @@ def split_of_file(name: str) -> str | None:
 
 
 def is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS and not is_hidden(name)
+    return extension_of(name) in IMAGE_EXTENSIONS and not is_hidden(name)
+
+
+def label_entries(entries: pa.Table, labels: dict[str, str]) -> pa.Table:
+    """The entries, with the class of `read_labels` where they have none."""
+    if not labels:
+        return entries
+    names = [
+        found or labels.get(PurePosixPath(key).stem)
+        for key, found in zip(entries["key"].to_pylist(), entries["class_name"].to_pylist(), strict=True)
+    ]
+    place = entries.schema.get_field_index("class_name")
+    return entries.set_column(place, ENTRY_SCHEMA.field("class_name"), pa.array(names, pa.string()))
 
 
 def read_labels(path: str) -> dict[str, str]:
@@ -134,6 +206,11 @@ def read_labels(path: str) -> dict[str, str]:
     return labels
 
 
+def places_of(entries: pa.Table) -> list[Storage]:
+    """Every folder or store that holds the images."""
+    return [Storage(location) for location in pc.unique(entries["location"]).to_pylist()]
+
+
 def write_entries(storage: Storage, name: str, entries: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(entries, sink)
@@ -141,7 +218,22 @@ def write_entries(storage: Storage, name: str, entries: pa.Table) -> None:
 
 
 def read_entries(storage: Storage, name: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(storage.read(name)), schema=ENTRY_SCHEMA)
+    return pq.read_table(pa.BufferReader(storage.read(name)))
+
+
+def with_ignored(entries: pa.Table, ignored: Mapping[str, int]) -> pa.Table:
+    """The table, with the number of files that are no images, by extension."""
+    return entries.replace_schema_metadata({_IGNORED: json.dumps(ignored)})
+
+
+def ignored_in(entries: pa.Table) -> Counter[str]:
+    """What `with_ignored` noted."""
+    return Counter(json.loads((entries.schema.metadata or {}).get(_IGNORED, b"{}")))
+
+
+def extension_of(name: str) -> str:
+    """In lower case, with its dot; '(none)' where there is none."""
+    return PurePosixPath(name).suffix.lower() or "(none)"
 
 
 def is_hidden(name: str) -> bool:

@@ -15,14 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import TypeAdapter
 
-from diffvit.data.images import ImageError, decode_image
+from diffvit.data.images import ImageError, decode_image, read_picture
 from diffvit.data.shards import INDEX_SCHEMA, ShardInfo, write_shard
 from diffvit.storage import Storage
 
 _READ_THREADS = 16
+_LOSSY_FORMATS = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,11 @@ def read_index_part(storage: Storage, name: str) -> pa.Table:
 
 
 def read_entries_content(entries: pa.Table) -> Iterator[bytes | ImageError]:
-    """The encoded image of each entry, in order; an ImageError where there is no such file or it is shorter."""
+    """The encoded image of each entry, in order; an ImageError where it has a reason, or its file ends before it."""
 
     def read(row: dict[str, Any]) -> bytes | ImageError:
+        if row["reason"] is not None:
+            return ImageError(row["reason"])
         storage = Storage(row["location"])
         try:
             content = storage.read_range(row["file"], row["offset"], row["length"])
@@ -110,7 +113,7 @@ def read_entries_content(entries: pa.Table) -> Iterator[bytes | ImageError]:
             return ImageError(f"cannot be read: {error.strerror or error}")
         return content if len(content) == row["length"] else ImageError("its file is cut short")
 
-    rows = entries.select(["location", "file", "offset", "length"]).to_pylist()
+    rows = entries.select(["location", "file", "offset", "length", "reason"]).to_pylist()
     if any("://" in row["location"] for row in rows):
         with ThreadPoolExecutor(_READ_THREADS) as pool:
             yield from pool.map(read, rows)
@@ -130,23 +133,24 @@ def _checked(content: bytes | ImageError, limits: Limits, packed: PackedShard) -
         raise ImageError(f"{len(content)} bytes, more than max_image_bytes = {limits.max_bytes}")
     decoded = decode_image(content, 3, limits.max_pixels)
     if limits.max_side is not None and max(decoded.shape[1:]) > limits.max_side:
-        content = _smaller(content, limits.max_side)
+        content = _smaller(content, limits.max_pixels, limits.max_side)
         decoded = decode_image(content, 3, limits.max_pixels)
     _count(decoded, packed)
     return content
 
 
-def _smaller(content: bytes, max_side: int) -> bytes:
-    """The image with its longer side at `max_side`, upright; JPEG at quality 95, and lossless where it was."""
-    opened = Image.open(io.BytesIO(content))
-    lossless = opened.format != "JPEG"
-    image = ImageOps.exif_transpose(opened)
-    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+def _smaller(content: bytes, max_pixels: int, max_side: int) -> bytes:
+    """The image with its longer side at `max_side`, upright, in 8 bits; JPEG at quality 95 where its format loses
+    something already, PNG where it does not or there is an alpha channel.
+    """
+    picture, format = read_picture(content, max_pixels)
+    picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    lossy = format in _LOSSY_FORMATS and b"VP8L" not in content  # the mark of lossless WebP
     smaller = io.BytesIO()
-    if lossless:
-        image.save(smaller, "PNG")
+    if lossy and picture.mode in ("L", "RGB"):
+        picture.save(smaller, "JPEG", quality=95)
     else:
-        image.save(smaller, "JPEG", quality=95)
+        picture.save(smaller, "PNG")
     return smaller.getvalue()
 
 

@@ -13,8 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffvit.config import SourceOptions
-from diffvit.data.originals import Entry, Staging, Unit, split_of_file
-from diffvit.storage import Storage
+from diffvit.data.originals import Entry, Staging, Unit, open_original, split_of_file
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class")
@@ -24,7 +23,7 @@ _BATCH_ROWS = 64
 def index_parquet(unit: Unit, options: SourceOptions, staging: Staging) -> Iterator[Entry]:
     """Entries of one file; every image is copied to staging, because Parquet may compress or split it."""
     (name,) = unit.files
-    with Storage(unit.location).open(name) as file:
+    with open_original(unit) as file:
         parquet = pq.ParquetFile(file)
         schema = parquet.schema_arrow
         image, label = _columns(schema, options, name)
@@ -39,19 +38,13 @@ def index_parquet(unit: Unit, options: SourceOptions, staging: Staging) -> Itera
                     row["key"] if own_key else f"{name}/{number:07d}" + (f"/{PurePosixPath(path).name}" if path else "")
                 )
                 number += 1
-                class_name = _class_of(row[label], classes) if label else None
+                found = row[label] if label else None
+                class_name = _class_of(found, classes)
                 if content is None:
                     yield Entry(key, name, reason="no image bytes")
                     continue
-                yield Entry(
-                    key=key,
-                    file=staging.name,
-                    offset=staging.add(content),
-                    length=len(content),
-                    split=split_of_file(name),
-                    class_name=class_name,
-                    location=staging.location,
-                )
+                own = found if class_name is not None and isinstance(found, int) else None
+                yield Entry(key, split=split_of_file(name), class_name=class_name, label=own, **staging.add(content))
 
 
 def _columns(schema: pa.Schema, options: SourceOptions, name: str) -> tuple[str, str | None]:
@@ -91,7 +84,7 @@ def _class_of(label: object, classes: list[str] | None) -> str | None:
     """Hugging Face marks unlabelled images with -1."""
     if label is None or label == -1:
         return None
-    if classes is not None and isinstance(label, int) and label < len(classes):
+    if classes is not None and isinstance(label, int) and 0 <= label < len(classes):
         return classes[label]
     return str(label)
 

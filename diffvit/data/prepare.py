@@ -6,6 +6,7 @@ call goes on where an earlier one was cut. `dataset.json` comes last and `.stagi
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from itertools import chain
 from typing import Any
@@ -16,27 +17,36 @@ import pyarrow.parquet as pq
 
 from diffvit.config import PrepareConfig, SourceOptions
 from diffvit.data.claim import STAGING, claim, identity_of, release, require_same
-from diffvit.data.indexing import find_units, index_unit
+from diffvit.data.indexing import find_units, index_unit, with_absolute_paths
 from diffvit.data.layout import Layout, plan_layout
 from diffvit.data.originals import (
     Staging,
     Unit,
+    ignored_in,
+    label_entries,
+    places_of,
     read_entries,
+    read_labels,
+    with_ignored,
     write_entries,
 )
 from diffvit.data.packing import Limits, PackedShard, pack_shard, read_index_part, read_packed
 from diffvit.data.shards import (
     FORMAT_VERSION,
     INDEX_SCHEMA,
+    INFO_NAME,
     QUARANTINE_NAME,
     DatasetInfo,
+    ShardInfo,
     SplitInfo,
     index_name,
+    is_damaged,
+    open_shards,
     read_info,
     write_info,
 )
 from diffvit.data.tasks import Report, map_anywhere
-from diffvit.storage import Storage
+from diffvit.storage import Storage, absolute
 
 
 def prepare(config: PrepareConfig, report: Report) -> DatasetInfo:
@@ -46,24 +56,56 @@ def prepare(config: PrepareConfig, report: Report) -> DatasetInfo:
         ValueError: the source is not usable, or `out` holds something else.
         StorageError: a store stayed away; the same call goes on from there.
     """
+    config = with_absolute_paths(config)
     target = Storage(config.out)
     units = find_units(config.source, config)
     if units[0].kind == "shards":
         raise ValueError(f"source {config.source!r} is prepared already; train on it with --data.path")
-    options = {name: value for name, value in asdict(config).items() if name not in ("out", "download")}
-    identity = identity_of(options, units)
+    options = {name: value for name, value in asdict(config).items() if name not in ("out", "download", "verify")}
+    labels = read_labels(config.labels)
+    identity = identity_of(options, units, labels)
     finished = _finished(target, identity)
     if finished is not None:
+        release(target)
         return finished
     claim(target, identity)
-    entries = collect_entries(units, config, target.child(STAGING), report)
+    entries = collect_entries(units, config, labels, target.child(STAGING), report)
     layout = plan_layout(
         entries, val_fraction=config.val_fraction, seed=config.seed, shard_bytes=int(config.shard_mib * 2**20)
     )
     limits = Limits(config.max_pixels, config.max_image_bytes, config.max_side)
     packed = _pack_all(layout, target, limits, report)
-    info = _finish(config, identity, layout, packed, target)
+    info = _finish(config, identity, layout, packed, ignored_in(entries), target)
     release(target)
+    return info
+
+
+def verify(config: PrepareConfig, report: Report) -> DatasetInfo:
+    """Read the whole data set at `config.out` and compare it with the check sums in `dataset.json`.
+
+    Raises:
+        ValueError: there is none, or shards are missing or damaged.
+        StorageError: the store stayed away.
+    """
+    target = Storage(absolute(config.out))
+    try:
+        info, _ = open_shards(target)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"out must hold a data set that prepare made, {config.out!r} has no {INFO_NAME}") from None
+    shards = [shard for split in info.splits.values() for shard in split.shards]
+    damaged = []
+
+    def check(shards: list[ShardInfo], number: int) -> str:
+        return shards[number].name if is_damaged(target, shards[number]) else ""
+
+    for done, name in enumerate(map_anywhere(check, shards, list(range(len(shards))), [target]), start=1):
+        damaged += [name] if name else []
+        report("verifying", done, len(shards))
+    if damaged:
+        raise ValueError(
+            f"{len(damaged)} of {len(shards)} shards of {target.uri} are not what prepare wrote, among them "
+            f"{min(damaged)}; copy or prepare the data set again"
+        )
     return info
 
 
@@ -77,11 +119,14 @@ def _finished(target: Storage, identity: dict[str, Any]) -> DatasetInfo | None:
     return info
 
 
-def collect_entries(units: list[Unit], options: SourceOptions, staging: Storage, report: Report) -> pa.Table:
-    """The entries of every unit, in order; each unit is indexed once, anywhere in the cluster.
+def collect_entries(
+    units: list[Unit], options: SourceOptions, labels: dict[str, str], staging: Storage, report: Report
+) -> pa.Table:
+    """The entries of every unit, in order, and what is no image; each unit is indexed once, anywhere in the cluster.
 
     Raises:
-        ValueError: a unit cannot be read at all.
+        ValueError: a unit is not what it should be.
+        StorageError: a store stayed away.
     """
     names = [f"index/{number:06d}.parquet" for number in range(len(units))]
     there = staging.sizes("index")
@@ -91,8 +136,10 @@ def collect_entries(units: list[Unit], options: SourceOptions, staging: Storage,
 
     def index(units: list[Unit], number: int) -> str:
         try:
-            table = index_unit(units[number], options, Staging(staging, f"images/{number:06d}.bin"))
-        except (ValueError, OSError) as error:  # pyarrow's errors are ValueErrors
+            table = index_unit(units[number], options, Staging(staging, f"images/{number:06d}"))
+        except (ValueError, OSError) as error:  # pyarrow's are of either kind
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's fault and not the file's
             return f"{', '.join(units[number].files[:1])}: {error}"
         write_entries(staging, names[number], table)
         return ""
@@ -100,12 +147,15 @@ def collect_entries(units: list[Unit], options: SourceOptions, staging: Storage,
     # a torchvision set lies on this machine, which the tasks' need not share
     local = [number for number in todo if units[number].kind == "torchvision"]
     anywhere = [number for number in todo if units[number].kind != "torchvision"]
-    for error in chain((index(units, number) for number in local), map_anywhere(index, units, anywhere)):
+    places = [staging, *{Storage(units[number].location) for number in anywhere}]
+    for error in chain((index(units, number) for number in local), map_anywhere(index, units, anywhere, places)):
         if error:
             raise ValueError(f"the source cannot be read: {error}")
         done += 1
         report("indexing", done, len(units))
-    return pa.concat_tables(read_entries(staging, name) for name in names)
+    parts = [read_entries(staging, name) for name in names]
+    ignored = sum((ignored_in(part) for part in parts), Counter[str]())
+    return with_ignored(label_entries(pa.concat_tables(parts), labels), ignored)
 
 
 def _pack_all(layout: Layout, target: Storage, limits: Limits, report: Report) -> list[PackedShard]:
@@ -121,7 +171,7 @@ def _pack_all(layout: Layout, target: Storage, limits: Limits, report: Report) -
         pack_shard(plan.entries[first:end], plan.labels[first:end].tolist(), target, name, limits)
         return str(number)
 
-    for result in map_anywhere(pack, layout, todo):
+    for result in map_anywhere(pack, layout, todo, [target.child(STAGING), *places_of(layout.entries)]):
         done += sizes[int(result)]
         report("packing", done, sum(sizes))
     return [packed[n] or _require(read_packed(target, name)) for n, (name, _, _) in enumerate(layout.shards)]
@@ -133,7 +183,12 @@ def _require(packed: PackedShard | None) -> PackedShard:
 
 
 def _finish(
-    config: PrepareConfig, identity: dict[str, Any], layout: Layout, packed: list[PackedShard], target: Storage
+    config: PrepareConfig,
+    identity: dict[str, Any],
+    layout: Layout,
+    packed: list[PackedShard],
+    ignored: dict[str, int],
+    target: Storage,
 ) -> DatasetInfo:
     splits: dict[str, SplitInfo] = {}
     for split in dict.fromkeys(name.split("/")[0] for name, _, _ in layout.shards):
@@ -168,6 +223,7 @@ def _finish(
         width=_range([shard.width for shard in packed], splits),
         height=_range([shard.height for shard in packed], splits),
         quarantined=len(quarantined),
+        ignored=ignored,
     )
     write_info(target, info)
     return info

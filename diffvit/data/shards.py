@@ -7,8 +7,9 @@
 <folder>/quarantine.parquet      `key` and `reason` of every image that was left out
 
 Images are stored uncompressed (they are compressed already) and plainly encoded, so each lies in one piece at a known
-place: the sample that the order asks for is read by one ranged read, from a disk or an object store, and no more. The
-order of training can then be a true permutation of the whole set.
+place: the sample that the order asks for is read by one ranged read, from a disk or an object store, and no more (a
+process asks an object store for a shard's size once, before its first image of it). The order of training can then be
+a true permutation of the whole set.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import hashlib
 import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,8 @@ class DatasetInfo:
     width: tuple[int, float, int]
     height: tuple[int, float, int]
     quarantined: int
+    ignored: dict[str, int] = field(default_factory=dict)
+    """Files of the source that are no images, by extension."""
 
 
 _INFO = TypeAdapter(DatasetInfo)
@@ -226,7 +229,6 @@ def _open_split(storage: Storage, name: str, split: SplitInfo) -> ShardSplit:
     )
 
 
-def damaged_shards(storage: Storage, info: DatasetInfo) -> list[str]:
-    """Names of the shards whose sha256 is not the one in `dataset.json`; reads everything."""
-    shards = [shard for split in info.splits.values() for shard in split.shards]
-    return [s.name for s in shards if hashlib.sha256(storage.read(s.name)).hexdigest() != s.sha256]
+def is_damaged(storage: Storage, shard: ShardInfo) -> bool:
+    """Whether its sha256 is not the one in `dataset.json`; reads all of it."""
+    return hashlib.sha256(storage.read(shard.name)).hexdigest() != shard.sha256

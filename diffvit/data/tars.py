@@ -1,55 +1,56 @@
 """Images inside tars: plain ones, WebDataset shards, and ImageNet's tar of class tars.
 
 Nothing is extracted: an uncompressed tar is read in place (an entry is a range of it), a compressed one goes through
-staging. A member's path is therefore never used as a path.
+staging. A member's path is therefore never used as a path. Python's tarfile takes a damaged header, and a file that is
+cut between members, for the end; here a tar ends with the mark that ends it, or a quarantined row says why not.
 
 Source of the WebDataset layout: files that share a name up to the first dot are one sample; `.cls` holds its class.
 """
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import tarfile
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO, Self
 
 from diffvit.config import SourceOptions
 from diffvit.data.originals import (
     Entry,
     Staging,
     Unit,
+    extension_of,
     is_image,
-    read_labels,
+    open_original,
     split_of_file,
     split_of_path,
 )
-from diffvit.storage import Storage
 
 _MAX_LABEL_BYTES = 2**20
-_READ_AHEAD_BYTES = 8 * 2**20
-"""An object store is read in such pieces; asking it for each header would take a round trip an image."""
+_READ_BYTES = 2**20
+_COMPRESSIONS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+"""What opens a file that begins so; these read files of several members and check sums, tarfile's own do not."""
 
 
 def index_tar(unit: Unit, options: SourceOptions, staging: Staging) -> Iterator[Entry]:
     """Entries of the images in one tar, in its order."""
     (name,) = unit.files
-    labels = read_labels(options.labels)
     own_class = PurePosixPath(name).name.split(".")[0] if options.tar_is_class else None
-    storage = Storage(unit.location)
-    with storage.open(name) as opened:
-        file = io.BufferedReader(opened, _READ_AHEAD_BYTES) if storage.is_remote else opened
-        walk = _Walk(name, None if _is_plain(file) else staging)
-        try:
-            walk.tar(file, name, 0, own_class)
-        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-            # what came before is good; that something is missing must show
-            walk.sample(name).images.append(Entry(f"{name}/…", name, reason=f"the tar is damaged from here: {error}"))
+    with open_original(unit) as file:
+        unpacked = _unpacked(file)
+        walk = _Walk(name, staging if unpacked else None, unit.ignored)
+        walk.tar(unpacked or file, name, 0, own_class)
     for sample in walk.samples.values():
         for entry in sample.images:
-            found = sample.class_name or entry.class_name or labels.get(PurePosixPath(entry.key).stem)
+            found = sample.class_name or entry.class_name
             yield replace(entry, class_name=found, split=entry.split or split_of_file(name))
 
 
@@ -67,6 +68,7 @@ class _Walk:
 
     file_name: str
     staging: Staging | None
+    ignored: Counter[str]
     samples: dict[str, _Sample] = field(default_factory=dict)
 
     def sample(self, name: str) -> _Sample:
@@ -74,10 +76,18 @@ class _Walk:
 
     def tar(self, file: Any, name: str, start: int, own_class: str | None) -> None:
         """`file` is the tar called `name`; it begins at byte `start` of the outermost file."""
-        with tarfile.open(fileobj=file, mode="r:" if self.staging is None else "r|*") as tar:
-            for member in tar:
-                if not member.isdir():
-                    self._member(tar, member, name, start, own_class)
+        try:
+            with tarfile.open(fileobj=file, mode="r:" if self.staging is None else "r|", tarinfo=_Header) as tar:
+                for member in tar:
+                    if not member.isdir():
+                        self._member(tar, member, name, start, own_class)
+                _require_end(tar)
+        except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the disk; those of gzip and bz2 have no number
+            # what came before is good; that something is missing must show
+            reason = f"the tar is damaged from here: {error}"
+            self.sample(name).images.append(Entry(f"{name}/…", self.file_name, reason=reason))
 
     def _member(
         self, tar: tarfile.TarFile, member: tarfile.TarInfo, name: str, start: int, own_class: str | None
@@ -101,12 +111,35 @@ class _Walk:
         elif path.suffix in (".cls", ".json") and member.size <= _MAX_LABEL_BYTES:
             sample = self.sample(sample_name)
             sample.class_name = sample.class_name or _label_of(path.suffix, _content(tar, member))
+        else:
+            self.ignored[extension_of(path.name)] += 1
 
     def _staged(self, entry: Entry, tar: tarfile.TarFile, member: tarfile.TarInfo) -> Entry:
         if self.staging is None:
             return entry
-        offset = self.staging.add(_content(tar, member))
-        return replace(entry, location=self.staging.location, file=self.staging.name, offset=offset)
+        return replace(entry, **self.staging.add(_content(tar, member)))
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header. The end mark is the only thing that may stand in its place."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # a block of zeros
+            raise
+        except tarfile.HeaderError as error:  # tarfile would end here without a word
+            what = {"empty header": "it ends without an end mark", "truncated header": "it ends within a header"}
+            raise tarfile.ReadError(what.get(str(error), str(error))) from None
+
+
+def _require_end(tar: tarfile.TarFile) -> None:
+    """Nothing but zeros may follow the end mark, as where tars were joined."""
+    rest: Any = tar.fileobj
+    while block := rest.read(_READ_BYTES):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError("more data follows its end mark")
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -115,12 +148,12 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return file.read()
 
 
-def _is_plain(file: Any) -> bool:
-    """A tar has its magic at byte 257; a compressed one has not."""
-    file.seek(257)
-    magic = file.read(5)
+def _unpacked(file: BinaryIO) -> BinaryIO | None:
+    """What a compressed file holds; None for one that is not compressed."""
+    start = file.read(8)
     file.seek(0)
-    return bool(magic == b"ustar")
+    opened: BinaryIO | None = next((o(file) for magic, o in _COMPRESSIONS.items() if start.startswith(magic)), None)
+    return opened
 
 
 def _below_root(name: str) -> str:

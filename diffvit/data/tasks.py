@@ -2,29 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 import ray.data
 from ray.data import DataContext
 
+from diffvit.storage import Storage, StorageError
+
+STORE_ERRORS = (OSError, StorageError)
+
 Report = Callable[[str, int, int], None]
 """Hears of progress: (what is being done, parts done, parts in all)."""
 
 
-def map_anywhere(work: Callable[[Any, int], str], shared: Any, numbers: list[int]) -> Iterator[str]:
-    """`work(shared, number)` for each number, one task each, in whatever order they end; `shared` goes out once."""
+def map_anywhere(
+    work: Callable[[Any, int], str], shared: Any, numbers: list[int], places: Sequence[Storage] = ()
+) -> Iterator[str]:
+    """`work(shared, number)` for each number, one task each, in whatever order they end; `shared` goes out once.
+
+    `places` are what the work reads and writes; the driver sees them.
+
+    Raises:
+        StorageError: a store stayed away, a disk failed, or a node does not see one of the places.
+    """
     if not numbers:
         return
     DataContext.get_current().enable_progress_bars = False
     reference = ray.put(shared)
 
     def call(row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": work(fetch(reference), int(row["item"]))}
+        try:
+            require_seen(places)
+            return {"result": work(fetch(reference), int(row["item"])), "error": ""}
+        except STORE_ERRORS as error:  # as a value, for Ray Data loses what an exception was
+            return {"result": "", "error": str(error)}
 
     for row in ray.data.from_items(numbers, override_num_blocks=len(numbers)).map(call).iter_rows():
+        if row["error"]:
+            raise StorageError(row["error"])
         yield str(row["result"])
+
+
+def require_seen(places: Iterable[Storage]) -> None:
+    """Check that this node has the local folders among `places`.
+
+    Raises:
+        StorageError: it lacks one, and would take every image in it for lost.
+    """
+    for place in places:
+        if not place.is_remote and not Path(place.path()).is_dir():
+            raise StorageError(
+                f"{place.uri} is not on the node {socket.gethostname()}: a folder that a cluster reads or writes must "
+                "be on a disk that all its nodes share; or use an object store, or one node"
+            )
 
 
 def fetch(reference: Any) -> Any:

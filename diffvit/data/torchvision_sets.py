@@ -20,7 +20,7 @@ from diffvit.data.originals import Entry, Staging, Unit
 from diffvit.storage import Storage
 
 _SPLIT_ARGUMENTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "train": ({"train": True}, {"split": "train"}),
+    "train": ({"train": True}, {"split": "train"}, {"split": "trainval"}),
     "val": ({"split": "val"}, {"split": "valid"}),
     "test": ({"train": False}, {"split": "test"}),
 }
@@ -45,7 +45,8 @@ def index_torchvision(unit: Unit, options: SourceOptions, staging: Staging) -> I
     name, split = unit.files[0].split("/")
     dataset = _open(name, split, options)
     files = _files(dataset)
-    classes = [c if isinstance(c, str) else c[0] for c in getattr(dataset, "classes", [])]  # ImageNet: synonyms
+    # ImageNet's names are not unique (two cranes, two maillots), its WordNet ids are
+    classes = list(getattr(dataset, "wnids", getattr(dataset, "classes", [])))
     for number in range(len(dataset)):
         if files is not None:
             path, label = files[number]
@@ -55,11 +56,11 @@ def index_torchvision(unit: Unit, options: SourceOptions, staging: Staging) -> I
             image, label = dataset[number]
             encoded = io.BytesIO()
             image.save(encoded, "PNG")
-            content = encoded.getvalue()
-            place = {"offset": staging.add(content), "length": len(content)}
-            place |= {"file": staging.name, "location": staging.location}
-        key = f"{split}/{number:07d}"
-        yield Entry(key=key, split=split, class_name=classes[label] if classes else str(label), **place)
+            place = staging.add(encoded.getvalue())
+        if not isinstance(label, int | None):
+            raise ValueError(f"torchvision's {name} must give each image the number of one class, it gives {label!r}")
+        class_name = None if label is None else classes[label] if classes else str(label)
+        yield Entry(f"{split}/{number:07d}", split=split, class_name=class_name, label=label, **place)
 
 
 def _open(name: str, split: str, options: SourceOptions) -> Any:
@@ -86,7 +87,7 @@ def _open(name: str, split: str, options: SourceOptions) -> Any:
             return kind(root, **arguments, **download)
         except ValueError as error:  # no such split
             refusals.append(str(error))
-        except (RuntimeError, FileNotFoundError, OSError) as error:
+        except (RuntimeError, OSError, ImportError) as error:
             raise ValueError(
                 f"torchvision's {name} is not in {root}: {error}. Copy it there"
                 + ("" if options.download or "download" not in parameters else ", or add --download to fetch it")
@@ -94,13 +95,12 @@ def _open(name: str, split: str, options: SourceOptions) -> Any:
     return None
 
 
-def _files(dataset: Any) -> list[tuple[Path, int]] | None:
+def _files(dataset: Any) -> list[tuple[Path, int | None]] | None:
     """(path, label) of every image, for the sets that keep files; None for those that hold arrays."""
-    for attribute in ("samples", "_samples"):
-        samples = getattr(dataset, attribute, None)
-        if samples:
-            return [(Path(path), int(label)) for path, label in samples]
-    images, labels = getattr(dataset, "_image_files", None), getattr(dataset, "_labels", None)
-    if images and labels is not None:
-        return [(Path(path), int(label)) for path, label in zip(images, labels, strict=True)]
-    return None
+    samples = getattr(dataset, "samples", None) or getattr(dataset, "_samples", None)
+    images = getattr(dataset, "_image_files", None) or getattr(dataset, "_images", None)
+    if images:
+        samples = list(zip(images, dataset._labels, strict=True))
+    if not samples or not isinstance(samples[0][0], str | Path):
+        return None
+    return [(Path(path), label) for path, label in samples]
