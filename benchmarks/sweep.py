@@ -9,19 +9,23 @@ A search sees the best of many noisy readings, which flatters whoever takes more
 top-1 on images that no search looks at, after the last epoch, of the point that it would name at that moment.
 
     python benchmarks/sweep.py --plot docs/sweep-budget.png       # 126 trainings of 9 epochs
+    python benchmarks/sweep.py --overhead runs/sample             # of a sweep's trials beyond their training
     python benchmarks/sweep.py --heads 1 2 --lambdas 2 --lrs 3 --epochs 3 --images 640 --table small.jsonl
 """
 
 from __future__ import annotations
 
+import csv
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import optuna
 import torch
 import tyro
@@ -29,6 +33,7 @@ from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
 from rich.table import Table
+from sweep_plot import Curves, draw
 from sweep_table import LAMBDAS, LRS, Grid, Point, Task, Training, train_grid
 
 from diffvit.config import RunConfig
@@ -43,6 +48,9 @@ METHODS: dict[str, tuple[Literal["tpe", "random"], bool]] = {
     "TPE + ASHA": ("tpe", True),
 }
 
+TITLES = {"test_top1": "on images no search looks at", "top1": "as the search reads it"}
+"""Of the fields of `Found`."""
+
 
 @dataclass(frozen=True)
 class Options(Grid):
@@ -54,6 +62,10 @@ class Options(Grid):
     """The budget: epochs of so many whole trials."""
     seeds: int = 5
     """Searches by each method."""
+    plot: str = ""
+    """Where to draw what was found against what was spent, as a PNG."""
+    overhead: str = ""
+    """A finished sweep's folder: only say what its trials took beyond their training."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,9 @@ class Found:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     console = Console(width=110)
+    if options.overhead:
+        print_overhead(Path(options.overhead), console)
+        return
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     task = Task.of(options)
@@ -79,9 +94,14 @@ def main() -> None:
         name: [list(search(trainings, task.recipe, name, seed, budget)) for seed in range(options.seeds)]
         for name in METHODS
     }
-    for column in ("test_top1", "top1"):
-        values = {name: np.array([[getattr(at, column) for at in run] for run in runs]) for name, runs in found.items()}
-        _print(values, column, options, console)
+    panels = {
+        title: {name: np.array([[getattr(at, field) for at in run] for run in runs]) for name, runs in found.items()}
+        for field, title in TITLES.items()
+    }
+    for title, curves in panels.items():
+        _print(curves, title, options, console)
+    if options.plot:
+        draw(Path(options.plot), panels)
 
 
 def _nearest(points: Iterable[Point], config: RunConfig) -> Point:
@@ -135,20 +155,42 @@ def search(
             yield best
 
 
-def _print(found: Mapping[str, Any], column: str, options: Options, console: Console) -> None:
+def _print(found: Curves, title: str, options: Options, console: Console) -> None:
     budget = options.trials * options.epochs
-    what = {"test_top1": "on images that no search looks at, of the point found", "top1": "as the search reads it"}
-    table = Table("epochs trained", *found, title=f"top-1 {what[column]}, mean ± std of {options.seeds} searches, %")
+    table = Table("epochs trained", *found, title=f"top-1 {title}, mean ± std of {options.seeds} searches, %")
     for eighth in range(1, 9):
         epochs = max(budget * eighth // 8, 1)
-        columns = [values[:, epochs - 1] for values in found.values()]
-        table.add_row(str(epochs), *(f"{c.mean():.2f} ± {c.std(ddof=min(1, len(c) - 1)):.2f}" for c in columns))
+        table.add_row(str(epochs), *(_spread(curves[:, epochs - 1]) for curves in found.values()))
     console.print(table)
-    aim = float(found["random"][:, -1].mean())
-    for name, values in found.items():
-        reached = np.flatnonzero(values.mean(axis=0) >= aim)
-        share = f"{(reached[0] + 1) / budget:.2f} of the budget" if len(reached) else "not reached"
-        console.print(f"{name:<14} to random search's {aim:.2f} %: {share}")
+    third = max(budget // 3, 1)
+    ours, theirs = found["TPE + ASHA"][:, third - 1], found["random"][:, -1]
+    more, error = _mean_and_error(ours - theirs)
+    console.print(
+        f"TPE + ASHA after {third} epochs has {_spread(ours)} %, random search after {budget} has {_spread(theirs)} %: "
+        f"{more:+.2f}, standard error {error:.2f} over {options.seeds} pairs\n"
+    )
+
+
+def _spread(values: npt.NDArray[np.float64]) -> str:
+    return f"{values.mean():.2f} ± {values.std(ddof=min(1, len(values) - 1)):.2f}"
+
+
+def _mean_and_error(values: npt.NDArray[np.float64]) -> tuple[float, float]:
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), float(error)
+
+
+def print_overhead(folder: Path, console: Console) -> None:
+    """What a trial of a sweep takes beyond its training, from the sweep's `trials.csv`."""
+    with (folder / "trials.csv").open() as file:
+        runs = [run for run in csv.DictReader(file) if run["status"] in ("finished", "stopped")]
+    for kind in ("trials", "finalists"):
+        beyond = [float(run["seconds"]) - float(run["train_seconds"]) for run in runs if run["run"].startswith(kind)]
+        if beyond:
+            console.print(
+                f"{len(beyond)} {kind}: {statistics.fmean(beyond):.1f} s beyond training in the mean, "
+                f"{statistics.median(beyond):.1f} s in the median, {max(beyond):.1f} s at most"
+            )
 
 
 if __name__ == "__main__":
