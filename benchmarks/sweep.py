@@ -1,34 +1,31 @@
 """What TPE and ASHA find for a number of trained epochs, beside random search that trains every trial to its end.
 
-First a table of real trainings is made: the sample's recipe with a smaller model and fewer images, once for each point
-of a grid over `tune.py`'s space (every head count that fits, lambda_init from the depth schedule and constants,
-learning rates). The table is written to `--table` as it grows, and a call that was cut goes on. Then the searches are
-run on it under many seeds: the sampler, the space and ASHA are those of `tune.py`, one trial at a time, and a trial
-that they draw is answered by the learning curve of the nearest grid point, which costs nothing.
+First a table of real trainings is made (`sweep_table.py`). Then the searches are run on it under many seeds: the
+sampler, the space and ASHA are those of `tune.py`, one trial at a time, and a trial that they draw is answered by the
+learning curve of the nearest grid point, which costs nothing. Every search starts with the recipe itself, as `tune.py`
+does.
 
-Every search starts with the recipe itself, as `tune.py` does. Top-1 is that on the images that the search is judged by.
+A search sees the best of many noisy readings, which flatters whoever takes more of them. So what counts is the
+top-1 on images that no search looks at, after the last epoch, of the point that it would name at that moment.
 
-    python benchmarks/sweep.py                    # 126 trainings of 9 epochs
+    python benchmarks/sweep.py --plot docs/sweep-budget.png       # 126 trainings of 9 epochs
+    python benchmarks/sweep.py --overhead runs/sample             # of a sweep's trials beyond their training
     python benchmarks/sweep.py --heads 1 2 --lambdas 2 --lrs 3 --epochs 3 --images 640 --table small.jsonl
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
+import csv
 import math
-import os
-import tempfile
-import time
-from collections.abc import Iterable, Iterator
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, cast
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import optuna
 import torch
 import tyro
@@ -36,23 +33,14 @@ from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
 from rich.table import Table
+from sweep_plot import Curves, draw
+from sweep_table import LAMBDAS, LRS, Grid, Point, Task, Training, train_grid
 
-from diffvit.config import RunConfig, valid_num_heads
-from diffvit.data.loader import BatchLoader, LocalStream, plan_run
-from diffvit.data.sources import Dataset, open_dataset
-from diffvit.data.subset import Subset, parted_for_search
-from diffvit.recipes import RECIPES
+from diffvit.config import RunConfig
 from diffvit.search.config import SearchConfig
 from diffvit.search.sitting import build_asha, build_sampler
 from diffvit.search.space import Space
-from diffvit.training.launch import resolve
-from diffvit.training.loop import RunStopped, Worker, fit
 
-Point = tuple[int, Any, float]
-"""Heads, lambda_init ('depth' or a constant), learning rate."""
-Curve = list[float]
-"""Top-1 in percent after each epoch; shorter where the training ended early because its loss was not finite."""
-LRS, LAMBDAS = cast(tuple[float, float], Space().lr), cast(tuple[float, float], Space().lambda_init)
 METHODS: dict[str, tuple[Literal["tpe", "random"], bool]] = {
     "random": ("random", False),
     "random + ASHA": ("random", True),
@@ -60,127 +48,60 @@ METHODS: dict[str, tuple[Literal["tpe", "random"], bool]] = {
     "TPE + ASHA": ("tpe", True),
 }
 
+TITLES = {"test_top1": "on images no search looks at", "top1": "as the search reads it"}
+"""Of the fields of `Found`."""
+
 
 @dataclass(frozen=True)
-class Options:
+class Options(Grid):
     """What to train, and how to search it."""
 
     table: str = "sweep-table.jsonl"
     """Where the trainings are kept."""
-    heads: tuple[int, ...] = ()
-    """Head counts of the grid; empty: all that fit."""
-    lambdas: int = 5
-    """Constants of lambda_init in the grid, from the lowest to the highest of the space, beside the depth schedule."""
-    lrs: int = 7
-    """Learning rates of the grid, on a log scale."""
-    embed_dim: int = 48
-    """Width of the model."""
-    depth: int = 4
-    """Its blocks."""
-    images: int = 3000
-    """Training images of an epoch; as many as a third of them, but no more than there are, are judged by."""
-    epochs: int = 9
-    """Of a trial that trains to its end."""
     trials: int = 24
     """The budget: epochs of so many whole trials."""
     seeds: int = 5
     """Searches by each method."""
+    plot: str = ""
+    """Where to draw what was found against what was spent, as a PNG."""
+    overhead: str = ""
+    """A finished sweep's folder: only say what its trials took beyond their training."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search has after an epoch of its budget."""
+
+    top1: float
+    """The best reading so far."""
+    test_top1: float
+    """Of the point that had it, trained to its end, on images that no search looks at."""
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     console = Console(width=110)
+    if options.overhead:
+        print_overhead(Path(options.overhead), console)
+        return
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    dataset = _part_of_sample(options.images)
-    recipe = resolve(_recipe(options), dataset)
-    curves = _trained(options, recipe, dataset, console)
-    best = max(top1 for curve in curves.values() for top1 in curve)
-    console.print(f"{len(curves)} trainings of {options.epochs} epochs; the best has {best:.2f} % top-1")
+    task = Task.of(options)
+    trainings = train_grid(Path(options.table), options, task, console)
+    console.print(f"made at commit {', '.join(sorted({training.commit for training in trainings.values()}))}")
     budget = options.trials * options.epochs
     found = {
-        name: np.stack([list(search(curves, recipe, name, seed, budget)) for seed in range(options.seeds)])
+        name: [list(search(trainings, task.recipe, name, seed, budget)) for seed in range(options.seeds)]
         for name in METHODS
     }
-    _print(found, options, console)
-
-
-def _part_of_sample(images: int) -> Dataset:
-    whole = parted_for_search(open_dataset(RECIPES["sample"]().data), SearchConfig().holdout, 0)
-    train, val = np.arange(images), np.arange(min(len(whole.val), max(images // 3, 1)))
-    return dataclasses.replace(whole, train=Subset(whole.train, train), val=Subset(whole.val, val))
-
-
-def _recipe(options: Options) -> RunConfig:
-    recipe = RECIPES["sample"]()
-    model = dataclasses.replace(recipe.model, embed_dim=options.embed_dim, depth=options.depth)
-    warmup_epochs = options.epochs / 6  # 2 of 12, as in the sample's
-    optim = dataclasses.replace(recipe.optim, epochs=options.epochs, warmup_epochs=warmup_epochs)
-    return dataclasses.replace(recipe, model=model, optim=optim, scale=dataclasses.replace(recipe.scale, workers=1))
-
-
-def _grid(options: Options, recipe: RunConfig) -> list[Point]:
-    heads = options.heads or valid_num_heads(recipe.model.embed_dim, recipe.model.variant)
-    constants = [round(float(value), 6) for value in np.linspace(*LAMBDAS, options.lambdas)]
-    lrs = [float(f"{value:.6g}") for value in np.geomspace(*LRS, options.lrs)]
-    return list(product(heads, ["depth", *constants], lrs))
-
-
-def _trained(options: Options, recipe: RunConfig, dataset: Dataset, console: Console) -> dict[Point, Curve]:
-    """The learning curve of every grid point; what `options.table` holds is not trained again."""
-    skipped = ("table", "trials", "seeds", "heads", "lambdas", "lrs")
-    identity = {name: value for name, value in dataclasses.asdict(options).items() if name not in skipped}
-    path, points = Path(options.table), _grid(options, recipe)
-    curves = dict(_read(path, identity))
-    console.print(f"{len(points)} points, {sum(point not in curves for point in points)} of them to train", style="dim")
-    started, done = time.process_time(), 0
-    with path.open("a") as file:
-        if not file.tell():
-            file.write(json.dumps(identity) + "\n")
-        for point in points:
-            if point not in curves:
-                curves[point] = _train(_at(recipe, point), dataset)
-                file.write(json.dumps({"point": point, "top1": curves[point]}) + "\n")
-                file.flush()
-                done += 1
-    if done:
-        console.print(f"{(time.process_time() - started) / done:.1f} s of CPU time a training", style="dim")
-    return {point: curves[point] for point in points}
-
-
-def _read(path: Path, identity: dict[str, Any]) -> Iterator[tuple[Point, Curve]]:
-    if not path.exists() or not path.stat().st_size:
-        return
-    whole, _, cut = path.read_bytes().rpartition(b"\n")
-    os.truncate(path, path.stat().st_size - len(cut))
-    first, *lines = whole.decode().splitlines()
-    if json.loads(first) != identity:
-        raise SystemExit(f"error: {path} was made with {first}; choose another --table")
-    for line in lines:
-        entry = json.loads(line)
-        heads, lambda_init, lr = entry["point"]
-        yield (heads, lambda_init, lr), entry["top1"]
-
-
-def _at(recipe: RunConfig, point: Point) -> RunConfig:
-    heads, lambda_init, lr = point
-    model = dataclasses.replace(recipe.model, num_heads=heads, lambda_init=lambda_init)
-    return dataclasses.replace(recipe, model=model, optim=dataclasses.replace(recipe.optim, lr=lr))
-
-
-def _train(config: RunConfig, dataset: Dataset) -> Curve:
-    curve: Curve = []
-
-    def report(metrics: dict[str, Any]) -> None:
-        if "top1" in metrics:
-            curve.append(float(metrics["top1"]))
-
-    plan, eval_plan = plan_run(config, dataset)
-    stream = LocalStream(BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, eval_plan))
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(RunStopped):  # a trial that failed
-        config = dataclasses.replace(config, storage=folder)
-        fit(config, plan, eval_plan, stream, Worker(torch.device("cpu"), report, lambda *_: None))
-    return curve
+    panels = {
+        title: {name: np.array([[getattr(at, field) for at in run] for run in runs]) for name, runs in found.items()}
+        for field, title in TITLES.items()
+    }
+    for title, curves in panels.items():
+        _print(curves, title, options, console)
+    if options.plot:
+        draw(Path(options.plot), panels)
 
 
 def _nearest(points: Iterable[Point], config: RunConfig) -> Point:
@@ -197,24 +118,27 @@ def _nearest(points: Iterable[Point], config: RunConfig) -> Point:
     return min(points, key=distance)
 
 
-def search(curves: dict[Point, Curve], recipe: RunConfig, method: str, seed: int, budget: int) -> Iterator[float]:
-    """The best top-1 so far after each of `budget` trained epochs."""
+def search(
+    trainings: Mapping[Point, Training], recipe: RunConfig, method: str, seed: int, budget: int
+) -> Iterator[Found]:
+    """What is found after each of `budget` trained epochs."""
     sampler, early_stopping = METHODS[method]
     config = SearchConfig(sampler=sampler)
-    space = Space(num_heads=tuple(sorted({heads for heads, _, _ in curves})))
+    space = Space(num_heads=tuple(sorted({heads for heads, _, _ in trainings})))
     study = optuna.create_study(direction="maximize", sampler=build_sampler(config, seed))
     own, outside = space.parameters(recipe)
     if not outside:
         study.enqueue_trial(own)
     (bracket,) = build_asha(config, recipe.optim.epochs)._brackets
-    best, spent = 0.0, 0
+    best, spent = Found(0.0, 0.0), 0
     while spent < budget:
         trial = study.ask()
-        curve = curves[_nearest(curves, space.propose(trial, recipe))]
+        training = trainings[_nearest(trainings, space.propose(trial, recipe))]
         reached = 0.0
-        for epoch, top1 in enumerate(curve, start=1):
-            reached = max(reached, top1)
-            best, spent = max(best, reached), spent + 1
+        for epoch, top1 in enumerate(training.top1, start=1):
+            reached, spent = max(reached, top1), spent + 1
+            if reached > best.top1 and training.test_top1 is not None:
+                best = Found(reached, training.test_top1)
             yield best
             if spent == budget:
                 return
@@ -223,7 +147,7 @@ def search(curves: dict[Point, Curve], recipe: RunConfig, method: str, seed: int
                 study.tell(trial, reached)
                 break
         else:
-            if len(curve) == recipe.optim.epochs:
+            if training.test_top1 is not None:
                 study.tell(trial, reached)
                 continue
             study.tell(trial, state=TrialState.FAIL)
@@ -231,19 +155,42 @@ def search(curves: dict[Point, Curve], recipe: RunConfig, method: str, seed: int
             yield best
 
 
-def _print(found: dict[str, Any], options: Options, console: Console) -> None:
+def _print(found: Curves, title: str, options: Options, console: Console) -> None:
     budget = options.trials * options.epochs
-    table = Table("epochs trained", *found, title=f"best top-1 so far, mean ± std of {options.seeds} searches, %")
+    table = Table("epochs trained", *found, title=f"top-1 {title}, mean ± std of {options.seeds} searches, %")
     for eighth in range(1, 9):
         epochs = max(budget * eighth // 8, 1)
-        columns = [column[:, epochs - 1] for column in found.values()]
-        table.add_row(str(epochs), *(f"{c.mean():.2f} ± {c.std(ddof=min(1, len(c) - 1)):.2f}" for c in columns))
+        table.add_row(str(epochs), *(_spread(curves[:, epochs - 1]) for curves in found.values()))
     console.print(table)
-    aim = float(found["random"][:, -1].mean())
-    for name, column in found.items():
-        reached = np.flatnonzero(column.mean(axis=0) >= aim)
-        share = f"{(reached[0] + 1) / budget:.2f} of the budget" if len(reached) else "not reached"
-        console.print(f"{name:<14} to random search's {aim:.2f} %: {share}")
+    third = max(budget // 3, 1)
+    ours, theirs = found["TPE + ASHA"][:, third - 1], found["random"][:, -1]
+    more, error = _mean_and_error(ours - theirs)
+    console.print(
+        f"TPE + ASHA after {third} epochs has {_spread(ours)} %, random search after {budget} has {_spread(theirs)} %: "
+        f"{more:+.2f}, standard error {error:.2f} over {options.seeds} pairs\n"
+    )
+
+
+def _spread(values: npt.NDArray[np.float64]) -> str:
+    return f"{values.mean():.2f} ± {values.std(ddof=min(1, len(values) - 1)):.2f}"
+
+
+def _mean_and_error(values: npt.NDArray[np.float64]) -> tuple[float, float]:
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), float(error)
+
+
+def print_overhead(folder: Path, console: Console) -> None:
+    """What a trial of a sweep takes beyond its training, from the sweep's `trials.csv`."""
+    with (folder / "trials.csv").open() as file:
+        runs = [run for run in csv.DictReader(file) if run["status"] in ("finished", "stopped")]
+    for kind in ("trials", "finalists"):
+        beyond = [float(run["seconds"]) - float(run["train_seconds"]) for run in runs if run["run"].startswith(kind)]
+        if beyond:
+            console.print(
+                f"{len(beyond)} {kind}: {statistics.fmean(beyond):.1f} s beyond training in the mean, "
+                f"{statistics.median(beyond):.1f} s in the median, {max(beyond):.1f} s at most"
+            )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from optuna.trial import TrialState
@@ -34,13 +36,48 @@ def test_a_killed_driver_loses_what_was_running_and_nothing_else(tmp_path: Path)
     # trial 3 was training, trial 4 had been drawn
 
     again = Journal(tmp_path, "sweep", ["max"])
-    assert again.recover(epochs=2) == [{"lr": 0.4}, {"lr": 0.5}]
+    again.recover(epochs=2)
     kept = again.records("trial")
     assert [(run.number, run.status) for run in kept] == [(0, "finished"), (1, "stopped"), (2, "failed")]
     assert kept[0] == whole
     assert again.records("finalist") == []
-    assert [trial.state.name for trial in again.study.trials] == ["COMPLETE", "COMPLETE", "FAIL", "FAIL", "FAIL"]
-    assert again.recover(epochs=2) == []
+    states = ["COMPLETE", "COMPLETE", "FAIL", "FAIL", "FAIL", "WAITING", "WAITING"]
+    assert [trial.state.name for trial in again.study.trials] == states
+    again.recover(epochs=2)
+    assert len(again.study.trials) == 7
+    assert [again.study.ask().suggest_float("lr", 0.0, 1.0) for _ in range(2)] == [0.4, 0.5]
+
+
+@pytest.mark.parametrize("writes", range(4))
+def test_a_recovery_that_is_killed_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
+    """Whatever number of its three writes were made, the cut trial is drawn again, once, and never called a failure."""
+    journal = Journal(tmp_path, "sweep", ["max"])
+    journal.study.ask().suggest_float("lr", 0.3, 0.3)
+    journal.save(record(0, 30.0, status="running"))
+
+    class Killed(Exception):
+        pass
+
+    done = []
+    for name in ("create_new_trial", "set_study_user_attr", "set_trial_state_values"):
+        write = getattr(journal.storage, name)
+
+        def limited(*arguments: Any, write: Any = write, **fields: Any) -> Any:
+            if len(done) == writes:
+                raise Killed
+            done.append(write)
+            return write(*arguments, **fields)
+
+        monkeypatch.setattr(type(journal.study._storage), name, staticmethod(limited))
+    with pytest.raises(Killed) if writes < 3 else nullcontext():
+        journal.recover(epochs=2)
+    monkeypatch.undo()
+
+    again = Journal(tmp_path, "sweep", ["max"])
+    again.recover(epochs=2)
+    assert again.records("trial") == []
+    assert [trial.state.name for trial in again.study.trials] == ["FAIL", "WAITING"]
+    assert again.study.ask().suggest_float("lr", 0.0, 1.0) == 0.3
 
 
 def test_scores_are_kept(tmp_path: Path) -> None:
@@ -86,6 +123,7 @@ def test_ranking_takes_each_configuration_once_and_no_failure() -> None:
 def test_the_pareto_front() -> None:
     points = {0: (80.0, 5.0), 1: (90.0, 9.0), 2: (79.0, 6.0), 3: (85.0, 5.0), 4: (90.0, 9.5), 5: (60.0, 1.0)}
     runs = [record(number, top1, latency_ms=ms) for number, (top1, ms) in points.items()]
+    runs += [record(6, 95.0, latency_ms=0.5, status="stopped")]  # after fewer epochs: no match for the others
     assert [run.number for run in ranked(runs, ["top1", "latency"])] == [1, 3, 5]
 
 
@@ -104,6 +142,7 @@ def test_the_winner_has_the_highest_mean_of_last_epochs_over_whole_seeds() -> No
 def test_csv_has_a_line_a_run() -> None:
     runs = [record(0, 50.0, 61.25, 60.0, seconds=12.34), record(1, status="failed", reason='not finite, "at" step 2')]
     lines = to_csv(runs, ["lr", "lambda_init"]).splitlines()
-    assert lines[0] == "run,number,seed,lr,lambda_init,status,epochs,best_top1,last_top1,latency_ms,seconds,reason"
-    assert lines[1] == "trials/0000,0,0,0.001,,finished,3,61.2500,60.0000,,12.3,"
-    assert lines[2] == 'trials/0001,1,0,0.002,,failed,0,,,,0.0,"not finite, ""at"" step 2"'
+    names = "run,number,seed,lr,lambda_init,status,epochs,best_top1,last_top1,latency_ms,train_seconds,seconds,reason"
+    assert lines[0] == names
+    assert lines[1] == "trials/0000,0,0,0.001,,finished,3,61.2500,60.0000,,7.5,12.3,"
+    assert lines[2] == 'trials/0001,1,0,0.002,,failed,0,,,,0.0,0.0,"not finite, ""at"" step 2"'

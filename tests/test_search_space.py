@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -12,10 +11,11 @@ import pytest
 from conftest import with_fields
 
 from diffvit.cli import parse_sweep_config
-from diffvit.config import RunConfig, to_json, valid_num_heads
+from diffvit.config import RunConfig, ScaleConfig, to_json, valid_num_heads
+from diffvit.search import cluster as search_cluster
 from diffvit.search.cluster import require_room, share_of_trial
 from diffvit.search.config import SearchConfig, SweepConfig, differing_sweep_fields, sweep_from_json, sweep_to_json
-from diffvit.search.folder import held, open_sweep
+from diffvit.search.folder import open_sweep
 from diffvit.search.space import Space
 
 
@@ -59,6 +59,7 @@ def test_a_space_without_a_valid_point_is_refused(recipe: RunConfig, fields: dic
     [
         ({"lr": (1e-2, 1e-3)}, "space.lr must be LOW HIGH"),
         ({"lr": (0.0, 1e-3)}, "log scale: LOW must be positive"),
+        ({"lr": (1e-4, float("inf"))}, "space.lr must be LOW HIGH, two finite numbers"),
         ({"lambda_init": (0.2, 1.0)}, r"must lie in \[0, 1\)"),
         ({"num_heads": (2, 2)}, "must not name a value twice"),
     ],
@@ -163,6 +164,8 @@ def test_concurrent_trials_are_checked_against_whole_gpus(
 
 def test_a_taken_name_is_refused_with_the_differences(recipe: RunConfig) -> None:
     sweep = SweepConfig(recipe, SearchConfig(), Space())
+    recipe.folder.mkdir(parents=True)
+    (recipe.folder / "run.lock").touch()  # of this process
     open_sweep(sweep)
     open_sweep(dataclasses.replace(sweep, search=SearchConfig(trials=90, concurrent=2)))  # continues
     other = SweepConfig(with_fields(recipe, optim={"lr": 0.1}), SearchConfig(seed=4), Space(num_heads=(1, 2)))
@@ -184,11 +187,78 @@ def test_a_folder_that_is_no_sweep_is_refused(recipe: RunConfig) -> None:
         open_sweep(SweepConfig(recipe, SearchConfig(), Space()))
 
 
-def test_two_processes_cannot_run_one_sweep(tmp_path: Path) -> None:
-    with held(tmp_path), pytest.raises(ValueError, match="another process runs the sweep"), held(tmp_path):
-        pass
-    with held(tmp_path):  # free again
-        pass
+@pytest.mark.parametrize(
+    ("recipe_fields", "search_fields", "space_fields", "message"),
+    [
+        ({"scale": {"micro_batch_size": 4}}, {"workers_per_trial": 2}, {}, r"micro_batch_size must .* 6\), got 4"),
+        (
+            {"init": {"weights": "w", "gate_opening_steps": 9}, "model": {"variant": "diff_v2"}},
+            {},
+            {"variant": ("diff_v2", "diff"), "num_heads": None},
+            r"cannot be trained, {'variant': 'diff', .*: init.gate_opening_steps is for model.variant = 'diff_v2'",
+        ),
+        ({"init": {"weights": "w"}}, {}, {}, "init.weights fixes the shape .* pass --space.num-heads None"),
+        ({"init": {"weights": "w"}}, {}, {"num_heads": None, "patch_size": (2, 4)}, "init.weights fixes the shape"),
+    ],
+)  # fmt: skip
+def test_a_sweep_with_a_trial_that_cannot_be_is_refused(
+    recipe: RunConfig,
+    recipe_fields: dict[str, Any],
+    search_fields: dict[str, Any],
+    space_fields: dict[str, Any],
+    message: str,
+) -> None:
+    run = with_fields(recipe, **recipe_fields)
+    with pytest.raises(ValueError, match=message):
+        SweepConfig(run, SearchConfig(**search_fields), Space(**space_fields))
+
+
+def test_weights_leave_what_does_not_change_the_shape(recipe: RunConfig) -> None:
+    sweep = SweepConfig(with_fields(recipe, init={"weights": "w"}), SearchConfig(), Space(num_heads=None))
+    assert sweep.space.varied(sweep.run) == ["lambda_init", "lr"]
+
+
+def test_two_objectives_are_for_trials_that_run_to_their_end() -> None:
+    assert SearchConfig().stops_early
+    assert not SearchConfig(objective=("top1", "latency")).stops_early
+    assert not SearchConfig(scheduler="none").stops_early
+
+
+def test_a_local_ray_offers_the_cores_that_there_are(recipe: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would be as large as `concurrent` asks for, and the check against it would say nothing."""
+    started: list[ScaleConfig | None] = []
+    for name, stand_in in {
+        "connect": started.append,
+        "can_grow": lambda: False,
+        "require_packages": lambda say: None,
+    }.items():
+        monkeypatch.setattr(search_cluster, name, stand_in)
+    monkeypatch.setattr(search_cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    with pytest.raises(ValueError, match=r"concurrent = 100 trials need 1 CPUs each; .* 2 CPUs .* room for 2"):
+        search_cluster.connect_for(SweepConfig(recipe, SearchConfig(concurrent=100), Space()))
+    with pytest.raises(ValueError, match=r"room for 0"):
+        search_cluster.connect_for(SweepConfig(recipe, SearchConfig(concurrent=50, workers_per_trial=2), Space()))
+    alone, group = started
+    assert alone is None
+    assert group is not None
+    assert (group.workers, group.cpus_per_worker) == (1, 2.1)  # 0.1 + 2 x 0.5 + 1, of a single trial
+
+
+def test_a_cluster_that_can_grow_is_asked_for_all_trials(recipe: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[tuple[Any, float]] = []
+    for name, stand_in in {
+        "connect": lambda scale: None,
+        "can_grow": lambda: True,
+        "wait_for_nodes": lambda bundles, limit, say: waited.append((bundles, limit)),
+        "require_packages": lambda say: None,
+    }.items():
+        monkeypatch.setattr(search_cluster, name, stand_in)
+    grown = [{"Alive": True, "Resources": {"CPU": 16.0, "GPU": 4.0}}]
+    monkeypatch.setattr(search_cluster.ray, "nodes", lambda: grown if waited else [])
+    on_gpu = with_fields(recipe, scale={"gpu": True, "wait_minutes": 3.0})
+    search_cluster.connect_for(SweepConfig(on_gpu, SearchConfig(concurrent=2, workers_per_trial=2), Space()))
+    trial = [{"CPU": 0.1}, {"CPU": 0.5, "GPU": 1.0}, {"CPU": 0.5, "GPU": 1.0}, {"CPU": 1.0}]
+    assert waited == [(trial * 2, 180.0)]
 
 
 def test_sweeps_round_trip_and_other_versions_are_refused(recipe: RunConfig) -> None:

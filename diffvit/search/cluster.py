@@ -6,17 +6,25 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffvit.cluster.packages import require_packages
+from diffvit.cluster.waiting import Bundle, can_grow, wait_for_nodes
 from diffvit.search.config import SweepConfig
 from diffvit.training.cluster import connect
 
 _DRIVER_CPUS = 0.1
 """Of a trial that trains in a worker group: it only waits. (Ray Tune refuses none at all.)"""
+_DECODING_CPUS = 1.0
+"""Beside a group's workers, for the tasks that decode its images."""
 
 _RAY_UNITS = 10_000
+_LIMIT_SECONDS = 60.0
 
 _TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # records and curves are our own
@@ -37,18 +45,63 @@ def share_of_trial(sweep: SweepConfig, *, alone: bool = False) -> dict[str, floa
 def connect_for(sweep: SweepConfig) -> None:
     """Connect to the cluster, or start a local one, that can hold all concurrent trials with everything they start.
 
+    A local one offers the CPUs that there are; to a worker group, what a single one needs, whose processes mostly wait
+    for each other. A cluster that can grow is given the time to.
+
     Raises:
         ValueError: it cannot, or a node lacks a package; says what there is.
     """
     for name, value in _TUNE_SETTINGS.items():
         os.environ.setdefault(name, value)
-    search, scale = sweep.search, sweep.run.scale
-    cpus = _cpus_of_trial(sweep)
-    connect(dataclasses.replace(scale, workers=search.concurrent, cpus_per_worker=cpus))
+    scale = sweep.run.scale
+    group = dataclasses.replace(scale, workers=1, cpus_per_worker=_cpus_of_trial(sweep))
+    connect(group if sweep.search.workers_per_trial > 1 else None)
     for name in ("ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if can_grow():
+        wait_for_nodes(bundles_of(sweep), 60 * scale.wait_minutes, print)
     require_room(sweep, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     require_packages(print)
+
+
+def bundles_of(sweep: SweepConfig) -> list[Bundle]:
+    """What all concurrent trials take, process by process, as an autoscaler is asked for it."""
+    scale, workers = sweep.run.scale, sweep.search.workers_per_trial
+    trial = [share_of_trial(sweep)]
+    if workers > 1:
+        worker = {"CPU": scale.cpus_per_worker} | ({"GPU": 1.0} if scale.gpu else {})
+        trial += [worker] * workers + [{"CPU": _DECODING_CPUS}]
+    return trial * sweep.search.concurrent
+
+
+def require_shared(file: Path) -> None:
+    """Make sure that every node sees `file`, of the sweep's folder: trials leave there what this process reads.
+
+    A node that does not answer within a minute is left to the trials themselves.
+
+    Raises:
+        ValueError: a node does not; names it.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    nodes.pop(here, None)
+    asked = {}
+    for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        look = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(Path.exists)
+        asked[node] = look.remote(file)
+    if asked:
+        ray.wait(list(asked.values()), num_returns=len(asked), timeout=_LIMIT_SECONDS)
+    blind = []
+    for node, answer in asked.items():
+        with suppress(RayError):
+            if not ray.get(answer, timeout=0):
+                blind.append(nodes[node])
+    if blind:
+        raise ValueError(
+            f"a sweep needs a storage folder that every node sees; {file.parent} is not seen on "
+            f"{', '.join(sorted(blind))}. Mount a shared disk there and name it with --storage"
+        )
 
 
 def require_room(sweep: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> None:
@@ -79,8 +132,7 @@ def _cpus_of_trial(sweep: SweepConfig) -> float:
     search = sweep.search
     if search.workers_per_trial == 1:
         return search.cpus_per_trial
-    # a CPU beside a group's workers decodes its images
-    return _DRIVER_CPUS + search.workers_per_trial * sweep.run.scale.cpus_per_worker + 1
+    return _DRIVER_CPUS + search.workers_per_trial * sweep.run.scale.cpus_per_worker + _DECODING_CPUS
 
 
 def _places(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> int:

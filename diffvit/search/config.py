@@ -37,7 +37,8 @@ class SearchConfig:
     """Optuna's tree-structured Parzen estimator, or random points to compare it with."""
     scheduler: Literal["asha", "none", "pbt"] = "asha"
     """asha: a trial that is behind when its turn to be judged comes is stopped (arXiv 1810.05934); none: every trial
-    runs to its end."""
+    runs to its end. With two objectives every trial does: ASHA judges by accuracy alone, and a trial that it stopped
+    cannot be compared with one that was trained longer."""
     grace_epochs: int = 1
     """Epochs that every trial is given before ASHA may stop it."""
     reduction: float = 3.0
@@ -77,6 +78,11 @@ class SearchConfig:
             "search.workers_per_trial",
         )
 
+    @property
+    def stops_early(self) -> bool:
+        """Whether ASHA is at work."""
+        return self.scheduler == "asha" and len(self.objective) == 1
+
 
 _SITTING_FIELDS = frozenset(
     {"trials", "concurrent", "finalists", "seeds", "workers_per_trial", "cpus_per_trial", "gpus_per_trial"}
@@ -103,7 +109,7 @@ class SweepConfig:
         )
         epochs = self.run.optim.epochs
         require(
-            self.search.scheduler == "none" or self.search.grace_epochs <= epochs,
+            not self.search.stops_early or self.search.grace_epochs <= epochs,
             f"search.grace_epochs must not exceed optim.epochs = {epochs}, got {self.search.grace_epochs}",
         )
         workers, batch = self.search.workers_per_trial, self.run.optim.batch_size
@@ -120,6 +126,19 @@ class SweepConfig:
         require(
             batch % workers == 0,
             f"search.workers_per_trial must divide optim.batch_size = {batch}, got {workers}",
+        )
+        shapes = [shape.model for shape in self.space.shapes(self.trial_recipe)]
+        require(
+            not self.run.init.weights or shapes == [self.run.model],
+            "init.weights fixes the shape of the model, so that a sweep cannot vary variant, num_heads or patch_size; "
+            "pass --space.num-heads None, and leave --space.variant and --space.patch-size out",
+        )
+
+    @property
+    def trial_recipe(self) -> RunConfig:
+        """The recipe on the workers of a trial."""
+        return dataclasses.replace(
+            self.run, scale=dataclasses.replace(self.run.scale, workers=self.search.workers_per_trial)
         )
 
 

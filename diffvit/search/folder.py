@@ -9,20 +9,17 @@ trials.csv, best.json, results.json, report.html
 
 from __future__ import annotations
 
-import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from diffvit.search.config import SweepConfig, differing_sweep_fields, sweep_from_json, sweep_to_json
+from diffvit.training.run_lock import LOCK_NAME
 
 SWEEP_FILE = "sweep.json"
-_LOCK_FILE = ".lock"
 
 
 def open_sweep(sweep: SweepConfig) -> None:
-    """Make sure that the sweep can be written and is not another one of the same name.
+    """Make sure that the sweep, whose lock this process holds, is not another one of the same name.
 
     Raises:
         ValueError: the name is taken by a sweep with another recipe, space or way of judging (or by any, with
@@ -40,28 +37,13 @@ def open_sweep(sweep: SweepConfig) -> None:
                 f"sweep {name!r} exists in {folder} with other values; choose another --name, "
                 f"or the same values to continue it:{lines}"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(LOCK_NAME not in path.name for path in folder.iterdir()):
         raise ValueError(f"{folder} holds files but no {SWEEP_FILE}: it is not a sweep; choose another --name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(existing, sweep_to_json(sweep))
     except OSError as error:
         raise ValueError(f"storage {folder.parent} cannot be written: {error.strerror or error}") from None
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep every other process out of the sweep for as long as the block runs, or until this process ends.
-
-    Raises:
-        ValueError: another process has it.
-    """
-    with (folder / _LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process runs the sweep in {folder}; wait for it, or end it") from None
-        yield
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -29,6 +29,9 @@ Status = Literal["running", "finished", "stopped", "failed"]
 
 _DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
 _SCORE = "score/"
+_LATENCIES = "latencies_ms"
+_REPEATS = "repeats"
+"""On a trial of the study: the number of the one that was cut, and that this one does again."""
 _LOST_REASON = "the driver ended before it could say why"
 
 
@@ -72,6 +75,11 @@ class Record:
     @property
     def last_top1(self) -> float | None:
         return self.history[-1]["top1"] if self.history else None
+
+    @property
+    def train_seconds(self) -> float:
+        """Of `seconds`, what went into training and evaluating."""
+        return self.history[-1]["train_seconds"] if self.history else 0.0
 
     @property
     def counts(self) -> bool:
@@ -136,30 +144,37 @@ class Journal:
         """Configurations that have seen the validation split: one, unless a continued sweep found a better one."""
         return sorted(int(name.removeprefix(_SCORE)) for name in self.study.user_attrs if name.startswith(_SCORE))
 
-    def recover(self, epochs: int) -> list[dict[str, Any]]:
-        """Bring what a killed driver left behind in order.
+    def save_latencies(self, found: dict[str, float]) -> None:
+        self.study.set_user_attr(_LATENCIES, found)
 
-        A trial whose end Optuna heard of and the record did not is closed; one that was under way is forgotten, in
-        the study as a failure that no sampler looks at.
+    def latencies(self) -> dict[str, float]:
+        """Milliseconds of one image by shape of model, as measured before the first trial; empty before that."""
+        return dict(self.study.user_attrs.get(_LATENCIES, {}))
 
-        Returns:
-            Optuna's parameters of the trials that were under way, to be tried again.
+    def recover(self, epochs: int) -> None:
+        """Bring what a killed driver left behind in order, and be as ready to be killed oneself.
+
+        A trial whose end Optuna heard of and the record did not is closed. One that was under way is queued in the
+        study to be drawn again, its record forgotten, and only then is it given up, in the study as a failure that no
+        sampler looks at: whoever finds it still running does again what is left of this.
         """
         records = {record.number: record for record in self.records("trial")}
-        unfinished = []
-        for trial in self.study.get_trials(deepcopy=True):
+        trials = self.study.get_trials(deepcopy=False)
+        repeated = {trial.user_attrs.get(_REPEATS) for trial in trials}
+        for trial in trials:
             record = records.get(trial.number)
             if trial.state == TrialState.RUNNING:
-                self.study.tell(trial.number, state=TrialState.FAIL)
                 if record is None or record.status == "running":
-                    unfinished.append(trial.params)
+                    point = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+                    if point and trial.number not in repeated:
+                        self.study.enqueue_trial(point, user_attrs={_REPEATS: trial.number})
                     self._forget(record)
+                self.study.tell(trial.number, state=TrialState.FAIL)
             elif record is not None and record.status == "running" and trial.state.is_finished():
                 self.save(_closed(record, trial.state, epochs))
         for finalist in self.records("finalist"):
             if finalist.status == "running":
                 self._forget(finalist)
-        return [parameters for parameters in unfinished if parameters]
 
     def _forget(self, record: Record | None) -> None:
         if record is not None:
@@ -173,9 +188,13 @@ def _closed(record: Record, state: TrialState, epochs: int) -> Record:
 
 
 def ranked(records: Iterable[Record], objectives: Sequence[str]) -> list[Record]:
-    """Configurations that may be compared, each once, the most accurate first; with two objectives the Pareto front."""
+    """Configurations that may be compared, each once, the most accurate first; with two objectives the Pareto front.
+
+    Only trials of the same number of epochs meet on a front: a stopped one is neither worse nor better, but unfinished.
+    """
     usable = [record for record in records if record.counts]
     if "latency" in objectives:
+        usable = [record for record in usable if record.status == "finished"]
         usable = [record for record in usable if not any(_dominates(other, record) for other in usable)]
     usable.sort(key=lambda record: (-(record.best_top1 or 0.0), record.number))
     distinct = {json.dumps(record.values, sort_keys=True): record for record in reversed(usable)}
@@ -211,13 +230,14 @@ def to_csv(records: Iterable[Record], columns: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["run", "number", "seed", *columns, "status", "epochs", "best_top1", "last_top1", "latency_ms", "seconds",
-         "reason"]
+        ["run", "number", "seed", *columns, "status", "epochs", "best_top1", "last_top1", "latency_ms",
+         "train_seconds", "seconds", "reason"]
     )  # fmt: skip
     for run in records:
         cells = [run.values.get(name, "") for name in columns]
         numbers = ["" if x is None else f"{x:.4f}" for x in (run.best_top1, run.last_top1, run.latency_ms)]
         writer.writerow(
-            [run.name, run.number, run.seed, *cells, run.status, run.epochs, *numbers, f"{run.seconds:.1f}", run.reason]
-        )
+            [run.name, run.number, run.seed, *cells, run.status, run.epochs, *numbers, f"{run.train_seconds:.1f}",
+             f"{run.seconds:.1f}", run.reason]
+        )  # fmt: skip
     return text.getvalue()

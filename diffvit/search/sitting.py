@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ from diffvit.search.folder import write_atomically
 from diffvit.search.hparams import write_experiment, write_trial
 from diffvit.search.progress import Progress
 from diffvit.search.records import Candidate, Journal, Record, Role, candidates, ranked, to_csv
-from diffvit.search.trial import METRIC, Job, score, train_trial
+from diffvit.search.trial import METRIC, Job, latencies_ms, score, shape_of, train_trial
 
 _TUNE_FOLDER = "tune"
 """Ray Tune's own notes, which nothing here reads."""
@@ -46,8 +46,11 @@ class Sitting:
         directions = [DIRECTIONS[name] for name in sweep.search.objective]
         self.journal = Journal(self.folder, sweep.run.name, directions)
         self._fresh = not self.journal.study.get_trials(deepcopy=False)
-        self._unfinished = self.journal.recover(sweep.run.optim.epochs)
+        self.journal.recover(sweep.run.optim.epochs)
         self._remove_cut_runs()
+        for record in (*self.journal.records("trial"), *self.journal.records("finalist")):
+            if not (self.folder / record.name / "config.json").exists():
+                self._file(record)
         self._in_group = sweep.search.workers_per_trial > 1
         write_experiment(self.folder, sweep.space, sweep.run, with_latency="latency" in sweep.search.objective)
 
@@ -59,18 +62,15 @@ class Sitting:
             table.print_header(len(self.dataset.train), len(self.dataset.val), max(left, 0))
             if left <= 0:
                 return
-            points = self._unfinished
-            if self._fresh:
-                recipe_point, outside = space.parameters(self.sweep.run)
-                points = [] if outside else [recipe_point]
+            recipe_point, outside = space.parameters(self.sweep.run)
             tune_config = tune.TuneConfig(
                 num_samples=left,
                 max_concurrent_trials=search.concurrent,
                 search_alg=OptunaSearch(
-                    space=partial(_propose, self.sweep),
+                    space=partial(_propose, self.sweep, self._latencies()),
                     metric=[METRIC, "latency_ms"] if len(search.objective) > 1 else METRIC,
                     mode=[DIRECTIONS[name] for name in search.objective] if len(search.objective) > 1 else "max",
-                    points_to_evaluate=points,
+                    points_to_evaluate=[recipe_point] if self._fresh and not outside else [],
                     sampler=self._sampler(),
                     study_name=self.journal.study_name,
                     storage=self.journal.storage,
@@ -93,7 +93,7 @@ class Sitting:
             for seed in range(config.seed + 1, config.seed + 1 + search.seeds):
                 if (record.number, seed) not in done:
                     placed = _placed(dataclasses.replace(config, seed=seed), self.folder, "finalists", record.number)
-                    jobs.append(Job(record.number, to_json(placed), keep=True))
+                    jobs.append(Job(record.number, to_json(placed), keep=True, latency_ms=record.latency_ms))
         if jobs:
             with SweepTable(self.sweep, self.journal.records("finalist")) as table:
                 param_space = tune.grid_search([job.pack()["job"] for job in jobs])
@@ -110,8 +110,7 @@ class Sitting:
         known = self.journal.score(winner.number)
         if known is not None:
             return list(known["runs"])
-        share = share_of_trial(self.sweep, alone=True)
-        remote = ray.remote(num_cpus=share["CPU"], num_gpus=share.get("GPU", 0))(score)
+        remote = self._alone(score)
         runs = [run for run in winner.runs if run.status == "finished"]
         pending = [remote.remote(run.config, dataset, str(self.folder / run.name)) for run in runs]
         scores: list[dict[str, float]] = ray.get(pending)
@@ -122,6 +121,35 @@ class Sitting:
         """`trials.csv`, from the journal."""
         records = [*self.journal.records("trial"), *self.journal.records("finalist")]
         write_atomically(self.folder / "trials.csv", to_csv(records, self.sweep.space.varied(self.sweep.run)))
+
+    def _file(self, record: Record) -> None:
+        """Leave in the folder of a run that ended what is read there; config.json, written last, says that it is."""
+        folder = self.folder / record.name
+        folder.mkdir(parents=True, exist_ok=True)  # its process may have died before
+        if record.role == "trial":
+            write_trial(self.folder, record)
+            for checkpoint in folder.glob("checkpoint_step_*"):  # a worker group keeps some
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        write_atomically(folder / "config.json", record.config)
+
+    def _latencies(self) -> dict[str, float]:
+        """By shape of model, timed once a sweep while nothing else of it runs, so that equal models are as fast."""
+        if "latency" not in self.sweep.search.objective:
+            return {}
+        if not self.journal.latencies():
+            models = [shape.model for shape in self.sweep.space.shapes(self.sweep.run)]
+            timed = self._alone(latencies_ms).remote(models, self.sweep.run.scale, self._threads)
+            self.journal.save_latencies(ray.get(timed))
+        return self.journal.latencies()
+
+    def _alone(self, function: Callable[..., Any]) -> Any:
+        """A Ray task with the resources of a one-worker trial."""
+        share = share_of_trial(self.sweep, alone=True)
+        return ray.remote(num_cpus=share["CPU"], num_gpus=share.get("GPU", 0))(function)
+
+    @property
+    def _threads(self) -> int:
+        return max(int(self.sweep.search.cpus_per_trial), 1)
 
     def _remove_cut_runs(self) -> None:
         """What a killed driver left half done is done again, and its curve would be in the way."""
@@ -135,23 +163,16 @@ class Sitting:
     ) -> None:
         def changed(record: Record) -> None:
             show(record)
-            if record.status == "running":
-                return
-            (self.folder / record.name).mkdir(parents=True, exist_ok=True)  # its process may have died before
-            write_atomically(self.folder / record.name / "config.json", record.config)
-            if record.role == "trial":
-                write_trial(self.folder, record)
-                for checkpoint in (self.folder / record.name).glob("checkpoint_step_*"):  # a worker group keeps some
-                    shutil.rmtree(checkpoint, ignore_errors=True)
-            self.write_csv()
+            if record.status != "running":
+                self._file(record)
+                self.write_csv()
 
         tune_config.reuse_actors = not self._in_group  # importing torch again takes longer than a small trial
         tune_config.trial_dirname_creator = tune_config.trial_name_creator = lambda trial: str(trial.trial_id)
         trainable = tune.with_parameters(
             train_trial,
             dataset=self.dataset,
-            time_latency="latency" in self.sweep.search.objective,
-            threads=max(int(self.sweep.search.cpus_per_trial), 1),
+            threads=self._threads,
         )
         progress = Progress(self.journal, self.sweep.space, role, changed)
         shutil.rmtree(self.folder / _TUNE_FOLDER, ignore_errors=True)
@@ -172,10 +193,10 @@ class Sitting:
     def _sampler(self) -> BaseSampler:
         # a sampler that starts anew must not draw what it drew in an earlier sitting
         seed = self.sweep.search.seed + 1_000_003 * len(self.journal.study.get_trials(deepcopy=False))
-        return build_sampler(self.sweep.search, seed)
+        return build_sampler(self.sweep.search, seed % 2**32)  # NumPy takes no larger one
 
     def _scheduler(self) -> Any:
-        if self.sweep.search.scheduler == "none":
+        if not self.sweep.search.stops_early:
             return FIFOScheduler()
         scheduler = build_asha(self.sweep.search, self.sweep.run.optim.epochs)
         remind(scheduler, self.journal.records("trial"))
@@ -208,12 +229,10 @@ def remind(scheduler: AsyncHyperBandScheduler, records: Iterable[Record]) -> Non
             bracket.on_result(SimpleNamespace(trial_id=record.name), entry["epoch"], best)
 
 
-def _propose(sweep: SweepConfig, trial: Trial) -> dict[str, Any]:
+def _propose(sweep: SweepConfig, latencies: Mapping[str, float], trial: Trial) -> dict[str, Any]:
     """Called by OptunaSearch for every trial: draws a point, and packs the run that it stands for."""
-    scale = dataclasses.replace(sweep.run.scale, workers=sweep.search.workers_per_trial)
-    recipe = dataclasses.replace(sweep.run, scale=scale)
-    config = _placed(sweep.space.propose(trial, recipe), sweep.run.folder, "trials", trial.number)
-    return Job(trial.number, to_json(config)).pack()
+    config = _placed(sweep.space.propose(trial, sweep.trial_recipe), sweep.run.folder, "trials", trial.number)
+    return Job(trial.number, to_json(config), latency_ms=latencies.get(shape_of(config.model))).pack()
 
 
 def _placed(config: RunConfig, folder: Path, where: str, number: int) -> RunConfig:

@@ -7,8 +7,10 @@ lambda_init is drawn for V1 alone: a model that cannot be built is never propose
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol
 
 from diffvit.config import RunConfig, Variant, valid_num_heads
@@ -66,7 +68,10 @@ class Space:
     def __post_init__(self) -> None:
         for name in ("lambda_init", "lr", "weight_decay", "drop_path"):
             bounds = getattr(self, name)
-            require(bounds is None or bounds[0] <= bounds[1], f"space.{name} must be LOW HIGH, got {bounds}")
+            require(
+                bounds is None or -math.inf < bounds[0] <= bounds[1] < math.inf,
+                f"space.{name} must be LOW HIGH, two finite numbers, got {bounds}",
+            )
         for name in ("lr", "weight_decay"):
             bounds = getattr(self, name)
             require(bounds is None or bounds[0] > 0, f"space.{name} is on a log scale: LOW must be positive: {bounds}")
@@ -101,6 +106,22 @@ class Space:
             bool(self.varied(recipe)),
             "the space has nothing to vary: give a range to space.lr, space.lambda_init or another of its fields",
         )
+
+    def shapes(self, recipe: RunConfig) -> Iterator[RunConfig]:
+        """The recipe with each shape of model on offer: the fields that decide its weights' sizes and its speed.
+
+        Raises:
+            ValueError: one that cannot be trained; names it and says why.
+        """
+        for variant in self._variants(recipe):
+            for heads, patch_size in product(
+                self._heads(recipe, variant), self.patch_size or (recipe.model.patch_size,)
+            ):
+                shape: dict[str, Any] = {"variant": variant, "num_heads": heads, "patch_size": patch_size}
+                try:
+                    yield dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **shape))
+                except ValueError as error:
+                    raise ValueError(f"the space holds a trial that cannot be trained, {shape}: {error}") from None
 
     def varied(self, recipe: RunConfig) -> list[str]:
         """Names of the fields that may differ between trials, in the order of the tables."""

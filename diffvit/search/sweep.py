@@ -14,16 +14,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffvit.config import RunConfig, from_json, to_json
+from diffvit.data.loader import plan_run
 from diffvit.data.sources import open_dataset
 from diffvit.data.subset import parted_for_search
-from diffvit.search.cluster import connect_for
+from diffvit.search.cluster import connect_for, require_shared
 from diffvit.search.config import SweepConfig
-from diffvit.search.folder import held, open_sweep, write_atomically
+from diffvit.search.folder import SWEEP_FILE, open_sweep, write_atomically
 from diffvit.search.records import Candidate, Journal, ranked
 from diffvit.search.report import write_report
 from diffvit.search.sitting import Sitting, SweepFailed
-from diffvit.training.launch import resolve
+from diffvit.training.compilation import require_compiler
+from diffvit.training.launch import require_weights, resolve
 from diffvit.training.run_folder import write_results
+from diffvit.training.run_lock import RunLock
 
 __all__ = ["SweepFailed", "run_sweep"]
 
@@ -32,11 +35,12 @@ def run_sweep(sweep: SweepConfig) -> dict[str, Any]:
     """Run, or continue, a sweep; its results, which are also in `results.json`.
 
     Raises:
-        ValueError: data, name or cluster do not fit the sweep; found before the first trial.
+        ValueError: data, weights, name, storage or cluster do not fit the sweep; found before the first trial.
         SweepFailed: no trial came to its end; says why the last one did not.
         KeyboardInterrupt: the user ended the sweep; the same call continues it.
     """
     started = time.monotonic()
+    require_compiler(sweep.run.scale)
     dataset = open_dataset(sweep.run.data)
     sweep = dataclasses.replace(sweep, run=resolve(sweep.run, dataset))
     parted = parted_for_search(dataset, sweep.search.holdout, sweep.search.seed)
@@ -45,10 +49,13 @@ def run_sweep(sweep: SweepConfig) -> dict[str, Any]:
             f"optim.batch_size must not exceed the {len(parted.train)} training images that search.holdout = "
             f"{sweep.search.holdout} leaves, got {sweep.run.optim.batch_size}"
         )
+    plan_run(sweep.trial_recipe, parted, sweep.search.workers_per_trial)
+    require_weights(sweep.run)
     connect_for(sweep)
-    open_sweep(sweep)
     folder = sweep.run.folder
-    with held(folder):
+    with RunLock(folder):
+        open_sweep(sweep)
+        require_shared(folder / SWEEP_FILE)
         sitting = Sitting(sweep, parted)
         sitting.search()
         write_report(sweep, sitting.journal)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from diffvit.config import RunConfig, from_json
+from diffvit.config import ModelConfig, RunConfig, ScaleConfig, from_json
 from diffvit.data.loader import BatchLoader, LocalStream, plan_run, validation_batches
 from diffvit.data.sources import Dataset
 from diffvit.models.vit import VisionTransformer
@@ -74,6 +75,8 @@ class Job:
     """`RunConfig` as JSON."""
     keep: bool = False
     """Whether the last checkpoint stays in the run's folder."""
+    latency_ms: float | None = None
+    """Of its model, where the sweep asks for it."""
 
     def pack(self) -> dict[str, Any]:
         """As a Tune config; one string, because Tune takes structures apart."""
@@ -84,7 +87,7 @@ class Job:
         return Job(**json.loads(tune_config["job"]))
 
 
-def train_trial(tune_config: dict[str, Any], *, dataset: Dataset, time_latency: bool, threads: int) -> None:
+def train_trial(tune_config: dict[str, Any], *, dataset: Dataset, threads: int) -> None:
     """The function that Ray Tune calls in every trial.
 
     Raises:
@@ -93,7 +96,7 @@ def train_trial(tune_config: dict[str, Any], *, dataset: Dataset, time_latency: 
     job = Job.unpack(tune_config)
     config = from_json(job.config, "trial")
     torch.set_num_threads(threads)
-    reports = Reports({"latency_ms": latency_ms(config)} if time_latency else {})
+    reports = Reports({} if job.latency_ms is None else {"latency_ms": job.latency_ms})
     if config.scale.workers == 1:
         _train_here(config, dataset, reports, keep=job.keep)
         return
@@ -123,11 +126,20 @@ def _train_here(config: RunConfig, dataset: Dataset, reports: Reports, *, keep: 
     fit(config, plan, eval_plan, stream, Worker(torch.device(config.scale.device_type), report, publish, store=store))
 
 
-def latency_ms(config: RunConfig) -> float:
-    """Median time of one image through the model of `config`, in milliseconds, on the device that it trains on."""
-    device = torch.device(config.scale.device_type)
-    model = VisionTransformer(config.model).to(device).eval()
-    image = torch.zeros(1, config.model.in_channels, config.model.image_size, config.model.image_size, device=device)
+def shape_of(model: ModelConfig) -> str:
+    """What decides the time of an image among the models of a sweep, in words."""
+    return f"{model.variant}, {model.num_heads} heads, {model.patch_size} px"
+
+
+def latencies_ms(models: Sequence[ModelConfig], scale: ScaleConfig, threads: int) -> dict[str, float]:
+    """Median time of one image through each of the models, by `shape_of`, in milliseconds, where trials train."""
+    torch.set_num_threads(threads)
+    return {shape_of(model): _latency_ms(model, torch.device(scale.device_type)) for model in models}
+
+
+def _latency_ms(config: ModelConfig, device: torch.device) -> float:
+    model = VisionTransformer(config).to(device).eval()
+    image = torch.zeros(1, config.in_channels, config.image_size, config.image_size, device=device)
     seconds = []
     with torch.inference_mode():
         for _ in range(_TIMED_IMAGES + 3):
@@ -140,9 +152,11 @@ def latency_ms(config: RunConfig) -> float:
 def score(config_json: str, dataset: Dataset, folder: str) -> dict[str, float]:
     """`top1`, `top5` and `loss` of the run's last checkpoint on the whole of `dataset.val`, each image once."""
     config = from_json(config_json, folder)
-    last = max(Path(folder).glob("checkpoint_step_*"))
+    checkpoints = sorted(Path(folder).glob("checkpoint_step_*"))
+    if not checkpoints:
+        raise FileNotFoundError(f"{folder} holds no checkpoint here; a sweep needs a storage that every node sees")
     device = torch.device(config.scale.device_type)
     model = VisionTransformer(config.model).to(device)
-    load_weights(model, last)
+    load_weights(model, checkpoints[-1])
     found = evaluate(model, validation_batches(config, dataset), len(dataset.val), config, device)
     return {name: found[name] for name in ("top1", "top5", "loss")}
