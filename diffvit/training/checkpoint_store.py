@@ -98,6 +98,7 @@ class CheckpointStore:
 
     def sweep(self) -> None:
         """Delete what a writer that was killed left half done."""
+        self._storage.sweep()
         if not self._storage.is_remote:
             for partial in Path(self._storage.path()).glob(f"{_PARTIAL}*"):
                 shutil.rmtree(partial, ignore_errors=True)
