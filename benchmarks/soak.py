@@ -15,12 +15,10 @@ import os
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,15 +31,15 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
+from soak_sitting import Sitting, processes, temporary_folder
 
-from diffvit.config import CheckpointConfig, DataConfig, RunConfig, to_json
+from diffvit.config import CheckpointConfig, DataConfig, RunConfig
 from diffvit.data.sources import open_dataset
 from diffvit.manifest import WEIGHTS_NAME
 from diffvit.recipes import RECIPES
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.logbook import Logbook
 
-JOB = Path(__file__).parents[1] / "ray_jobs/pretrain.py"
 KINDS = {
     "worker killed": (signal.SIGKILL, "worker "),
     "command killed": (signal.SIGKILL, "ended without a word"),
@@ -50,10 +48,8 @@ KINDS = {
     "command killed, newest checkpoint damaged": (signal.SIGKILL, "ended without a word"),
 }
 """The signal, and how the reason begins that the run's list of interruptions must give."""
-_MARK = "DIFFVIT_SOAK"
-"""Variable by which every process that a run started is found."""
-_WAIT_SECONDS = 300.0
-_LET_GO_SECONDS = 60.0
+_LET_GO_SECONDS = 120.0
+"""After a killed command two of Ray's agents try for a minute to report that."""
 
 
 @dataclass(frozen=True)
@@ -86,27 +82,29 @@ def main() -> None:
             sitting.wait_until(lambda seen=begun: newest(cut) > seen)  # type: ignore[misc]
             time.sleep(delay)
             console.print(f"{time.monotonic() - started:5.0f} s  step {newest(cut):5d}  {kind}")
-            if sitting.interrupt(kind, cut):
+            if interrupt(sitting, kind, cut):
                 sitting = sittings.enter_context(Sitting(cut))
         sitting.wait()
         seconds = time.monotonic() - started
-        left = Sitting.processes()
+        wait_until(lambda: not processes())
         results = json.loads((cut.folder / "results.json").read_text())
         show(plan, results["interruptions"], seconds, console)
-        checks = {
+        holds = {
             "the run has finished": results["status"] == "finished",
             "every interruption is listed, with its reason": reasons_hold(plan, results["interruptions"]),
             "the final weights have the bits of the uncut run's": same_weights(cut, whole),
             "so has what AdamW remembers": same_moments(cut, whole),
             "each sample was trained on once an epoch, as in the uncut run": audit(cut).equals(audit(whole)),
-            "the uncut run's files, the list of interruptions, and no others": files(cut) == files(whole),
-            "no process is left": not left,
-            "no temporary file is left, beside Ray's logs": {path.name for path in temporary(storage).iterdir()} <= {"ray"},
-            "no shared memory is left": shared_memory() <= memory,
         }
-    for name, holds in checks.items():
-        console.print(f"{'yes' if holds else 'NO ':<4} {name}")
-    sys.exit(not all(checks.values()))
+        left = {
+            "the run's folder holds what the uncut run's does": files(cut) ^ files(whole),
+            "no process is left": set(map(str, processes())),
+            "no temporary file is left, but for Ray's logs": temporary_files(storage),
+            "no shared memory is left": shared_memory() - memory,
+        }
+    for name, held in (holds | {name: not found for name, found in left.items()}).items():
+        console.print(f"{'yes' if held else 'NO ':<4} {name} {' '.join(sorted(left.get(name, ())))}")
+    sys.exit(not all(holds.values()) or any(left.values()))
 
 
 def write_images(folder: Path) -> None:
@@ -134,10 +132,6 @@ def config(name: str, storage: str, options: Options) -> RunConfig:
     )
 
 
-def temporary(storage: str) -> Path:
-    return Path(storage, "tmp")
-
-
 def moments(options: Options) -> Iterator[tuple[str, float]]:
     """What happens, and how many seconds after a new checkpoint."""
     rng = random.Random(options.seed)
@@ -145,85 +139,25 @@ def moments(options: Options) -> Iterator[tuple[str, float]]:
         yield rng.choice(list(KINDS)), rng.uniform(0.0, 0.5)
 
 
-class Sitting:
-    """The command, from when it is typed until it ends; what is left of it is killed at the end of the `with` block."""
+def interrupt(sitting: Sitting, kind: str, config: RunConfig) -> bool:
+    """Whether the command has ended by it."""
+    number, _ = KINDS[kind]
+    if kind == "worker killed":
+        os.kill(random.choice(sitting.workers()), number)
+        return False
+    sitting.end(number)
+    if kind.endswith("damaged"):
+        wait_until(lambda: not sitting.workers())  # they outlive the command for a moment, and may write another one
+        weights = final(config) / WEIGHTS_NAME
+        os.truncate(weights, weights.stat().st_size // 2)
+    return True
 
-    def __init__(self, config: RunConfig) -> None:
-        self._mark = f"{os.getpid()}-{uuid.uuid4().hex}"
-        self._log = Path(config.storage, f"{config.name}.log")
-        described = Path(config.storage, f"{config.name}.json")
-        described.write_text(to_json(config))
-        temporary(config.storage).mkdir(exist_ok=True)
-        environment = {
-            _MARK: self._mark,
-            "TMPDIR": str(temporary(config.storage)),
-            "SPT_NOENV": "1",  # or setproctitle, which Ray's workers use, writes over a process's environment
-            "RAY_worker_niceness": "0",  # or anything else on the machine goes first
-        }
-        with self._log.open("a") as log:
-            self._command = subprocess.Popen(
-                [sys.executable, str(JOB), "--config", str(described)],
-                stdout=log,
-                stderr=log,
-                env=os.environ | environment,
-                # a background job of a shell ignores Ctrl-C, and so would this
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-            )
 
-    def __enter__(self) -> Sitting:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in self.processes(self._mark):
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        self._command.wait()
-
-    def interrupt(self, kind: str, config: RunConfig) -> bool:
-        """Whether the command has ended by it."""
-        number, _ = KINDS[kind]
-        if kind == "worker killed":
-            workers = self.processes(self._mark, "ray::RayTrainWorker")
-            os.kill(random.Random(self._mark).choice(workers), number)
-            return False
-        self._command.send_signal(number)
-        self._command.wait(_WAIT_SECONDS)
-        if kind.endswith("damaged"):
-            self.wait_until_gone()  # a writer that outlives the command for a moment would write another one
-            weights = final(config) / WEIGHTS_NAME
-            os.truncate(weights, weights.stat().st_size // 2)
-        return True
-
-    def wait(self) -> None:
-        """Until it has ended by itself, and what it started too."""
-        if self._command.wait(_WAIT_SECONDS):
-            raise SystemExit(f"the run failed:\n{self._log.read_text()[-3000:]}")
-        self.wait_until_gone()
-
-    def wait_until_gone(self) -> None:
-        deadline = time.monotonic() + _LET_GO_SECONDS
-        while self.processes(self._mark) and time.monotonic() < deadline:
-            time.sleep(0.1)
-
-    def wait_until(self, happens: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + _WAIT_SECONDS
-        while not happens():
-            if self._command.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the run has ended or stands still:\n{self._log.read_text()[-3000:]}")
-            time.sleep(0.1)
-
-    @staticmethod
-    def processes(mark: str = f"{os.getpid()}-", title: str = "") -> list[int]:
-        """Those that a sitting (all sittings, by default) has started and that live, the command itself included."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                ours = f"{_MARK}={mark}".encode() in (folder / "environ").read_bytes()
-                if ours and (folder / "cmdline").read_text().startswith(title):
-                    found.append(int(folder.name))
-            except OSError:  # it has ended meanwhile
-                continue
-        return found
+def wait_until(happens: Callable[[], bool]) -> None:
+    """Or until it is too late; the checks tell."""
+    deadline = time.monotonic() + _LET_GO_SECONDS
+    while not happens() and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def store(config: RunConfig) -> CheckpointStore:
@@ -278,6 +212,13 @@ def files(config: RunConfig) -> set[str]:
     others = {name for name in names if not name.startswith(("checkpoint_step_", "tensorboard/events."))}
     kept = "checkpoints" if len(checkpoints) in (2, 3) else f"{len(checkpoints)} checkpoints"
     return others - {"interruptions.json"} | {kept}
+
+
+def temporary_files(storage: str) -> set[str]:
+    """Folders count only with something in them: torch's compiler makes one that stays empty."""
+    folder = temporary_folder(storage)
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {name for name in files if not name.startswith("ray/")}
 
 
 def shared_memory() -> set[str]:
