@@ -163,6 +163,19 @@ def _entries(storage: Storage) -> list[Entry]:
     return sorted(found, key=lambda entry: entry.step)
 
 
+def newest_written(folder: str) -> str | None:
+    """Name of the newest checkpoint of a run, which may be a damaged one; None where there is none, or none in reach.
+
+    For who asks often: it reads no file and does not wait for a store that is away.
+    """
+    storage = Storage(folder, retry_seconds=0)
+    with suppress(OSError, StorageError):
+        for name in sorted(storage.names(), reverse=True):
+            if _MANIFEST.fullmatch(f"{name}/{MANIFEST_NAME}") and storage.size(f"{name}/{MANIFEST_NAME}") is not None:
+                return name
+    return None
+
+
 def kept_steps(entries: Sequence[Entry], keep_last: int, keep_every_epochs: int | None = None) -> set[int]:
     """Steps of the last `keep_last` checkpoints, of the best (top-1; the first of equals), and of every so many epochs.
 
