@@ -31,14 +31,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
-from soak_sitting import Sitting, processes, temporary_folder
+from sitting import Sitting, newest_step, processes, temporary_folder
 
 from diffvit.config import CheckpointConfig, DataConfig, RunConfig
 from diffvit.data.sources import open_dataset
 from diffvit.manifest import WEIGHTS_NAME
 from diffvit.recipes import RECIPES
-from diffvit.training.checkpoint_store import CheckpointStore
-from diffvit.training.logbook import Logbook
 
 KINDS = {
     "worker killed": (signal.SIGKILL, "worker "),
@@ -77,11 +75,9 @@ def main() -> None:
         started = time.monotonic()
         sitting = sittings.enter_context(Sitting(cut))
         for number, (kind, delay) in enumerate(plan):
-            sitting.wait_until(lambda listed=number: len(interruptions(cut)) == listed)  # type: ignore[misc]
-            begun = newest(cut)
-            sitting.wait_until(lambda seen=begun: newest(cut) > seen)  # type: ignore[misc]
+            sitting.wait_for_checkpoint(number)
             time.sleep(delay)
-            console.print(f"{time.monotonic() - started:5.0f} s  step {newest(cut):5d}  {kind}")
+            console.print(f"{time.monotonic() - started:5.0f} s  step {newest_step(cut):5d}  {kind}")
             if interrupt(sitting, kind, cut):
                 sitting = sittings.enter_context(Sitting(cut))
         sitting.wait()
@@ -141,11 +137,10 @@ def moments(options: Options) -> Iterator[tuple[str, float]]:
 
 def interrupt(sitting: Sitting, kind: str, config: RunConfig) -> bool:
     """Whether the command has ended by it."""
-    number, _ = KINDS[kind]
     if kind == "worker killed":
-        os.kill(random.choice(sitting.workers()), number)
+        sitting.kill_a_worker()
         return False
-    sitting.end(number)
+    sitting.end(KINDS[kind][0])
     if kind.endswith("damaged"):
         wait_until(lambda: not sitting.workers())  # they outlive the command for a moment, and may write another one
         weights = final(config) / WEIGHTS_NAME
@@ -160,18 +155,8 @@ def wait_until(happens: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def store(config: RunConfig) -> CheckpointStore:
-    return CheckpointStore(config.folder, config.checkpoint)
-
-
-def newest(config: RunConfig) -> int:
-    """Step of the newest checkpoint, 0 before there is one."""
-    entries = store(config).entries() if config.folder.exists() else []
-    return entries[-1].step if entries else 0
-
-
 def final(config: RunConfig) -> Path:
-    return config.folder / f"checkpoint_step_{newest(config):08d}"
+    return config.folder / f"checkpoint_step_{newest_step(config):08d}"
 
 
 def same_weights(one: RunConfig, other: RunConfig) -> bool:
@@ -190,10 +175,6 @@ def same_moments(one: RunConfig, other: RunConfig) -> bool:
 
 def audit(config: RunConfig) -> Any:
     return pq.read_table(config.folder / "audit").sort_by([("epoch", "ascending"), ("position", "ascending")])
-
-
-def interruptions(config: RunConfig) -> list[dict[str, Any]]:
-    return Logbook(config.folder).interruptions
 
 
 def reasons_hold(plan: list[tuple[str, float]], listed: list[dict[str, Any]]) -> bool:

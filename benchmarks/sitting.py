@@ -1,8 +1,9 @@
-"""The command that `benchmarks/soak.py` interrupts, typed once, and every process that comes of it."""
+"""A command that trains and that benchmarks interrupt (`faults.py`, `soak.py`), and every process that comes of it."""
 
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,8 +12,11 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from diffvit.config import RunConfig, to_json
+from diffvit.training.checkpoint_store import CheckpointStore
+from diffvit.training.logbook import Logbook
 
 JOB = Path(__file__).parents[1] / "ray_jobs/pretrain.py"
 _MARK = "DIFFVIT_SOAK"
@@ -29,7 +33,7 @@ class Sitting:
     """The command, from when it is typed until it ends; what is left of it is killed at the end of the `with` block."""
 
     def __init__(self, config: RunConfig) -> None:
-        self._mark = f"{os.getpid()}-{uuid.uuid4().hex}"
+        self._config, self._mark = config, f"{os.getpid()}-{uuid.uuid4().hex}"
         self._log = Path(config.storage, f"{config.name}.log")
         described = Path(config.storage, f"{config.name}.json")
         described.write_text(to_json(config))
@@ -59,6 +63,15 @@ class Sitting:
                 os.kill(process, signal.SIGKILL)
         self._command.wait()
 
+    def wait_for_checkpoint(self, interruptions: int) -> None:
+        """Until so many interruptions are listed, and a checkpoint was written since the last one was."""
+        self._wait_until(lambda: len(listed_interruptions(self._config)) == interruptions)
+        begun = newest_step(self._config)
+        self._wait_until(lambda: newest_step(self._config) > begun)
+
+    def kill_a_worker(self) -> None:
+        os.kill(random.choice(self.workers()), signal.SIGKILL)
+
     def end(self, number: int) -> None:
         """Send the command a signal that ends it."""
         self._command.send_signal(number)
@@ -72,12 +85,22 @@ class Sitting:
         if self._command.wait(_WAIT_SECONDS):
             raise SystemExit(f"the run failed:\n{self._log.read_text()[-3000:]}")
 
-    def wait_until(self, happens: Callable[[], bool]) -> None:
+    def _wait_until(self, happens: Callable[[], bool]) -> None:
         deadline = time.monotonic() + _WAIT_SECONDS
         while not happens():
             if self._command.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"the run has ended or stands still:\n{self._log.read_text()[-3000:]}")
             time.sleep(0.1)
+
+
+def listed_interruptions(config: RunConfig) -> list[dict[str, Any]]:
+    return Logbook(config.folder).interruptions
+
+
+def newest_step(config: RunConfig) -> int:
+    """Step of the newest checkpoint, 0 before there is one."""
+    entries = CheckpointStore(config.folder, config.checkpoint).entries() if config.folder.exists() else []
+    return entries[-1].step if entries else 0
 
 
 def processes(mark: str = f"{os.getpid()}-", title: str = "") -> list[int]:
