@@ -2,7 +2,7 @@
 
 Measured, in one run: the time of training steps without checkpoints, with one written beside training every
 `--every-seconds`, and with the same ones written while training waits; then seconds lost, from `results.json`, by a run
-whose process is killed (SIGKILL) and started again.
+of two Ray Train workers of which one is killed (SIGKILL), or whose command is killed and typed again, in turn.
 
     python benchmarks/faults.py
 """
@@ -10,29 +10,26 @@ whose process is killed (SIGKILL) and started again.
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import statistics
-import subprocess
-import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from sitting import Sitting
 
-from diffvit.config import CheckpointConfig, RunConfig, from_json, to_json
+from diffvit.config import CheckpointConfig, RunConfig
 from diffvit.data.loader import BatchLoader
 from diffvit.data.order import TrainPlan
 from diffvit.data.sources import open_dataset
 from diffvit.models.vit import VisionTransformer
 from diffvit.recipes import RECIPES
-from diffvit.training.alone import train_alone
 from diffvit.training.checkpoint import TrainState, take_snapshot
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.checkpoint_writer import CheckpointWriter
@@ -47,24 +44,18 @@ class Options:
 
     rounds: int = 5
     """Each measures all three ways, in turn."""
-    round_seconds: float = 6.0
+    round_seconds: float = 10.0
     """Training time of each way in a round."""
     every_seconds: float = 3.0
     """Between checkpoints."""
     kills: int = 3
-    """Times the run is killed."""
+    """Times that a worker is killed, and that the command is."""
     gpu: bool = False
     """Train on the GPU."""
-    child: str = ""
-    """Set in the processes that are killed: the config they train."""
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    if options.child:
-        config = from_json(options.child, "--child")
-        train_alone(config, open_dataset(config.data))
-        return
     console = Console(width=110)
     measure_steps(options, console)
     if options.kills:
@@ -89,56 +80,86 @@ def measure_steps(options: Options, console: Console) -> None:
     optimizer = build_optimizer(model, config.optim)
     state = TrainState(model, optimizer, build_schedule(optimizer, config.optim, plan.steps_per_epoch), None)
     sums = Sums(device)
-    seconds: dict[str, list[float]] = {"none": [], "beside training": [], "training waits": []}
-    handing_over: list[float] = []
+    rounds: dict[str, list[Round]] = {"none": [], "beside training": [], "training waits": []}
     with TemporaryDirectory() as folder:
         writer = CheckpointWriter(CheckpointStore(folder, CheckpointConfig()), 1, print)
         for round_number in range(options.rounds + 1):
-            for way, found in seconds.items():
-                steps, started = 0, time.perf_counter()
-                saved = started
+            for way, found in rounds.items():
+                steps, saved, handing_over = 0, 0, 0.0
+                started = time.perf_counter()
                 while (now := time.perf_counter()) - started < options.round_seconds:
                     take_step(config, plan, model, state, iter((batch,)), sums, 0, device)
                     steps += 1
-                    if way != "none" and now - saved >= options.every_seconds:
-                        saved = time.perf_counter()
+                    if way != "none" and now - started >= (saved + 1) * options.every_seconds:
                         writer.submit(take_snapshot(state, config, {"epoch": 1}))
                         if way == "training waits":
                             writer.wait()
-                        elif round_number:
-                            handing_over.append(time.perf_counter() - saved)
+                        handing_over += time.perf_counter() - now
+                        saved += 1
                 sums.read()  # waits for the device
                 if round_number:  # the first one warms up
-                    found.append((time.perf_counter() - started) / steps)
+                    found.append(Round(time.perf_counter() - started, steps, saved, handing_over))
                 writer.wait()
         writer.close()
-    table = Table("checkpoints", "ms a step", f"to none, one every {options.every_seconds:g} s", "at one a minute")
-    for way, found in seconds.items():
-        ratio = statistics.median(mine / base for mine, base in zip(found, seconds["none"], strict=True))
-        a_minute = 100 * (ratio - 1) * options.every_seconds / 60
-        table.add_row(way, f"{1000 * statistics.median(found):.2f}", f"{ratio:.3f}", f"{a_minute:+.3f} %")
+    show_steps(rounds, options, console)
+
+
+@dataclass(frozen=True)
+class Round:
+    """Steps, and checkpoints among them."""
+
+    seconds: float
+    steps: int
+    saved: int
+    handing_over_seconds: float
+
+    def seconds_each(self, base: Round) -> float:
+        """What a checkpoint adds to the time that `base`, without any, takes for as many steps."""
+        return (self.seconds - self.steps * base.seconds / base.steps) / max(self.saved, 1)
+
+
+def show_steps(rounds: dict[str, list[Round]], options: Options, console: Console) -> None:
+    table = Table("checkpoints", "ms a step", "a checkpoint costs", "of which handing over", "at one a minute")
+    for way, found in rounds.items():
+        step = statistics.median(1000 * mine.seconds / mine.steps for mine in found)
+        each = [mine.seconds_each(base) for mine, base in zip(found, rounds["none"], strict=True)]
+        cost, over = (
+            statistics.median(each),
+            statistics.median(mine.handing_over_seconds / max(mine.saved, 1) for mine in found),
+        )
+        costs = (f"{1000 * cost:.0f} ms", f"{1000 * over:.0f} ms", f"{100 * cost / 60:+.3f} %") if way != "none" else ()
+        table.add_row(way, f"{step:.2f}", *costs)
     console.print(table)
-    console.print(
-        f"handing one over stops training for {1000 * statistics.median(handing_over):.1f} ms (median of "
-        f"{len(handing_over)})"
-    )
+    saved = sum(mine.saved for mine in rounds["beside training"])
+    console.print(f"{saved} checkpoints of each kind, one every {options.every_seconds:g} s; medians of the rounds")
 
 
 def measure_kills(options: Options, console: Console) -> None:
     rng = random.Random(0)
-    with TemporaryDirectory() as storage:
-        optim = replace(sample_config().optim, epochs=3)
-        checkpoint = CheckpointConfig(every_minutes=options.every_seconds / 60)
-        config = replace(sample_config(), name="killed", storage=storage, optim=optim, checkpoint=checkpoint)
-        command = [sys.executable, __file__, "--child", to_json(config)]
-        for _ in range(options.kills):
-            with subprocess.Popen(command) as process:
-                time.sleep(rng.uniform(8, 16))
-                os.kill(process.pid, signal.SIGKILL)
-        subprocess.run(command, check=True)
-        results = json.loads((Path(storage) / "killed/results.json").read_text())
-    for cut in results["interruptions"]:
-        console.print(f"killed: {cut['seconds_lost']} s lost, {cut['steps_repeated']} steps repeated")
+    config = sample_config()
+    with TemporaryDirectory() as storage, ExitStack() as sittings:
+        config = replace(
+            config,
+            name="killed",
+            storage=storage,
+            optim=replace(config.optim, epochs=5 * options.kills),
+            checkpoint=CheckpointConfig(every_minutes=options.every_seconds / 60),
+            scale=replace(config.scale, workers=2, max_failures=options.kills),
+        )
+        sitting = sittings.enter_context(Sitting(config))
+        for number in range(2 * options.kills):
+            sitting.wait_for_checkpoint(number)
+            time.sleep(rng.uniform(0, options.every_seconds))
+            if number % 2:
+                sitting.end(signal.SIGKILL)
+                sitting = sittings.enter_context(Sitting(config))
+            else:
+                sitting.kill_a_worker()
+        sitting.wait()
+        results = json.loads((config.folder / "results.json").read_text())
+    for number, cut in enumerate(results["interruptions"]):
+        killed = "command" if number % 2 else "worker"
+        console.print(f"{killed:<7} killed: {cut['seconds_lost']:5.1f} s lost, {cut['steps_repeated']} steps repeated")
     console.print(f"{results['status']} at step {results['last']['step']}, top-1 {results['last']['top1']:.2f} %")
 
 

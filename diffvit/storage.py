@@ -161,6 +161,13 @@ class Storage:
             return
         _write_local(Path(path), content, durable)
 
+    def sweep(self) -> None:
+        """Delete what processes that were killed in `write` left beside the files of a local folder, at any depth."""
+        if not self.is_remote:
+            for path in Path(self.path()).rglob(".*"):
+                if path.suffix[1:].isdigit():  # see `_write_local`
+                    path.unlink(missing_ok=True)
+
     @_retried
     def fetch(self, name: str, target: Path) -> None:
         """Copy a file to `target` on a local disk, however large it is."""

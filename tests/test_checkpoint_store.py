@@ -16,7 +16,7 @@ from diffvit.config import CheckpointConfig
 from diffvit.storage import Storage
 from diffvit.training import checkpoint_writer
 from diffvit.training.checkpoint import Snapshot
-from diffvit.training.checkpoint_store import CheckpointStore, Entry, kept_steps
+from diffvit.training.checkpoint_store import CheckpointStore, Entry, kept_steps, newest_written
 from diffvit.training.checkpoint_writer import CheckpointWriter
 
 
@@ -57,9 +57,13 @@ def test_an_object_store(object_store: ObjectStore, tmp_path: Path) -> None:
     store = CheckpointStore(uri, CheckpointConfig(keep_last=2))
     warnings: list[str] = []
     assert store.newest_whole(warnings.append) is None
+    assert newest_written(uri) is None
     for step in (3, 5, 8):
         store.put(snapshot(step))
         store.drop_others(step)
+    Storage(uri).write("checkpoint_step_00000009/training.pt", b"on its way")
+    assert newest_written(uri) == "checkpoint_step_00000008"
+    store.sweep()
     assert [entry.step for entry in store.entries()] == [5, 8]
     with store.opened(8) as folder:
         assert torch.equal(load_file(folder / "model.safetensors")["w"], torch.arange(1000.0) + 8)

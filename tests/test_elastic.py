@@ -18,11 +18,15 @@ def test_the_largest_number_there_is_room_for(room: int, taken: int) -> None:
     assert largest_fitting(room, (2, 4, 12)) == taken
 
 
+def fitting_policy(counts: tuple[int, ...]) -> FittingPolicy:
+    return FittingPolicy(ScalingConfig(num_workers=(1, 8), resources_per_worker={"CPU": 2}), counts, lambda: None)
+
+
 def test_nodes_that_are_gone_or_about_to_go_have_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [{"NodeID": name, "Alive": name != "dead"} for name in ("a", "b", "leaving", "dead")]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", lambda: {"leaving": 1_000})
-    policy = FittingPolicy(ScalingConfig(num_workers=(1, 8), resources_per_worker={"CPU": 2}), (1, 2, 3, 4, 6))
+    policy = fitting_policy((1, 2, 3, 4, 6))
     reserved = {name: {"CPU": 4.0} for name in ("a", "b", "leaving", "dead", "never heard of")}
     assert policy._count_possible_workers(reserved) == 4
     del reserved["a"]
@@ -31,29 +35,50 @@ def test_nodes_that_are_gone_or_about_to_go_have_no_room(monkeypatch: pytest.Mon
     assert policy._count_possible_workers(reserved) == 3
 
 
-@pytest.mark.parametrize(
-    ("running", "leaving", "to"),
-    [
-        pytest.param(2, set(), 4, id="grows"),
-        pytest.param(4, set(), None, id="stays"),
-        pytest.param(4, {"b"}, None, id="writes its checkpoint first"),
-    ],
-)
-def test_a_group_that_runs_is_made_larger_and_never_smaller(
-    running: int, leaving: set[str], to: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def running(workers: int) -> Any:
+    return SimpleNamespace(num_workers=workers, start_time=float("-inf"))
+
+
+@pytest.fixture
+def policy(monkeypatch: pytest.MonkeyPatch) -> FittingPolicy:
+    """Two nodes with room for four workers."""
     monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": name, "Alive": True} for name in ("a", "b")])
-    monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", lambda: dict.fromkeys(leaving, 1_000))
-    policy = FittingPolicy(ScalingConfig(num_workers=(1, 8), resources_per_worker={"CPU": 2}), (1, 2, 4))
+    monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", dict)
+    policy = fitting_policy((1, 2, 4))
     monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
     monkeypatch.setattr(policy, "_get_reserved_resources", lambda: {"a": {"CPU": 4.0}, "b": {"CPU": 4.0}})
-    state: Any = SimpleNamespace(num_workers=running, start_time=float("-inf"))
-    decision = policy.make_decision_for_running_worker_group(state, None)
-    if to is None:
-        assert isinstance(decision, NoopDecision)
-    else:
-        assert isinstance(decision, ResizeDecision)
-        assert decision.num_workers == to
+    return policy
+
+
+def test_a_group_grows_just_after_a_checkpoint(policy: FittingPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = iter(["step_10", "step_10", None, "step_20"])
+    monkeypatch.setattr(policy, "_newest", lambda: next(newest))
+    for _ in range(3):
+        assert isinstance(policy.make_decision_for_running_worker_group(running(2), None), NoopDecision)
+    decision = policy.make_decision_for_running_worker_group(running(2), None)
+    assert isinstance(decision, ResizeDecision)
+    assert decision.num_workers == 4
+
+
+def test_room_that_is_gone_by_the_next_checkpoint(policy: FittingPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = iter(["step_10", "step_20"])
+    monkeypatch.setattr(policy, "_newest", lambda: next(newest))
+    policy.make_decision_for_running_worker_group(running(2), None)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "a", "Alive": True}])
+    for _ in range(2):  # the second time there is nothing to wait for
+        assert isinstance(policy.make_decision_for_running_worker_group(running(2), None), NoopDecision)
+
+
+@pytest.mark.parametrize("leaving", [set(), {"b"}])
+def test_a_group_that_runs_is_never_made_smaller(
+    policy: FittingPolicy, leaving: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose node is about to go writes its checkpoint first."""
+    monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", lambda: dict.fromkeys(leaving, 1_000))
+    newest = iter(["step_10", "step_20"])
+    monkeypatch.setattr(policy, "_newest", lambda: next(newest))
+    for _ in range(2):
+        assert isinstance(policy.make_decision_for_running_worker_group(running(4), None), NoopDecision)
     if leaving:  # and once it has ended
         decision = policy.make_decision_for_non_running_worker_group()
         assert isinstance(decision, ResizeDecision)

@@ -34,6 +34,7 @@ MOMENTS: dict[str, tuple[Any, str, int, str]] = {
     "written, not in its place": (checkpoint, "write_manifest", 4, "after"),
     "before old ones are deleted": (checkpoint_store, "kept_steps", 4, "before"),
     "half deleted": (shutil, "rmtree", 6, "after"),
+    "audit written, not in its place": (os, "fsync", 5, "after"),
     "evaluation": (loop, "evaluate", 2, "before"),
     "before results.json": (run_folder, "write_results", 1, "before"),
 }
@@ -102,4 +103,4 @@ def test_a_killed_run_ends_as_the_uncut_one(config: RunConfig, moment: str) -> N
     # nothing is left behind; which checkpoints beside the best and the last are there depends on the disk's speed
     left = [{path.name for path in folder.iterdir() if "checkpoint_step" not in path.name} for folder in folders]
     assert left[0] - {"interruptions.json"} == left[1]
-    assert not list(cut.folder.glob(".*"))
+    assert not list(cut.folder.rglob(".*"))

@@ -1,4 +1,4 @@
-"""A node taken away with notice, on a cluster of two: the run saves, goes on with what is left, and repeats little."""
+"""A node that comes and is taken away with notice: the run grows, saves, and goes on with what is left."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ pytestmark = pytest.mark.ray
 
 # a process of its own, because the other tests' Ray has one node
 SCRIPT = """
-import subprocess, sys, threading, time
+import functools, json, subprocess, sys, threading, time
 from pathlib import Path
 import ray
+import ray.train
 from ray.cluster_utils import Cluster
 from diffvit.config import from_json
 from diffvit.training.launch import train
@@ -28,18 +29,27 @@ from diffvit.training.launch import train
 if __name__ == "__main__":
     config = from_json(Path(sys.argv[1]).read_text(), "test")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})
-    leaving = cluster.add_node(num_cpus=3)
     ray.init(address=cluster.address, log_to_driver=False)
+    ray.train.ScalingConfig = functools.partial(ray.train.ScalingConfig, elastic_resize_monitor_interval_s=2)
 
-    def drain():
-        while not list(config.folder.glob("checkpoint_step_*")):
+    def workers():
+        saved = sorted(config.folder.glob("checkpoint_step_*/checkpoint.json"))
+        return json.loads(saved[-1].read_text())["metrics"]["world_sizes"][-1] if saved else 0
+
+    def wait_for(count):
+        while workers() != count:
             time.sleep(0.1)
+
+    def come_and_go():
+        wait_for(1)
+        node = cluster.add_node(num_cpus=3)
+        wait_for(2)
         subprocess.run(
             [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address,
-             "--node-id", leaving.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
+             "--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
              "--reason-message", "spot", "--deadline-remaining-seconds", "6"], check=True)
 
-    threading.Thread(target=drain, daemon=True).start()
+    threading.Thread(target=come_and_go, daemon=True).start()
     try:
         train(config)
     finally:
@@ -48,13 +58,14 @@ if __name__ == "__main__":
 """
 
 
-def test_a_node_that_is_taken_away(tiny_config: RunConfig, tmp_path: Path) -> None:
+def test_a_node_that_comes_and_is_taken_away(tiny_config: RunConfig, tmp_path: Path) -> None:
     images = make_folder(tmp_path / "more", images_per_class=160, val_per_class=5)  # 40 steps an epoch
     config = with_fields(
         tiny_config,
         data={"path": str(images), "audit": True},
         model={"depth": 8},  # slow enough that the node goes before the run ends
-        optim={"epochs": 10},
+        optim={"epochs": 15},
+        checkpoint={"every_steps": 20},
         scale={"workers": (1, 2), "cpus_per_worker": 2.0, "max_failures": 0},
     )
     (tmp_path / "config.json").write_text(to_json(config))
@@ -65,10 +76,11 @@ def test_a_node_that_is_taken_away(tiny_config: RunConfig, tmp_path: Path) -> No
         done = subprocess.run(command, stdout=file, stderr=file, check=False, timeout=600, env=os.environ)
     assert done.returncode == 0, log.read_text()[-3000:]
     results = json.loads((config.folder / "results.json").read_text())
-    assert (results["status"], results["last"]["step"]) == ("finished", 400)
-    assert results["world_sizes"] == [2, 1]
-    (interruption,) = results["interruptions"]
-    assert interruption["why"].startswith("preempted")
+    assert (results["status"], results["last"]["step"]) == ("finished", 600)
+    assert results["world_sizes"] == [1, 2, 1]
+    grown, preempted = (interruption["why"] for interruption in results["interruptions"])
+    assert grown == "resized from 1 to 2 workers"
+    assert preempted.startswith("preempted")
     rows = pq.read_table(config.folder / "audit").to_pylist()
     seen = sorted((row["epoch"], row["position"]) for row in rows)
-    assert seen == [(epoch, position) for epoch in range(1, 11) for position in range(480)]
+    assert seen == [(epoch, position) for epoch in range(1, 16) for position in range(480)]

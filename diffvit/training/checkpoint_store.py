@@ -98,6 +98,7 @@ class CheckpointStore:
 
     def sweep(self) -> None:
         """Delete what a writer that was killed left half done."""
+        self._storage.sweep()
         if not self._storage.is_remote:
             for partial in Path(self._storage.path()).glob(f"{_PARTIAL}*"):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -170,6 +171,19 @@ def _entries(storage: Storage) -> list[Entry]:
             continue
         found.append(Entry(int(match[1]), metrics))
     return sorted(found, key=lambda entry: entry.step)
+
+
+def newest_written(folder: str) -> str | None:
+    """Name of the newest checkpoint of a run, which may be a damaged one; None where there is none, or none in reach.
+
+    For who asks often: it reads no file and does not wait for a store that is away.
+    """
+    storage = Storage(folder, retry_seconds=0)
+    with suppress(OSError, StorageError):
+        for name in sorted(storage.names(), reverse=True):
+            if _MANIFEST.fullmatch(f"{name}/{MANIFEST_NAME}") and storage.size(f"{name}/{MANIFEST_NAME}") is not None:
+                return name
+    return None
 
 
 def kept_steps(entries: Sequence[Entry], keep_last: int, keep_every_epochs: int | None = None) -> set[int]:

@@ -3,13 +3,16 @@
 Ray Train's elastic policy takes whatever number the cluster has room for. This one steps down to the next that the run
 can have, and looks at the nodes of now: Ray's own goes by those of up to 20 seconds ago and by nodes that are about to
 go, starts workers there, and finds out when that times out after a minute. Nor does it take workers from a group that
-runs: one whose node is about to go first writes its checkpoint, and ends by itself. It is put in where the trainer
-hands its policy to the controller, because Ray 2.60 has no option for it.
+runs: one whose node is about to go first writes its checkpoint, and ends by itself. And it makes a group larger only
+just after a checkpoint was written, since all that came after the last one is done again. It is put in where the
+trainer hands its policy to the controller, because Ray 2.60 has no option for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import ray
@@ -22,13 +25,20 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingPolicy,
 )
 
+from diffvit.training.checkpoint_store import newest_written
+
 
 class FittingPolicy(ElasticScalingPolicy):  # type: ignore[misc]
-    """As many workers of `counts` as there is room for; fewer than there are only once their group has ended."""
+    """As many workers of `counts` as there is room for; fewer than there are only once their group has ended.
 
-    def __init__(self, scaling_config: Any, counts: tuple[int, ...]) -> None:
+    `newest` names the newest checkpoint, None where it cannot be told.
+    """
+
+    def __init__(self, scaling_config: Any, counts: tuple[int, ...], newest: Callable[[], str | None]) -> None:
         super().__init__(scaling_config)
-        self._counts = counts
+        self._counts, self._newest = counts, newest
+        self._grows_after: str | None = None
+        self._waits = False
 
     def _get_reserved_resources(self) -> Any:
         with suppress(ray.exceptions.RayError):  # then the one before has to do
@@ -44,10 +54,23 @@ class FittingPolicy(ElasticScalingPolicy):  # type: ignore[misc]
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
     ) -> ScalingDecision:
+        saved = False
+        if self._waits:
+            newest = self._newest()
+            saved = newest not in (None, self._grows_after)
+            if not saved:
+                return NoopDecision()
+            self._latest_monitor_time = float("-inf")  # look at the nodes of now
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
-        if isinstance(decision, ResizeDecision) and decision.num_workers < worker_group_state.num_workers:
-            return NoopDecision()
-        return decision
+        grows = isinstance(decision, ResizeDecision) and decision.num_workers > worker_group_state.num_workers
+        self._waits = grows and not saved
+        if self._waits:
+            self._grows_after = self._newest()
+        return decision if grows and saved else NoopDecision()
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        self._waits = False
+        return super().make_decision_for_non_running_worker_group()
 
 
 def _staying_nodes() -> set[str]:
@@ -62,13 +85,13 @@ def largest_fitting(room: int, counts: tuple[int, ...]) -> int:
 
 
 class FittingTrainer(TorchTrainer):  # type: ignore[misc]
-    """A `TorchTrainer` whose workers, where their number is left open, are one of `counts`."""
+    """A `TorchTrainer` whose workers, where their number is left open, are one of `counts`; `run` is its folder."""
 
-    def __init__(self, counts: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    def __init__(self, counts: tuple[int, ...], run: str, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._counts = counts
+        self._counts, self._run = counts, run
 
     def _initialize_and_run_controller(self, *, scaling_policy: ScalingPolicy, **options: Any) -> Any:
         if isinstance(scaling_policy, ElasticScalingPolicy):
-            scaling_policy = FittingPolicy(self.scaling_config, self._counts)
+            scaling_policy = FittingPolicy(self.scaling_config, self._counts, partial(newest_written, self._run))
         return super()._initialize_and_run_controller(scaling_policy=scaling_policy, **options)

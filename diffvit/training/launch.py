@@ -206,6 +206,7 @@ def _trainer(
     resources = {"CPU": config.scale.cpus_per_worker} | ({"GPU": 1} if config.scale.gpu else {})
     return FittingTrainer(
         config.worker_counts,
+        config.location,
         work or _train_worker,
         train_loop_config={"config": to_json(config), "dataset": ray.put(dataset), "progress": progress},
         torch_config=TorchConfig(backend="nccl" if config.scale.gpu else "gloo"),
