@@ -1,4 +1,4 @@
-"""A cloud in a box: EC2's and IAM's API from moto, whose instances are test hosts, and their metadata service.
+"""A cloud in a box: EC2's, IAM's and S3's API from moto, whose instances are test hosts, and their metadata service.
 
 moto hands out private addresses of its VPC, which is the hosts' network, so an instance at 10.77.0.5 is the host at
 10.77.0.5. A thread starts a host for every instance that runs and powers it off when the instance ends.
@@ -36,11 +36,11 @@ def _give_as_many_as_asked(monkeypatch: Any) -> None:
 
 
 class Cloud:
-    """`with Cloud(network, monkeypatch, furnish) as cloud:`; `furnish` puts an image's contents into a HOME."""
+    """`with Cloud(network, caller, monkeypatch, furnish) as cloud:`; `furnish` puts an image's contents into a HOME."""
 
-    def __init__(self, network: HostNetwork, monkeypatch: Any, furnish: Callable[[Path], None]) -> None:
+    def __init__(self, network: HostNetwork, caller: Host, monkeypatch: Any, furnish: Callable[[Path], None]) -> None:
         _give_as_many_as_asked(monkeypatch)
-        self.network, self._furnish = network, furnish
+        self.network, self._caller, self._furnish = network, caller, furnish
         self._server = ThreadedMotoServer(ip_address=MACHINE, port=0, verbose=False)
         self._metadata = ThreadingHTTPServer((MACHINE, 0), self._metadata_handler())
         self._stop = threading.Event()
@@ -116,7 +116,7 @@ class Cloud:
             running = {instance["PrivateIpAddress"] for instance in self.instances("running")}
             for address in running - self.network.hosts.keys():
                 self.network.start(int(address.rpartition(".")[2]), self._furnish)
-            for address in self.network.hosts.keys() - running:
+            for address in self.network.hosts.keys() - running - {self._caller.address}:
                 host: Host = self.network.hosts[address]
                 self.sent_outside[f"{address} at {time.time():.0f}"] = host.packets_sent_outside()
                 self.network.power_off(host)
