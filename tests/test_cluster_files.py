@@ -101,7 +101,7 @@ SLIPS = [
     ("kuberay", "serviceType: ClusterIP", "serviceType: LoadBalancer", "so that the head has no public address"),
     # versions
     ("kuberay", 'rayVersion: "2.60.0"', 'rayVersion: "2.59.0"', "rayVersion must be 2.60.0, as in requirements.lock"),
-    ("aws", "--requirement ~/diffvit-node/requirements.lock", "'ray[default]==2.52.1'", "installs Ray 2.52.1, require"),
+    ("aws", "--requirement ~/diffvit-node/requirements.txt", "'ray[default]==2.52.1'", "installs Ray 2.52.1, require"),
     ("gcp", "cluster_name: diffvit", "cluster_name: [diffvit", "not YAML"),
 ]  # fmt: skip
 

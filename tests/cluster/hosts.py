@@ -26,6 +26,8 @@ MACHINE = f"{_NETWORK}.1"
 """This machine, as the hosts reach it."""
 _NOWHERE = "192.0.2.1"
 """An address that nobody has (RFC 5737): a question to it leaves by the device that counts."""
+_NAMES_RAY_ASKS_FOR = ("metadata.google.internal", "usage-stats.ray.io")
+"""At each start: whether there are TPUs, and to say that usage statistics are off. Here this machine, which refuses."""
 _PROGRAMS = ("ip", "unshare", "ssh", "ssh-keygen", "sshd", "rsync")
 _LOCK = Path("/run/diffvit-test-hosts.lock")
 
@@ -113,7 +115,8 @@ class HostNetwork:
         for name in ("key", "hostkey"):
             _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self._folder / name))
         names = [f"{_NETWORK}.{number} {_BRIDGE}{number}" for number in range(2, 255)]
-        (self._folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *names, ""]))
+        known = [f"{MACHINE} {name}" for name in _NAMES_RAY_ASKS_FOR]
+        (self._folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *names, *known, ""]))
         (self._folder / "resolv.conf").write_text(f"nameserver {_NOWHERE}\noptions timeout:1 attempts:1\n")
         _run("ip", "link", "add", _BRIDGE, "type", "bridge")
         _run("ip", "addr", "add", f"{MACHINE}/24", "dev", _BRIDGE)
