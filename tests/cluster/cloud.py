@@ -22,6 +22,7 @@ from moto.ec2.responses.instances import InstanceResponse
 from moto.server import ThreadedMotoServer
 
 REGION = "eu-central-1"
+BUCKET = "diffvit-test"
 POLICIES = Path(__file__).parents[2] / "cluster"
 CREDENTIALS = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": REGION}
 
@@ -58,6 +59,8 @@ class Cloud:
         self.endpoint = f"http://{host}:{port}"
         self.ec2 = boto3.client("ec2", endpoint_url=self.endpoint, **CREDENTIALS)
         self.iam = boto3.client("iam", endpoint_url=self.endpoint, **CREDENTIALS)
+        self.s3 = boto3.client("s3", endpoint_url=self.endpoint, **CREDENTIALS)
+        self.s3.create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION})
         for thread in self._threads:
             thread.start()
         return self
@@ -93,6 +96,18 @@ class Cloud:
             self.iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
         image = self.ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
         return {"subnet": subnet, "nodes": nodes, "ssh": ssh, "image": image}
+
+    def uri(self, folder: str) -> str:
+        """A place in the bucket, as diffvit's options take it."""
+        return f"s3://{BUCKET}/{folder}?endpoint_override={self.endpoint.removeprefix('http://')}&scheme=http"
+
+    def objects(self, folder: str) -> list[str]:
+        pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{folder}/")
+        return [item["Key"] for page in pages for item in page.get("Contents", [])]
+
+    def read(self, name: str) -> bytes:
+        content: bytes = self.s3.get_object(Bucket=BUCKET, Key=name)["Body"].read()
+        return content
 
     def instances(self, *states: str) -> list[dict[str, Any]]:
         found = self.ec2.describe_instances()["Reservations"]
