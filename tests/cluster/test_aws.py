@@ -41,7 +41,7 @@ def cloud(network: HostNetwork, caller: Host, module_monkeypatch: pytest.MonkeyP
         for folder in ("bin", "diffvit-node"):
             (home / folder).mkdir()
         (home / "diffvit-node/env").symlink_to(sys.prefix)
-        (home / ".bashrc").write_text("export PATH=~/bin:$PATH\n")
+        (home / ".bashrc").write_text("export PATH=~/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1\n")
         (home / "bin/sudo").write_text("#!/bin/sh\nexit 0\n")
         (home / "bin/sudo").chmod(0o755)
         write_aws_files(home, cloud)

@@ -40,6 +40,7 @@ def launcher(hosts: list[Host], caller: Host, shared_folder: Path, caller_home: 
     file.write_text(yaml.safe_dump(config))
     for host in hosts[:3]:  # the environment that setup would otherwise download
         host.run(f"mkdir ~/diffvit-node && ln -s {sys.prefix} ~/diffvit-node/env")
+        host.run("echo 'export PIP_DISABLE_PIP_VERSION_CHECK=1' >> ~/.bashrc")  # pip asks for its newest version
     launcher = Launcher(file, caller, caller_home)
     try:
         launcher.up()
