@@ -99,9 +99,26 @@ SLIPS = [
     ("kuberay", "enabled: true", "enabled: false", "tlsOptions.enabled: must be true"),
     ("kuberay", "mode: DenyAllIngress", "mode: DenyAllEgress", "networkPolicy.mode: must be DenyAllIngress"),
     ("kuberay", "serviceType: ClusterIP", "serviceType: LoadBalancer", "so that the head has no public address"),
+    ("kuberay", "            - from:\n", "            - form:\n", "head.ingressRules.0.: names no `from`, and so lets"),
+    # a field that is empty, or of another kind
+    ("aws", "provider:\n  type: aws", "provider:\nx:\n  type: aws", "provider.type: must be one of .*, got None"),
+    ("aws", "&subnets [10.77.0.11]", "&subnets subnet-0abc", r"SubnetIds: must be a list, .*: write \[subnet-0abc\]"),
+    ("aws", "&metadata {HttpTokens: required, HttpPutResponseHopLimit: 1}", "&metadata", "parameter MetadataOptions"),
+    ("aws", "BlockDeviceMappings: &disk\n", "BlockDeviceMappings: &disk x\n      UserData: |\n", "BlockDeviceMappings"),
+    ("gcp", "networkInterfaces: *network", "networkInterfaces:", "networkInterfaces: must be of type array, got None"),
+    ("azure", "priority: Spot", "priority: Spott", "azure_arm_parameters.priority: unknown; did you mean 'Spot'"),
+    ("azure", "osDiskSize: 150", "osDiskSize: big", "azure_arm_parameters.osDiskSize: must be of type int, got 'big'"),
+    ("kuberay", "items:\n", "items:\nx:\n", "items: must be a list of RayClusters and RayJobs"),
+    ("kuberay", "    spec: &cluster\n", "    specs: &cluster\n", "RayCluster.spec: is missing"),
+    ("kuberay", "      headGroupSpec:\n", "      headGroup:\n", "RayCluster.spec.headGroupSpec: is missing"),
+    ("kuberay", "      workerGroupSpecs:\n", "      workerGroupSpecs:\n      x:\n", "workerGroupSpecs: must be a list"),
+    ("kuberay", "maxReplicas: 4", "maxReplicas: four", "maxReplicas: must be a whole number, got 'four'"),
+    ("kuberay", "submissionMode: SidecarMode", "submissionMode: SidecrMode", "submissionMode: unknown; did you mean"),
+    ("kuberay", 'num-cpus: "0"', "num-cpus: 0", "rayStartParams.num-cpus: must be text, got 0: put it in quotes"),
+    ("kuberay", "- groupName: gpu-spot\n          replicas", "- replicas", r"groupName: is missing"),
     # versions
     ("kuberay", 'rayVersion: "2.60.0"', 'rayVersion: "2.59.0"', "rayVersion must be 2.60.0, as in requirements.lock"),
-    ("aws", "--requirement ~/diffvit-node/requirements.lock", "'ray[default]==2.52.1'", "installs Ray 2.52.1, require"),
+    ("aws", "--requirement ~/diffvit-node/requirements.txt", "'ray[default]==2.52.1'", "installs Ray 2.52.1, require"),
     ("gcp", "cluster_name: diffvit", "cluster_name: [diffvit", "not YAML"),
 ]  # fmt: skip
 

@@ -14,6 +14,14 @@ from diffvit.cluster import packages
 from diffvit.cluster.packages import PACKAGES, differing, require_all, require_packages, versions_on
 
 
+def test_a_node_installs_them_with_rays_extras_and_boto3() -> None:
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    bare = [re.split(r"[<>=;\s]", line, maxsplit=1)[0] for line in project["dependencies"]]
+    listed = (root / "cluster/requirements.txt").read_text().splitlines()
+    assert [line for line in listed if not line.startswith("#")] == [*bare, "boto3"]
+
+
 def test_every_dependency_is_asked_for() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert list(PACKAGES) == [re.split(r"[\[<>=;\s]", line, maxsplit=1)[0] for line in project["dependencies"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -168,6 +169,32 @@ def test_a_silent_metadata_service_is_said_once(node: Node, capsys: pytest.Captu
     assert watch(ask, node, 1.0) == 0
     said = capsys.readouterr().out
     assert said.count("does not answer: timed out") == 1
+
+
+@pytest.mark.parametrize("answer", ["[]", "7", '{"action": "stop"}', '{"action": "stop", "time": 7}', "", "<html>"])
+def test_an_answer_of_another_kind_does_not_end_it(node: Node, metadata: Metadata, answer: str) -> None:
+    metadata.answers[AWS_PATH] = answer
+    asked = iter([lambda: ask_aws(metadata.address)] * 2 + [lambda: Notice(30, "n")])
+    assert watch(lambda: next(asked)(), node, 1.0) == 0
+    assert node.ray.with_name("calls").exists()
+
+
+def test_nor_does_one_that_is_cut_off(node: Node) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            for said in (b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nshort", b""):
+                caller, _ = server.accept()
+                with caller:
+                    caller.recv(4096)
+                    caller.sendall(said)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        base = f"http://127.0.0.1:{server.getsockname()[1]}"
+        asked = iter([lambda: ask_aws(base)] * 3 + [lambda: Notice(30, "n")])
+        assert watch(lambda: next(asked)(), node, 1.0) == 0
+        thread.join()
 
 
 def test_it_ends_with_the_raylet(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

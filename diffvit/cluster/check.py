@@ -45,7 +45,10 @@ def file_problems(text: str, lock: str) -> list[str]:
     if not documents or not all(isinstance(document, dict) for document in documents):
         return [*problems, "must hold a mapping of fields"]
     if "apiVersion" in documents[0]:
-        items = [item for document in documents for item in document.get("items", [document])]
+        lists = [document.get("items", [document]) for document in documents]
+        if not all(isinstance(items, list) for items in lists):
+            return [*problems, "items: must be a list of RayClusters and RayJobs"]
+        items = [item for items in lists for item in items]
         return problems + [line for item in items for line in _kuberay_problems(item, version)]
     return [*problems, *_pinned_ray_problems(text, version), *_launcher_problems(documents[0])]
 
@@ -80,21 +83,22 @@ def _placeholder_problems(text: str) -> Iterator[str]:
 
 
 def _launcher_problems(config: dict[str, Any]) -> list[str]:
-    provider = config.get("provider", {}).get("type")
-    if provider not in _PROVIDERS:
-        return [f"provider.type: must be one of {', '.join(_PROVIDERS)}, got {provider!r}"]
+    provider = config.get("provider")
+    kind = provider.get("type") if isinstance(provider, dict) else provider
+    if not isinstance(provider, dict) or kind not in _PROVIDERS:
+        return [f"provider.type: must be one of {', '.join(_PROVIDERS)}, got {kind!r}"]
     try:
         prepared = _prepare(config)
     except ValueError as error:
         return [str(error)]
-    problems = provider_problems(config["provider"]) + launcher_problems(prepared)
+    problems = provider_problems(provider)
     for name, node_type in prepared["available_node_types"].items():
         path = f"available_node_types.{name}.node_config"
         try:
-            problems += node_problems(provider, node_type["node_config"], path)
+            problems += node_problems(kind, node_type["node_config"], path)
         except ModuleNotFoundError as error:
-            return [*problems, f"{error.name} is not installed: pip install -c {_LOCK} -e '.[{provider}]'"]
-    return problems
+            return [*problems, f"{error.name} is not installed: pip install -c {_LOCK} -e '.[{kind}]'"]
+    return problems or launcher_problems(prepared)  # which relies on what the fields are
 
 
 def _prepare(config: dict[str, Any]) -> dict[str, Any]:

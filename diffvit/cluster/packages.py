@@ -97,7 +97,7 @@ def require_all(found: Mapping[str, Versions]) -> None:
     if not lacking:
         return
     lines = "".join(f"\n  {address}: {', '.join(names)}" for address, names in sorted(lacking.items()))
-    remedy = "install requirements.lock there (setup_commands of the cluster file, or its image)"
+    remedy = "install cluster/requirements.txt there (setup_commands of the cluster file, or its image)"
     if any(_OURS in names for names in lacking.values()):
         remedy += f", and submit the job with --working-dir . for {_OURS} itself"
     raise ValueError(f"every node needs diffvit's packages, and these lack some:{lines}\n{remedy}")

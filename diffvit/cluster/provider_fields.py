@@ -36,7 +36,9 @@ _AWS_SET_BY_RAY = {"MinCount": 1, "MaxCount": 1}
 _AZURE_SET_BY_RAY = {
     "vmName", "adminUsername", "publicKey", "vmTags", "vmCount", "provisionPublicIp", "msi", "nsg", "subnet", "zones",
 }  # fmt: skip
-_AZURE_READ_BY_RAY = {"availability_zone"}
+_AZURE_READ_BY_RAY: Mapping[str, Mapping[str, str]] = {"availability_zone": {}}
+_AZURE_CHOICES = {"priority": ("Regular", "Low", "Spot"), "evictionPolicy": ("Deallocate", "Delete")}
+"""Of the virtual machines' API; Ray's template passes any text on."""
 
 
 def provider_problems(provider: Mapping[str, Any]) -> list[str]:
@@ -58,6 +60,8 @@ def _aws_problems(node_config: Mapping[str, Any], path: str) -> list[str]:
 
     asked = dict(node_config)
     subnets = asked.pop("SubnetIds", [])  # Ray's own: it picks one of them
+    if not isinstance(subnets, list):
+        return [f"{path}.SubnetIds: must be a list, got {subnets!r}: write [{subnets}]"]
     shape = _run_instances_shape()
     report = ParamValidator().validate({**_AWS_SET_BY_RAY, **asked, "SubnetId": (subnets or [""])[0]}, shape)
     problems = [f"{path}: {line}" for line in report.generate_report().splitlines()]
@@ -100,6 +104,7 @@ def _gcp_problems(value: Any, schema_name: str, path: str) -> list[str]:
 
 
 _JSON_TYPES = {"string": str, "boolean": bool, "integer": int, "array": list, "object": dict}
+_AZURE_TYPES = {"string": str, "bool": bool, "int": int, "array": list, "object": dict}
 
 
 def _gcp_value_problems(value: Any, schema: Mapping[str, Any], path: str) -> list[str]:
@@ -110,7 +115,7 @@ def _gcp_value_problems(value: Any, schema: Mapping[str, Any], path: str) -> lis
     kind = schema.get("type")
     if kind == "string" and schema.get("format") == "int64" and isinstance(value, int):
         return []  # the API writes 64-bit numbers as strings and takes both
-    if kind in _JSON_TYPES and not isinstance(value, _JSON_TYPES[kind]):
+    if kind in _JSON_TYPES and not is_a(value, _JSON_TYPES[kind]):
         return [f"{path}: must be of type {kind}, got {value!r}"]
     if kind == "array":
         return [
@@ -135,13 +140,29 @@ def _azure_problems(node_config: Mapping[str, Any], path: str) -> list[str]:
     import ray.autoscaler._private as private
 
     template = json.loads((Path(private.__file__).parent / "_azure/azure-vm-template.json").read_bytes())
-    known = (template["parameters"].keys() - _AZURE_SET_BY_RAY) | _AZURE_READ_BY_RAY
-    parameters = node_config.get("azure_arm_parameters", {})
-    problems = [unknown(f"{path}.{name}", name, ["azure_arm_parameters"]) for name in node_config]
-    problems = [] if list(node_config) == ["azure_arm_parameters"] else problems
-    return problems + [
-        unknown(f"{path}.azure_arm_parameters.{name}", name, known) for name in parameters if name not in known
-    ]
+    known = {name: kind for name, kind in template["parameters"].items() if name not in _AZURE_SET_BY_RAY}
+    known |= _AZURE_READ_BY_RAY
+    if list(node_config) != ["azure_arm_parameters"]:
+        return [unknown(f"{path}.{name}", name, ["azure_arm_parameters"]) for name in node_config]
+    path = f"{path}.azure_arm_parameters"
+    if not isinstance(node_config["azure_arm_parameters"], dict):
+        return [f"{path}: must be a mapping, got {node_config['azure_arm_parameters']!r}"]
+    problems = []
+    for name, value in node_config["azure_arm_parameters"].items():
+        kind = _AZURE_TYPES.get(known.get(name, {}).get("type", ""))
+        choices = _AZURE_CHOICES.get(name)
+        if name not in known:
+            problems.append(unknown(f"{path}.{name}", name, known))
+        elif kind and not is_a(value, kind):
+            problems.append(f"{path}.{name}: must be of type {known[name]['type']}, got {value!r}")
+        elif choices and value not in choices:
+            problems.append(unknown(f"{path}.{name}", value, choices))
+    return problems
+
+
+def is_a(value: Any, kind: type) -> bool:
+    """A bool is an int to Python, but not to an API."""
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def unknown(path: str, value: str, known: Iterable[str]) -> str:

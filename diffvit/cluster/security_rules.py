@@ -58,7 +58,19 @@ def kuberay_security_problems(document: Mapping[str, Any]) -> list[str]:
         problems.append(f"{path}.headGroupSpec.serviceType: must be ClusterIP, so that the head has no public address")
     if spec["headGroupSpec"].get("enableIngress"):
         problems.append(f"{path}.headGroupSpec.enableIngress: must not be set: use kubectl port-forward")
-    return problems
+    return problems + _open_ingress_problems(spec.get("networkPolicy", {}), f"{path}.networkPolicy")
+
+
+def _open_ingress_problems(policy: Mapping[str, Any], path: str) -> list[str]:
+    """A rule that names nobody lets everybody in."""
+    rules = {name: policy.get(name, {}) for name in ("head", "worker")}
+    rules |= {f"workerGroups[{number}]": group for number, group in enumerate(policy.get("workerGroups", []))}
+    return [
+        f"{path}.{name}.ingressRules[{number}]: names no `from`, and so lets everybody in"
+        for name, group in rules.items()
+        for number, rule in enumerate(group.get("ingressRules", []))
+        if not rule.get("from")
+    ]
 
 
 def _start_problems(config: Mapping[str, Any]) -> Iterator[str]:

@@ -21,6 +21,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from http.client import HTTPException
 from pathlib import Path
 
 _AWS = "http://169.254.169.254"
@@ -40,7 +41,7 @@ class Notice:
 
 
 Ask = Callable[[], Notice | None]
-"""The notice, or None as long as there is none; OSError when the metadata service does not answer."""
+"""The notice, or None as long as there is none; raises when the metadata service does not answer, or nonsense."""
 
 
 def ask_aws(base: str = _AWS, now: Callable[[], float] = time.time) -> Notice | None:
@@ -145,7 +146,7 @@ def watch(ask: Ask, node: Node, poll_seconds: float) -> int:
         try:
             notice = ask()
             silent = 0
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:  # or an answer of another kind
             notice = None
             silent += 1
             if silent in (1, 100):  # once, and once more when it lasts

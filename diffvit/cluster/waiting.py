@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ray
-from ray.autoscaler.sdk import request_resources
+import yaml
 from ray.autoscaler.v2.schema import ClusterStatus
 from ray.autoscaler.v2.sdk import get_cluster_status
 
@@ -21,40 +23,75 @@ Bundle = dict[str, float]
 
 _POLL_SECONDS = 2.0
 _REMIND_SECONDS = 60.0
+_EXPIRE_SECONDS = 60.0
+"""After which the autoscaler forgets a request that is not made again, as when this process was killed."""
+_REMEDY = "raise max_workers in the cluster file, or have the cloud raise the quota"
+_BOOTSTRAP = "~/ray_bootstrap_config.yaml"
+"""The cluster file, as `ray up` leaves it on the head."""
 
 
 def can_grow() -> bool:
     """Whether this process runs on the head of a cluster that `ray up` or KubeRay made, which may add nodes."""
-    return Path("~/ray_bootstrap_config.yaml").expanduser().exists() or "RAY_CLUSTER_NAME" in os.environ
+    return Path(_BOOTSTRAP).expanduser().exists() or "RAY_CLUSTER_NAME" in os.environ
 
 
 def wait_for_nodes(bundles: Sequence[Bundle], limit_seconds: float, say: Callable[[str], None]) -> None:
     """Until every bundle has room, all at the same time; `say` hears of each change, and of none once a minute.
+
+    A cluster of own machines is waited for only until all of them are up: then nothing more will come.
 
     Raises:
         ValueError: there was no room within `limit_seconds`; says what the autoscaler last met.
     """
     if room_for(bundles) == len(bundles):
         return
-    request_resources(bundles=[dict(bundle) for bundle in bundles])
+    machines = _own_machines()
+    coordinator = None if machines else _coordinator(f"diffvit-{uuid.uuid4().hex}")
     began = last_said = time.monotonic()
     said = ""
     try:
         while (room := room_for(bundles)) < len(bundles):
+            if machines and _alive() >= machines:
+                return
+            if coordinator:
+                coordinator.request_resources([dict(bundle) for bundle in bundles], expire_after_s=_EXPIRE_SECONDS)
+            doing = f"{_alive()} of {machines} machines are up" if machines else _doing()
             now = time.monotonic()
-            line = f"waiting for nodes for {_text(bundles)}: room for {room} of {len(bundles)}; {_doing()}"
+            line = f"waiting for nodes for {_text(bundles)}: room for {room} of {len(bundles)}; {doing}"
             if line != said or now - last_said >= _REMIND_SECONDS:
                 say(line)
                 said, last_said = line, now
             if now - began > limit_seconds:
+                remedy = "start the others, or take them out of worker_ips" if machines else _REMEDY
                 raise ValueError(
                     f"asked for nodes for {_text(bundles)}, the cluster had room for {room} of {len(bundles)} after "
-                    f"{limit_seconds / 60:g} minutes; {_doing()}. Ask for less, raise max_workers in the cluster file, "
-                    "or have the cloud raise the quota"
+                    f"{limit_seconds / 60:g} minutes; {doing}. Ask for less, {remedy}"
                 )
             time.sleep(_POLL_SECONDS)
     finally:
-        request_resources(bundles=[])  # a node that nobody asks for goes away when it is idle
+        if coordinator:
+            coordinator.cancel_request()  # a node that nobody asks for goes away when it is idle
+
+
+def _coordinator(requester: str) -> Any:
+    """Who sends the autoscaler the sum of all requests, every 20 s, and here those of `requester`.
+
+    `ray.autoscaler.sdk.request_resources` would overwrite that sum, and be overwritten by the next.
+    """
+    from ray.data._internal.cluster_autoscaler import DefaultAutoscalingCoordinator  # slow to import
+
+    return DefaultAutoscalingCoordinator(requester)
+
+
+def _own_machines() -> int | None:
+    """How many nodes a cluster of own machines has when all are up; None where nodes are launched."""
+    file = Path(_BOOTSTRAP).expanduser()
+    provider = yaml.safe_load(file.read_text())["provider"] if file.exists() else {}
+    return 1 + len(provider["worker_ips"]) if provider.get("type") == "local" and "worker_ips" in provider else None
+
+
+def _alive() -> int:
+    return sum(node["Alive"] for node in ray.nodes())
 
 
 def room_for(bundles: Sequence[Bundle]) -> int:

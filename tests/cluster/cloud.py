@@ -1,4 +1,4 @@
-"""A cloud in a box: EC2's and IAM's API from moto, whose instances are test hosts, and their metadata service.
+"""A cloud in a box: EC2's, IAM's and S3's API from moto, whose instances are test hosts, and their metadata service.
 
 moto hands out private addresses of its VPC, which is the hosts' network, so an instance at 10.77.0.5 is the host at
 10.77.0.5. A thread starts a host for every instance that runs and powers it off when the instance ends.
@@ -22,6 +22,7 @@ from moto.ec2.responses.instances import InstanceResponse
 from moto.server import ThreadedMotoServer
 
 REGION = "eu-central-1"
+BUCKET = "diffvit-test"
 POLICIES = Path(__file__).parents[2] / "cluster"
 CREDENTIALS = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": REGION}
 
@@ -36,11 +37,11 @@ def _give_as_many_as_asked(monkeypatch: Any) -> None:
 
 
 class Cloud:
-    """`with Cloud(network, monkeypatch, furnish) as cloud:`; `furnish` puts an image's contents into a HOME."""
+    """`with Cloud(network, caller, monkeypatch, furnish) as cloud:`; `furnish` puts an image's contents into a HOME."""
 
-    def __init__(self, network: HostNetwork, monkeypatch: Any, furnish: Callable[[Path], None]) -> None:
+    def __init__(self, network: HostNetwork, caller: Host, monkeypatch: Any, furnish: Callable[[Path], None]) -> None:
         _give_as_many_as_asked(monkeypatch)
-        self.network, self._furnish = network, furnish
+        self.network, self._caller, self._furnish = network, caller, furnish
         self._server = ThreadedMotoServer(ip_address=MACHINE, port=0, verbose=False)
         self._metadata = ThreadingHTTPServer((MACHINE, 0), self._metadata_handler())
         self._stop = threading.Event()
@@ -58,6 +59,8 @@ class Cloud:
         self.endpoint = f"http://{host}:{port}"
         self.ec2 = boto3.client("ec2", endpoint_url=self.endpoint, **CREDENTIALS)
         self.iam = boto3.client("iam", endpoint_url=self.endpoint, **CREDENTIALS)
+        self.s3 = boto3.client("s3", endpoint_url=self.endpoint, **CREDENTIALS)
+        self.s3.create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION})
         for thread in self._threads:
             thread.start()
         return self
@@ -94,6 +97,18 @@ class Cloud:
         image = self.ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
         return {"subnet": subnet, "nodes": nodes, "ssh": ssh, "image": image}
 
+    def uri(self, folder: str) -> str:
+        """A place in the bucket, as diffvit's options take it."""
+        return f"s3://{BUCKET}/{folder}?endpoint_override={self.endpoint.removeprefix('http://')}&scheme=http"
+
+    def objects(self, folder: str) -> list[str]:
+        pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{folder}/")
+        return [item["Key"] for page in pages for item in page.get("Contents", [])]
+
+    def read(self, name: str) -> bytes:
+        content: bytes = self.s3.get_object(Bucket=BUCKET, Key=name)["Body"].read()
+        return content
+
     def instances(self, *states: str) -> list[dict[str, Any]]:
         found = self.ec2.describe_instances()["Reservations"]
         every = [instance for reservation in found for instance in reservation["Instances"]]
@@ -116,7 +131,7 @@ class Cloud:
             running = {instance["PrivateIpAddress"] for instance in self.instances("running")}
             for address in running - self.network.hosts.keys():
                 self.network.start(int(address.rpartition(".")[2]), self._furnish)
-            for address in self.network.hosts.keys() - running:
+            for address in self.network.hosts.keys() - running - {self._caller.address}:
                 host: Host = self.network.hosts[address]
                 self.sent_outside[f"{address} at {time.time():.0f}"] = host.packets_sent_outside()
                 self.network.power_off(host)

@@ -36,6 +36,12 @@ def hosts(network: HostNetwork) -> list[Host]:
 
 
 @pytest.fixture(scope="module")
+def caller(network: HostNetwork) -> Host:
+    """The host on which the user sits who calls `ray up` and submits jobs."""
+    return network.start(200)
+
+
+@pytest.fixture(scope="module")
 def caller_home(shared_folder: Path) -> Path:
     """HOME of the user who calls `ray up`, with a token of its own."""
     token = shared_folder / "caller" / ".ray" / "auth_token"

@@ -8,6 +8,7 @@ file system, so a folder elsewhere is shared by all hosts.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shlex
 import shutil
@@ -23,7 +24,12 @@ _BRIDGE = "dvtest"
 _NETWORK = "10.77.0"
 MACHINE = f"{_NETWORK}.1"
 """This machine, as the hosts reach it."""
+_NOWHERE = "192.0.2.1"
+"""An address that nobody has (RFC 5737): a question to it leaves by the device that counts."""
+_NAMES_RAY_ASKS_FOR = ("metadata.google.internal", "usage-stats.ray.io")
+"""At each start: whether there are TPUs, and to say that usage statistics are off. Here this machine, which refuses."""
 _PROGRAMS = ("ip", "unshare", "ssh", "ssh-keygen", "sshd", "rsync")
+_LOCK = Path("/run/diffvit-test-hosts.lock")
 
 
 def missing_requirement() -> str | None:
@@ -31,7 +37,16 @@ def missing_requirement() -> str | None:
     if sys.platform != "linux" or os.geteuid() != 0:
         return "namespaces need root on Linux"
     missing = [name for name in _PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
-    return f"needs {', '.join(missing)} (Debian: openssh-server, rsync, iproute2, util-linux)" if missing else None
+    if missing:
+        return f"needs {', '.join(missing)} (Debian: openssh-server, rsync, iproute2, util-linux)"
+    # root in a container may lack the rights: make in namespaces of its own what a host is made of
+    devices = "ip link add dvprobe type bridge && ip link add dvprobe0 type veth peer name dvprobe1"
+    tried = subprocess.run(
+        ["unshare", "--mount", "--uts", "--ipc", "--net", "--pid", "--fork", "--mount-proc", "sh", "-c",
+         f"{devices} && mount -t tmpfs tmpfs /dev/shm"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return f"namespaces do not work here: {tried.stderr.strip()}" if tried.returncode else None
 
 
 @dataclass(frozen=True)
@@ -58,12 +73,20 @@ class Host:
         ours = ("sshd", "ps -eo", "bash -c ps", "sh -c ps")
         return [line for line in listed if not line.startswith(ours)]
 
+    def from_here(self, *command: str) -> list[str]:
+        """`command` as this machine's process, with its files, but with the host's network and names."""
+        bound = " && ".join(_bind(self._names / name, f"/etc/{name}") for name in ("hosts", "resolv.conf"))
+        return ["ip", "netns", "exec", self.name, "sh", "-c", f'{bound} && exec "$@"', "sh", *command]
+
     def packets_sent_outside(self) -> int:
         """How often anything on the host has tried to reach an address outside of the hosts' network."""
         counter = "/sys/class/net/outside/statistics/tx_packets"
-        return int(subprocess.run(
-            ["ip", "netns", "exec", self.name, "cat", counter], capture_output=True, text=True, check=True
-        ).stdout)  # fmt: skip
+        read = subprocess.run(self.from_here("cat", counter), capture_output=True, text=True, check=True)
+        return int(read.stdout)
+
+    @property
+    def _names(self) -> Path:
+        return self.key.parent
 
 
 class HostNetwork:
@@ -79,13 +102,22 @@ class HostNetwork:
         self.key = folder / "key"
 
     def __enter__(self) -> HostNetwork:
+        self._lock = _LOCK.open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"another run of these tests has test hosts on this machine ({_LOCK}): wait for it"
+            ) from None
+        _remove_leftovers()
         self._folder.mkdir(parents=True)
         Path("/run/sshd").mkdir(exist_ok=True)  # sshd's own requirement
         for name in ("key", "hostkey"):
             _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self._folder / name))
         names = [f"{_NETWORK}.{number} {_BRIDGE}{number}" for number in range(2, 255)]
-        (self._folder / "names").write_text("\n".join(["127.0.0.1 localhost", *names, ""]))
-        (self._folder / "resolver").write_text(f"nameserver {MACHINE}\noptions timeout:1 attempts:1\n")
+        known = [f"{MACHINE} {name}" for name in _NAMES_RAY_ASKS_FOR]
+        (self._folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *names, *known, ""]))
+        (self._folder / "resolv.conf").write_text(f"nameserver {_NOWHERE}\noptions timeout:1 attempts:1\n")
         _run("ip", "link", "add", _BRIDGE, "type", "bridge")
         _run("ip", "addr", "add", f"{MACHINE}/24", "dev", _BRIDGE)
         _run("ip", "link", "set", _BRIDGE, "up")
@@ -98,6 +130,7 @@ class HostNetwork:
             _run("ip", "link", "del", _cable(name), check=False)
             _run("ip", "netns", "del", name, check=False)
         _run("ip", "link", "del", _BRIDGE, check=False)
+        self._lock.close()
 
     def start(self, number: int, furnish: Callable[[Path], None] | None = None) -> Host:
         """A new host at 10.77.0.`number`, once it takes SSH; `furnish` puts into its HOME what it likes."""
@@ -139,8 +172,8 @@ class HostNetwork:
         script = "\n".join([
             "set -e",
             f"hostname {name}",
-            _bind(self._folder / "names", "/etc/hosts"),
-            _bind(self._folder / "resolver", "/etc/resolv.conf"),
+            _bind(self._folder / "hosts", "/etc/hosts"),
+            _bind(self._folder / "resolv.conf", "/etc/resolv.conf"),
             *_keep_python(home),
             _bind(home, Path.home()),
             _bind(temporary, "/tmp"),
@@ -173,6 +206,19 @@ def _lay_cable(name: str, number: int) -> None:
         _run("ip", "-n", name, "link", "set", device, "up")
     # Ray asks the kernel from which address it would reach the world
     _run("ip", "-n", name, "route", "add", "default", "dev", "outside", "src", f"{_NETWORK}.{number}")
+
+
+def _remove_leftovers() -> None:
+    """What a run that was killed has left: its hosts' processes, networks and cables, and the bridge."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    for name in (line.split()[0] for line in listed.splitlines() if line.startswith(_BRIDGE)):
+        pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout
+        for pid in pids.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), 9)
+        _run("ip", "link", "del", _cable(name), check=False)
+        _run("ip", "netns", "del", name)
+    _run("ip", "link", "del", _BRIDGE, check=False)
 
 
 def _bind(source: Path, place: Path | str) -> str:

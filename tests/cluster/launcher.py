@@ -10,11 +10,11 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from hosts import Host
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -36,9 +36,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Launcher:
-    """The Ray commands for one cluster file, from the project's folder, as a user whose HOME is `home`."""
+    """The Ray commands for one cluster file, from the project's folder and `host`'s network, by a user with `home`."""
 
     file: Path
+    host: Host
     home: Path
     first_on_path: Path = BIN
 
@@ -54,9 +55,12 @@ class Launcher:
             "PATH": f"{self.first_on_path}:{BIN}:{os.environ['PATH']}",
         }
 
+    def _ray(self, *arguments: str) -> list[str]:
+        return self.host.from_here(str(BIN / "ray"), *arguments)
+
     def ray(self, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [str(BIN / "ray"), *arguments], cwd=ROOT, env=self.environment, text=True, timeout=timeout, check=False,
+            self._ray(*arguments), cwd=ROOT, env=self.environment, text=True, timeout=timeout, check=False,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -74,18 +78,31 @@ class Launcher:
     def tunnel(self) -> Iterator[str]:
         """`ray dashboard`: the address under which the head's dashboard is reached through SSH."""
         port = _free_port()
-        command = [str(BIN / "ray"), "dashboard", "--port", str(port), "--remote-port", "8265", str(self.file)]
+        command = self._ray("dashboard", "--port", str(port), "--remote-port", "8265", str(self.file))
         with (self.home / "tunnel.log").open("w") as log:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
             try:
-                _wait_for_answer(f"http://127.0.0.1:{port}/api/jobs/", self.home / "tunnel.log")
+                self._wait_for_answer(port, self.home / "tunnel.log")
                 yield f"http://127.0.0.1:{port}"
             finally:
                 os.killpg(process.pid, 15)
                 process.wait(timeout=20)
+
+    def _wait_for_answer(self, port: int, log: Path) -> None:
+        """Until there is one, which is that the token is missing."""
+        ask = (
+            f"import http.client; c = http.client.HTTPConnection('127.0.0.1', {port}, timeout=2); "
+            "c.request('GET', '/api/jobs/'); c.getresponse()"
+        )
+        for _ in range(60):
+            asked = subprocess.run(self.host.from_here(sys.executable, "-c", ask), capture_output=True, check=False)
+            if asked.returncode == 0:
+                return
+            time.sleep(0.5)
+        raise AssertionError(f"nothing answers on port {port}:\n{log.read_text()[-2000:]}")
 
     def submit(self, address: str, *job: str, timeout: float) -> subprocess.CompletedProcess[str]:
         return self.ray("job", "submit", "--address", address, "--working-dir", ".", "--", *job, timeout=timeout)
@@ -93,11 +110,16 @@ class Launcher:
     @contextlib.contextmanager
     def job(self, address: str, *job: str) -> Iterator[Job]:
         """A submitted job, while it runs; shows what it has said if the test fails meanwhile."""
-        command = [str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--", *job]
+        command = self._ray("job", "submit", "--address", address, "--working-dir", ".", "--", *job)
         said = self.home / "job.log"
         with said.open("w") as log:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                self.host.from_here(*command),
+                cwd=ROOT,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         try:
             yield Job(process, said)
@@ -119,14 +141,3 @@ def _free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
-
-
-def _wait_for_answer(url: str, log: Path) -> None:
-    for _ in range(60):
-        try:
-            urllib.request.urlopen(url, timeout=2)
-        except urllib.error.HTTPError:  # it asks for the token
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError(f"nothing answers at {url}:\n{log.read_text()[-2000:]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from cloud import REGION, Cloud
-from hosts import HostNetwork
+from hosts import Host, HostNetwork
 from launcher import ROOT, Launcher
 
 pytestmark = [
@@ -22,8 +23,8 @@ pytestmark = [
 CLUSTER_NAME = "diffvit-aws-test"
 # two of the three CPUs that a node says it has here, so that two workers need two nodes
 JOB = (
-    "python ray_jobs/pretrain.py sample --scale.workers 2 --scale.cpus-per-worker 2 --optim.epochs 8 "
-    "--optim.warmup-epochs 0 --optim.batch-size 960 --model.depth 1 --model.embed-dim 32 --model.num-heads 1"
+    "python ray_jobs/pretrain.py sample --scale.workers 2 --scale.cpus-per-worker 2 --optim.epochs 12 "
+    "--optim.warmup-epochs 0 --optim.batch-size 180 --model.depth 1 --model.embed-dim 32 --model.num-heads 1"
 )
 
 
@@ -34,23 +35,25 @@ def module_monkeypatch() -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.fixture(scope="module")
-def cloud(network: HostNetwork, module_monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
+def cloud(network: HostNetwork, caller: Host, module_monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     def furnish(home: Path) -> None:
         """What the image and the instance's role bring along: Python packages, apt's, and credentials."""
         for folder in ("bin", "diffvit-node"):
             (home / folder).mkdir()
         (home / "diffvit-node/env").symlink_to(sys.prefix)
-        (home / ".bashrc").write_text("export PATH=~/bin:$PATH\n")
+        (home / ".bashrc").write_text("export PATH=~/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1\n")
         (home / "bin/sudo").write_text("#!/bin/sh\nexit 0\n")
         (home / "bin/sudo").chmod(0o755)
         write_aws_files(home, cloud)
 
-    with Cloud(network, module_monkeypatch, furnish) as cloud:
+    with Cloud(network, caller, module_monkeypatch, furnish) as cloud:
         yield cloud
 
 
 @pytest.fixture(scope="module")
-def launcher(cloud: Cloud, network: HostNetwork, shared_folder: Path, caller_home: Path) -> Iterator[Launcher]:
+def launcher(
+    cloud: Cloud, network: HostNetwork, caller: Host, shared_folder: Path, caller_home: Path
+) -> Iterator[Launcher]:
     """aws.yaml with its placeholders filled in, and up. The last test takes it down."""
     made = cloud.open_account((network.key.with_name("key.pub")).read_text())
     text = (ROOT / "cluster/aws.yaml").read_text()
@@ -88,7 +91,7 @@ def launcher(cloud: Cloud, network: HostNetwork, shared_folder: Path, caller_hom
         wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent}/reach.py {name} "$@"\n')
         wrapper.chmod(0o755)
     write_aws_files(caller_home, cloud)
-    launcher = Launcher(file, caller_home, first_on_path=programs)
+    launcher = Launcher(file, caller, caller_home, first_on_path=programs)
     try:
         launcher.up()
         yield launcher
@@ -124,28 +127,42 @@ def test_up_launches_the_head_as_the_file_says(cloud: Cloud, launcher: Launcher)
     assert {role["RoleName"] for role in cloud.iam.list_roles()["Roles"]} == {"diffvit-head", "diffvit-worker"}
 
 
-def test_a_job_brings_up_workers_and_outlives_one(cloud: Cloud, launcher: Launcher, shared_folder: Path) -> None:
-    run = shared_folder / "runs/sample"
-    with launcher.tunnel() as address, launcher.job(address, *JOB.split(), "--storage", str(run.parent)) as job:
+def test_images_become_shards_in_the_bucket(cloud: Cloud, launcher: Launcher) -> None:
+    prepare = ["ray_jobs/prepare.py", "--source", "diffvit/data/sample/test.parquet", "--out", cloud.uri("shards")]
+    done = subprocess.run(
+        launcher.host.from_here(sys.executable, *prepare), cwd=ROOT, env=launcher.environment, timeout=300,
+        text=True, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "shards/dataset.json" in cloud.objects("shards")
+
+
+def test_a_job_brings_up_workers_and_outlives_one(cloud: Cloud, launcher: Launcher) -> None:
+    run = "runs/sample"
+    places = ["--data.path", cloud.uri("shards"), "--storage", cloud.uri("runs")]
+    with launcher.tunnel() as address, launcher.job(address, *JOB.split(), *places) as job:
         wait_until(lambda: len(cloud.workers("running")) == 2, 60, "two workers launched")
         first = cloud.workers("running")
         assert {worker["InstanceType"] for worker in first} == {"c7i.4xlarge"}
         assert {worker["InstanceLifecycle"] for worker in first} == {"spot"}
         assert {worker["IamInstanceProfile"]["Arn"].rpartition("/")[2] for worker in first} == {"diffvit-worker"}
-        wait_until(lambda: list(run.glob("checkpoint_step_*/checkpoint.json")), 200, "a checkpoint saved")
+        wait_until(lambda: any("/checkpoint.json" in name for name in cloud.objects(run)), 200, "a checkpoint saved")
         gone = first[1]["PrivateIpAddress"]
         watcher_log = cloud.network.hosts[gone].home / "diffvit-node/spot_watcher.log"
-        cloud.interrupt(gone, seconds=15)
-        wait_until(lambda: " is drained, " in watcher_log.read_text(), 15, "the notice passed on to Ray")
-        wait_until(lambda: gone not in cloud.network.hosts, 40, "the instance ended")
+        cloud.interrupt(gone, seconds=25)
+        wait_until(lambda: " is drained, " in watcher_log.read_text(), 20, "the notice passed on to Ray")
+        wait_until(lambda: gone not in cloud.network.hosts, 60, "the instance ended")
         wait_until(lambda: len(cloud.workers("running")) >= 2, 60, "another launched in its place")
-        said = job.finish(timeout=200)
+        said = job.finish(timeout=300)
     print(said)
     assert "waiting for nodes for 2 x (2 CPU) and 1 x (1 CPU): room for 0 of 3" in said
-    results = json.loads((run / "results.json").read_text())
+    results = json.loads(cloud.read(f"{run}/results.json"))
     assert results["status"] == "finished"
-    assert results["last"]["step"] == 80  # 8 epochs of 10,000 images in batches of 960
+    assert results["last"]["step"] == 120  # 12 epochs of 1,800 images in batches of 180
     assert results["world_sizes"] == [2, 2]
+    (interruption,) = results["interruptions"]
+    assert interruption["why"] == "preempted: a node was about to go"
+    assert interruption["steps_repeated"] == 0  # saved in time
 
 
 def test_idle_workers_go_away(cloud: Cloud, launcher: Launcher) -> None:
@@ -156,5 +173,7 @@ def test_idle_workers_go_away(cloud: Cloud, launcher: Launcher) -> None:
 def test_down_leaves_nothing(cloud: Cloud, launcher: Launcher, network: HostNetwork) -> None:
     launcher.down()
     assert not cloud.instances("running", "pending", "stopping", "stopped")
-    wait_until(lambda: not network.hosts, 20, "hosts powered off")
+    caller = launcher.host
+    wait_until(lambda: list(network.hosts) == [caller.address], 20, "hosts powered off")
     assert set(cloud.sent_outside.values()) == {0}
+    assert caller.packets_sent_outside() == 0
