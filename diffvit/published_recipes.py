@@ -167,7 +167,8 @@ def fashion_mnist() -> RunConfig:
         pretrain.py fashion-mnist --data.path fashion-mnist
 
     s-chh's plain ViT has 210,058 parameters and the same patches, width, blocks, heads and MLP; its 92.3 % is the best
-    of 200 test epochs of one run. The training is our own.
+    of 200 test epochs of one run. The training is our own: Muon, because after three epochs it was at 87.87 % where
+    AdamW was at 81.49 % (V1, one seed; RESULTS.md).
     """
     return RunConfig(
         name="fashion-mnist",
@@ -186,7 +187,15 @@ def fashion_mnist() -> RunConfig:
         ),
         data=DataConfig(path=""),
         augment=AugmentConfig(crop="pad", padding=2, erasing=0.1, eval_crop_ratio=1.0),
-        optim=OptimConfig(epochs=50, batch_size=128, lr=1e-3, beta2=0.98, warmup_epochs=3, label_smoothing=0.1),
+        optim=OptimConfig(
+            epochs=50,
+            batch_size=256,
+            optimizer="muon",
+            lr=3e-3,
+            beta2=0.98,
+            warmup_epochs=1,
+            label_smoothing=0.1,
+        ),
     )
 
 
@@ -217,11 +226,10 @@ def fashion_mnist_fast() -> RunConfig:
         data=DataConfig(path=""),
         augment=AugmentConfig(crop="pad", padding=1, eval_crop_ratio=1.0),
         optim=OptimConfig(
-            epochs=10,
+            epochs=14,
             batch_size=256,
             optimizer="muon",
             lr=3e-3,
-            muon_lr=0.02,
             beta2=0.98,
             warmup_epochs=0.5,
             label_smoothing=0.1,
