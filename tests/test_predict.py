@@ -121,10 +121,11 @@ def test_cut_between_parts_it_goes_on(config: PredictConfig, monkeypatch: pytest
 
 
 def test_what_killed_writers_left_is_no_part(config: PredictConfig) -> None:
-    target = Storage(config.out)
-    target.write(".staging/x", b"")
-    target.write("predictions/.part-000000.parquet.4711", b"half")
-    assert predict(config, quiet)["images"] == 24
+
+    def leave(what: str, done: int, total: int) -> None:
+        Storage(config.out).write("predictions/.part-000000.parquet.4711", b"half")
+
+    assert predict(config, leave)["images"] == 24
 
 
 def test_too_many_copies_of_the_model_are_refused(config: PredictConfig) -> None:
@@ -164,13 +165,19 @@ def test_an_outage_in_the_middle(
 
 
 def test_a_store_that_stays_away_is_said_in_one_line(config: PredictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the tasks that read and from the actors that write."""
-    target = Storage(config.out)
-    target.write(".staging/x", b"")
-    target.write("predictions", b"a file where a folder must be")
+    """From the actors that write; then from the tasks that read."""
+
+    def obstruct(what: str, done: int, total: int) -> None:
+        if what == "predicting":
+            Storage(config.out).write("predictions", b"a file where a folder must be")
+
     with pytest.raises(StorageError, match="predictions") as caught:
-        predict(config, quiet)
+        predict(config, obstruct)
     assert "\n" not in str(caught.value)
+    monkeypatch.setattr(module, "load_part", lambda *_: (_ for _ in ()).throw(StorageError("the store is away")))
+    Path(config.out, "predictions").unlink()
+    with pytest.raises(StorageError, match=r"^the store is away$"):
+        predict(config, quiet)
 
 
 def test_shards_and_one_split(config: PredictConfig, tmp_path: Path) -> None:

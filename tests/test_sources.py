@@ -56,6 +56,12 @@ def test_train_folder_alone_is_split(tmp_path: Path) -> None:
     assert len(open_dataset(DataConfig(path=str(tmp_path))).val) == 3
 
 
+def test_a_class_called_train_is_no_split(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, images_per_class=3)
+    (root / "red").rename(root / "train")
+    assert open_dataset(DataConfig(path=str(root))).classes == ("blue", "green", "train")
+
+
 def test_nested_folders_belong_to_their_class_and_other_files_do_not_count(tmp_path: Path) -> None:
     root = make_folder(tmp_path, images_per_class=3)
     make_image(root / "red" / "deeper" / "x.PNG", hue=0, seed=1)
@@ -77,7 +83,9 @@ def test_refusals_name_the_folder_and_the_rule(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "it is a file" in refusal(tmp_path / "file")
     (tmp_path / "empty").mkdir()
-    assert "has no class folders" in refusal(tmp_path / "empty")
+    assert "at least 2 class folders, <class>/<image>, it has none" in refusal(tmp_path / "empty")
+    make_folder(tmp_path / "wrapped/images")
+    assert "only 'images'; where that is a folder around the classes, name it" in refusal(tmp_path / "wrapped")
     root = make_folder(tmp_path / "a", images_per_class=3)
     (root / "yellow").mkdir()
     assert "1 class folders" in refusal(root)

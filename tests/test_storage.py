@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ObjectStore
+from pyarrow import fs
 
 from diffvit import storage as module
 from diffvit.storage import Storage, StorageError
@@ -61,6 +63,27 @@ def test_an_absent_store_is_waited_for(object_store: ObjectStore) -> None:
     assert storage.read("x") == b"still there"
     assert time.monotonic() - started > 1.0
     back.join()
+
+
+def test_a_bucket_whose_region_cannot_be_asked_for_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow asks when it makes the file system, so an outage may begin there."""
+    monkeypatch.setattr(module, "_FIRST_DELAY_SECONDS", 0.01)
+    answers: list[object] = [OSError("When resolving region for bucket 'b': curlCode 7, connection refused")] * 2
+    answers += [(fs.LocalFileSystem(), "/nowhere/folder")]
+
+    def from_uri(_: str) -> object:
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(module, "fs", SimpleNamespace(FileSystem=SimpleNamespace(from_uri=from_uri)))
+    monkeypatch.setattr(module, "_s3", lambda *_: None)
+    assert Storage("s3://region-once/folder").path("x") == "/nowhere/folder/x"
+    assert not answers
+    answers.append(OSError("Bucket 'b' not found"))
+    with pytest.raises(StorageError, match=r"refuses: Bucket 'b' not found"):
+        Storage("s3://region-none/folder").path("x")
 
 
 @pytest.mark.slow

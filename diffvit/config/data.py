@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from diffvit.config.checks import STRICT, require, require_fraction
+from diffvit.config.checks import STRICT, require, require_fraction, require_pixels
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class DataConfig:
         require(0.0 < self.val_fraction < 1.0, f"data.val_fraction must be between 0 and 1, got {self.val_fraction}")
         require(len(self.mean) == len(self.std), f"data.mean and data.std must pair up, got {self.mean}, {self.std}")
         require(all(s > 0 for s in self.std), f"data.std must be positive, got {self.std}")
-        require(self.max_pixels >= 1, f"data.max_pixels must be at least 1, got {self.max_pixels}")
+        require_pixels("data.max_pixels", self.max_pixels)
         require_fraction("data.max_skipped_fraction", self.max_skipped_fraction)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffvit.config.checks import require
+from diffvit.config.checks import require, require_pixels
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ class PrepareConfig(SourceOptions):
         require(bool(self.source) or self.verify, "source is missing: the images to prepare (--source FOLDER)")
         require(bool(self.out), "out is missing: the folder that receives the data set (--out FOLDER)")
         require(0.0 < self.val_fraction < 1.0, f"val_fraction must be between 0 and 1, got {self.val_fraction}")
-        for name in ("shard_mib", "max_pixels", "max_image_bytes"):
+        for name in ("shard_mib", "max_image_bytes"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        require_pixels("max_pixels", self.max_pixels)
         require(self.max_side is None or self.max_side >= 1, f"max_side must be at least 1, got {self.max_side}")
 
 
@@ -88,5 +89,6 @@ class PredictConfig(SourceOptions):
         require(
             self.split in ("", "train", "val", "test"), f"split must be train, val, test or empty, got {self.split!r}"
         )
-        for name in ("top_k", "workers", "batch_size", "max_pixels"):
+        for name in ("top_k", "workers", "batch_size"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        require_pixels("max_pixels", self.max_pixels)

@@ -150,7 +150,7 @@ def _open_folder(config: DataConfig) -> Dataset:
             f"data.path must be an image folder or '{SAMPLE}', got {config.path!r}: "
             f"{'it is a file' if root.exists() else 'it does not exist'}"
         )
-    if not (root / _TRAIN_FOLDER).is_dir():
+    if not _class_folders(root / _TRAIN_FOLDER):  # none, or a class of that name
         return _split_folder(root, config)
     train_files = _files_by_class(root / _TRAIN_FOLDER)
     val_folder = next((root / name for name in _VAL_FOLDERS if (root / name).is_dir()), None)
@@ -186,11 +186,24 @@ def _folder_split(root: Path, files_by_class: Sequence[Sequence[Path]]) -> Folde
     return FolderSplit(str(root), pa.array(paths, pa.string()), labels)
 
 
+def _class_folders(root: Path) -> list[str]:
+    if not root.is_dir():
+        return []
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+
+
 def _files_by_class(root: Path) -> dict[str, list[Path]]:
     """`{class: its image files}`, both sorted by name, so that numbers do not depend on the file system."""
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    if not folders:
-        raise ValueError(f"{root} has no class folders; expected <class>/<image> below it")
+    folders = _class_folders(root)
+    if len(folders) < 2:
+        raise ValueError(
+            f"{root} must hold at least 2 class folders, <class>/<image>, it has "
+            + (
+                f"only {folders[0]!r}; where that is a folder around the classes, name it instead"
+                if folders
+                else "none"
+            )
+        )
     files_by_class = {
         name: sorted(
             Path(folder, file)
