@@ -1,4 +1,4 @@
-"""One run over three hosts that loses a host, its network and a drained node: it finishes, and its audit is exact."""
+"""One run over three hosts that loses a host, its network and a drained node, and grows: its audit is exact."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from launcher import ROOT
 pytestmark = pytest.mark.cluster
 
 RAY = f"RAY_AUTH_MODE=token {Path(sys.executable).parent}/ray"
-EPOCHS = 7
+EPOCHS = 14
 # two of a host's three CPUs, so that each host holds one worker and has one CPU left for decoding
 JOB = (
     f"{sys.executable} ray_jobs/pretrain.py sample --scale.workers 1 3 --scale.cpus-per-worker 2 --data.audit "
@@ -87,6 +87,20 @@ def wait_for_next_checkpoint(run: Path) -> None:
         time.sleep(0.5)
 
 
+def wait_for_workers(run: Path, count: int) -> None:
+    """Until the run has saved a step of so many workers."""
+    began = time.monotonic()
+    while world_sizes(run)[-1] != count:
+        assert time.monotonic() - began < 180, f"the run has not taken {count} workers within 180 s"
+        time.sleep(0.5)
+
+
+def world_sizes(run: Path) -> list[int]:
+    manifest = run / f"checkpoint_step_{last_saved(run):08d}/checkpoint.json"
+    sizes: list[int] = json.loads(manifest.read_text())["metrics"]["world_sizes"]
+    return sizes
+
+
 def last_saved(run: Path) -> int:
     saved = run.glob("checkpoint_step_*/checkpoint.json")
     return max((int(path.parent.name.rpartition("_")[2]) for path in saved), default=0)
@@ -110,6 +124,7 @@ def test_a_run_outlives_hosts_network_and_notices(cluster: Cluster, network: Hos
             wait_for_next_checkpoint(run)
             network.join(second)
             cluster.rejoin(second)
+            wait_for_workers(run, 3)
 
             cluster.drain(fourth, seconds=15)
             done = job.result()
@@ -124,7 +139,8 @@ def test_a_run_outlives_hosts_network_and_notices(cluster: Cluster, network: Hos
     assert (results["status"], results["last"]["step"]) == ("finished", 10 * EPOCHS)
     assert results["world_sizes"][0] == 3
     reasons = [interruption["why"] for interruption in results["interruptions"]]
-    assert len(reasons) >= 3, reasons
+    assert len(reasons) >= 4, reasons
+    assert "resized from 2 to 3 workers" in reasons
     assert reasons[-1].startswith("preempted"), reasons
     seen = [(row["epoch"], row["position"]) for row in pq.read_table(run / "audit").to_pylist()]
     assert sorted(seen) == [(epoch, position) for epoch in range(1, EPOCHS + 1) for position in range(9_600)]
