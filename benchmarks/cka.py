@@ -1,23 +1,30 @@
-"""CKA of all 12 x 12 layers of two ViT-S at 64 px beside torch_cka, forward passes included, and its values.
+"""CKA of all 12 x 12 layers of two ViT-S at 64 px beside its peers, forward passes included, and everybody's values.
 
-Every method runs in a process of its own on the same weights and images, so that its peak of memory is its own. The
-ratio is of CPU time, which other processes on the machine disturb less than wall time (use one thread). The reference
-is one batch of all images: Gram matrices and sums in float64, by the trace formula.
+Every method runs in a process of its own on the same weights and images, so that its peak of memory is its own. Ratios
+are of CPU time, which other processes on the machine disturb less than wall time (use one thread); on a GPU of wall
+time. The reference is one batch of all images: float32 forward passes, Gram matrices and sums in float64, by the trace
+formula. torch_cka runs the models with gradients on; under no_grad it is what a careful user makes of it.
 
-    pip install torch_cka
-    python benchmarks/cka.py --images 2048
+    pip install --no-deps --target PEERS torch_cka torchmetrics lightning-utilities
+    git clone https://github.com/numpee/CKA.pytorch CKA
+    PYTHONPATH=PEERS python benchmarks/cka.py --images 2048 --cka-pytorch CKA
 """
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import platform
 import resource
+import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +35,8 @@ from torch import Tensor
 
 from diffvit.analysis.cka import CKA
 from diffvit.config import model_preset
-from diffvit.models.vit import VisionTransformer
+from diffvit.models.vit import Block, VisionTransformer
+from diffvit.training.precision import has_bf16
 
 IMAGE_SIZE = 64
 PATCH_SIZE = 16
@@ -45,9 +53,13 @@ class Options:
     threads: int = 1
     """CPU threads."""
     rounds: int = 1
-    """Times diffvit and torch_cka take turns."""
+    """Times the methods take turns."""
+    device: str = "cpu"
+    """cpu or cuda."""
     peer: bool = True
     """Measure torch_cka."""
+    cka_pytorch: str = ""
+    """A checkout of CKA.pytorch, to measure it too."""
     reference: bool = True
     """Compare the values with a float64 batch of all images."""
 
@@ -62,49 +74,69 @@ class Measured:
     peak_mib: float
 
 
+Method = Callable[[list[VisionTransformer], Tensor, Options], Tensor]
+
+
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    console = Console(width=100)
-    peer = f"torch_cka {metadata.version('torch_cka')}, " if options.peer else ""
-    console.print(
-        f"{platform.processor() or platform.machine()}, {options.threads} thread(s), torch {torch.__version__}, {peer}"
-        f"ViT-S, {IMAGE_SIZE} px in patches of {PATCH_SIZE}, {options.images} images in batches of {options.batch_size}"
+    console = Console(width=110)
+    native = "" if has_bf16(torch.device(options.device)) else " (emulated)"
+    peer = f", torch_cka {metadata.version('torch_cka')}" if options.peer else ""
+    where = (
+        torch.cuda.get_device_name()
+        if options.device == "cuda"
+        else f"{platform.machine()}, {options.threads} thread(s)"
     )
-    half = options.images // 2
-    ours = [in_own_process(streamed, options, half)]
-    forward, theirs = [], []
+    console.print(
+        f"{where}, torch {torch.__version__}{peer}; ViT-S, {IMAGE_SIZE} px in patches of {PATCH_SIZE}, "
+        f"{options.images} images in batches of {options.batch_size}"
+    )
+    ours = {"diffvit, fp32": partial(streamed, bf16=False), f"diffvit, bf16{native}": partial(streamed, bf16=True)}
+    peers: dict[str, Method] = {}
+    if options.peer:
+        peers = {"torch_cka, as published": by_torch_cka, "torch_cka, under no_grad": by_torch_cka_without_gradients}
+    if options.cka_pytorch:
+        peers["CKA.pytorch"] = by_cka_pytorch
+    methods: dict[str, Method] = {"forward passes alone, fp32": forward_only, **ours, **peers}
+    half = in_own_process(ours["diffvit, fp32"], options, options.images // 2)
+    found: dict[str, list[Measured]] = {name: [] for name in methods}
     for _ in range(options.rounds):
-        forward.append(in_own_process(forward_only, options, options.images))
-        ours.append(in_own_process(streamed, options, options.images))
-        if options.peer:
-            theirs.append(in_own_process(by_torch_cka, options, options.images))
+        for name, method in methods.items():
+            found[name].append(in_own_process(method, options, options.images))
+    expected = in_own_process(full_batch, options, options.images).matrix if options.reference else None
+    console.print(show_methods({**found, "diffvit, fp32, half the images": [half]}, expected))
+    if peers:
+        console.print(show_ratios(found, list(ours), list(peers), on_gpu=options.device == "cuda"))
+
+
+def show_methods(found: dict[str, list[Measured]], expected: Tensor | None) -> Table:
     table = Table()
-    for column in ("method", "images", "CPU s", "wall s", "peak memory added, MiB"):
+    for column in ("method", "CPU s", "wall s", "peak memory added, MiB", "largest difference to float64"):
         table.add_column(column, justify="left" if column == "method" else "right")
-    for name, images, measured in (
-        ("forward passes alone", options.images, forward),
-        ("diffvit", half, ours[:1]),
-        ("diffvit", options.images, ours[1:]),
-        ("torch_cka", options.images, theirs),
-    ):
-        for m in measured:
-            table.add_row(name, str(images), f"{m.cpu_seconds:.1f}", f"{m.wall_seconds:.1f}", f"{m.peak_mib:.0f}")
-    console.print(table)
-    for alone, mine, other in zip(forward, ours[1:], theirs, strict=False):
-        added, others_added = (m.cpu_seconds - alone.cpu_seconds for m in (mine, other))
-        console.print(
-            f"torch_cka takes {other.cpu_seconds / mine.cpu_seconds:.2f} times as long as diffvit; beyond the forward "
-            f"passes {others_added:.1f} s against {added:.1f} s; "
-            f"largest difference of values {(mine.matrix - other.matrix).abs().max():.1e}"
-        )
-    if options.reference:
-        expected = in_own_process(full_batch, options, options.images).matrix
-        console.print(
-            f"diffvit to the float64 full batch: at most {(ours[-1].matrix - expected).abs().max():.2e} apart"
-        )
+    for name, runs in found.items():
+        for run in runs:
+            compares = expected is not None and run.matrix.shape == expected.shape and "half" not in name
+            apart = f"{(run.matrix - expected).abs().max():.1e}" if compares and expected is not None else ""
+            table.add_row(name, f"{run.cpu_seconds:.1f}", f"{run.wall_seconds:.1f}", f"{run.peak_mib:.0f}", apart)
+    return table
 
 
-Method = Callable[[list[VisionTransformer], Tensor, Options], Tensor]
+def show_ratios(found: dict[str, list[Measured]], ours: list[str], peers: list[str], *, on_gpu: bool) -> Table:
+    """Medians over rounds of the peer's time over ours."""
+    table = Table(title="times as long as")
+    for column in ("", *ours):
+        table.add_column(column)
+    for peer in peers:
+        row = []
+        for name in ours:
+            pairs = zip(found[peer], found[name], strict=True)
+            ratios = [
+                theirs.wall_seconds / mine.wall_seconds if on_gpu else theirs.cpu_seconds / mine.cpu_seconds
+                for theirs, mine in pairs
+            ]
+            row.append(f"{statistics.median(ratios):.2f}")
+        table.add_row(peer, *row)
+    return table
 
 
 def in_own_process(method: Method, options: Options, images: int) -> Measured:
@@ -117,13 +149,18 @@ def in_own_process(method: Method, options: Options, images: int) -> Measured:
 
 def measure(method: Method, options: Options, images: int) -> Measured:
     torch.set_num_threads(options.threads)
-    models = [build(seed) for seed in (0, 1)]
+    device = torch.device(options.device)
+    models = [build(seed).to(device) for seed in (0, 1)]
     pixels = smooth_images(images)
-    with torch.no_grad():
-        models[0](pixels[:2])  # what the first call sets up
-    before, cpu, wall = peak_mib(), time.process_time(), time.perf_counter()
-    matrix = method(models, pixels, options)
-    return Measured(matrix, time.process_time() - cpu, time.perf_counter() - wall, peak_mib() - before)
+    with torch.no_grad():  # what the first calls set up
+        models[0](pixels[:2].to(device))
+        with torch.autocast(device.type, torch.bfloat16):
+            models[0](pixels[:2].to(device))
+    before, cpu, wall = peak_mib(device), time.process_time(), time.perf_counter()
+    matrix = method(models, pixels, options).cpu()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return Measured(matrix, time.process_time() - cpu, time.perf_counter() - wall, peak_mib(device) - before)
 
 
 def build(seed: int) -> VisionTransformer:
@@ -138,14 +175,16 @@ def smooth_images(count: int) -> Tensor:
     return F.interpolate(coarse, IMAGE_SIZE, mode="bilinear")
 
 
-def peak_mib() -> float:
+def peak_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def streamed(models: list[VisionTransformer], pixels: Tensor, options: Options) -> Tensor:
+def streamed(models: list[VisionTransformer], pixels: Tensor, options: Options, bf16: bool) -> Tensor:
     """Every block's tokens, as `diffvit.analysis.cka` takes them."""
     cka = CKA()
-    for features in block_features(models, pixels, options):
+    for features in block_features(models, pixels, options, bf16):
         cka.update(*features)
     return cka.compute()
 
@@ -159,11 +198,12 @@ def forward_only(models: list[VisionTransformer], pixels: Tensor, options: Optio
 
 @torch.no_grad()
 def block_features(
-    models: list[VisionTransformer], pixels: Tensor, options: Options
+    models: list[VisionTransformer], pixels: Tensor, options: Options, bf16: bool = False
 ) -> Iterator[list[dict[str, Tensor]]]:
-    names = block_names(models[0])
+    names, device = block_names(models[0]), torch.device(options.device)
     for batch in pixels.split(options.batch_size):
-        yield [model.forward_features(batch, names) for model in models]
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            yield [model.forward_features(batch.to(device), names) for model in models]
 
 
 def block_names(model: VisionTransformer) -> list[str]:
@@ -175,12 +215,30 @@ def by_torch_cka(models: list[VisionTransformer], pixels: Tensor, options: Optio
     try:
         import torch_cka
     except ImportError:
-        raise SystemExit("this benchmark measures torch_cka beside diffvit: pip install torch_cka") from None
+        raise SystemExit("torch_cka is measured beside diffvit: install it as said above, or --no-peer") from None
     names = block_names(models[0])
-    comparison = torch_cka.CKA(*models, "first", "second", names, names)
+    comparison = torch_cka.CKA(*models, "first", "second", names, names, device=options.device)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(pixels), options.batch_size)
     comparison.compare(loader, loader)
     matrix: Tensor = comparison.hsic_matrix.detach().double()
+    return matrix
+
+
+@torch.no_grad()
+def by_torch_cka_without_gradients(models: list[VisionTransformer], pixels: Tensor, options: Options) -> Tensor:
+    return by_torch_cka(models, pixels, options)
+
+
+def by_cka_pytorch(models: list[VisionTransformer], pixels: Tensor, options: Options) -> Tensor:
+    """One pass over the images. It knows GPUs only: on a CPU its calls of `cuda` are made to do nothing."""
+    sys.path.insert(0, str(Path(options.cka_pytorch).absolute()))
+    calculator_of = importlib.import_module("cka").CKACalculator
+
+    if options.device == "cpu":
+        torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(pixels), options.batch_size)
+    calculator = calculator_of(*models, loader, hook_fn="flatten", hook_layer_types=(Block,), num_epochs=1)
+    matrix: Tensor = calculator.calculate_cka_matrix().double().T  # its rows are the second model's layers
     return matrix
 
 

@@ -300,6 +300,33 @@ def test_the_hub_without_its_package_or_a_network(monkeypatch: pytest.MonkeyPatc
         load_weights(VisionTransformer(PLAIN), "hf-hub:timm/vit_tiny_patch16_224")
 
 
+def test_weights_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    source = random_model(PLAIN)
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    asked: list[tuple[str, str]] = []
+
+    def downloads(repository: str, file: str) -> str:
+        asked.append((repository, file))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(hub, "hf_hub_download", downloads)
+    model = VisionTransformer(PLAIN).eval()
+    load_weights(model, "hf-hub:someone/plain")
+    assert asked == [("someone/plain", "model.safetensors")]
+    torch.testing.assert_close(model(images()), source(images()))
+    # a name of timm's says how many heads there are
+    with pytest.raises(ValueError, match=r"model\.num_heads = 12, got 6"):
+        load_weights(model, "hf-hub:timm/vit_base_patch16_224.augreg_in1k")
+
+    def offline(repository: str, file: str) -> str:
+        raise hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(hub, "hf_hub_download", offline)
+    with pytest.raises(ValueError, match="hf-hub:someone/plain cannot be fetched: no network"):
+        load_weights(model, "hf-hub:someone/plain")
+
+
 def test_known_shapes_are_timms() -> None:
     timm = pytest.importorskip("timm")
     for name, config in TIMM_MODELS.items():
