@@ -186,6 +186,15 @@ def test_policies_allow_no_more_than_they_name(name: str) -> None:
     assert ("ec2:" in allowed) == (name == "aws-head")
 
 
+def test_the_role_on_google_cloud_is_about_instances_only() -> None:
+    role = yaml.safe_load((ROOT / "cluster/gcp-head-role.yaml").read_text())
+    assert "--file cluster/gcp-head-role.yaml" in text_of("gcp")
+    assert {name.rpartition(".")[0] for name in role["includedPermissions"]} == {
+        "compute.instances", "compute.disks", "compute.images", "compute.subnetworks", "compute.zoneOperations",
+    }  # fmt: skip
+    assert not [name for name in role["includedPermissions"] if "Iam" in name or "*" in name]
+
+
 def run_check(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     status = check.main(list(arguments))
     said = capsys.readouterr()
