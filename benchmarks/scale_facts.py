@@ -70,8 +70,8 @@ class Assumptions:
     big: Fleet = P4D
     """Other GPU nodes, to compare."""
     v1_step_to_plain: float = 1.06
-    """V1's training step to that of the plain ViT-S/16: measured on a CPU (benchmarks/train_step.py, commit 4bdc6ee), and
-    taken for a GPU's."""
+    """V1's training step to that of the plain ViT-S/16: measured on a CPU (benchmarks/train_step.py, commit 4bdc6ee)
+    and taken for a GPU's."""
     v2_step_to_plain: float = 1.19
     """V2's, likewise."""
     stream_to_ceiling: float = 0.68
