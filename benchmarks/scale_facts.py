@@ -10,15 +10,6 @@ from dataclasses import dataclass
 
 VARIANTS = ("plain", "V1", "V2")
 
-STEP_TO_PLAIN: Mapping[str, float] = {"plain": 1.0, "V1": 1.06, "V2": 1.19}
-"""README, "Measured": time of a whole training step of ViT-S/16 (CPU, benchmarks/train_step.py, commit 4bdc6ee)."""
-
-STREAM_TO_CEILING = 0.68
-"""README, "Measured": images/s of the stream to those of plain decoding (benchmarks/ingest.py, commit 88921b1)."""
-
-STREAM_START_SECONDS = 3.1
-"""README, "Measured": from asking for an epoch to its first batch (the same run)."""
-
 
 @dataclass(frozen=True)
 class Fleet:
@@ -78,6 +69,17 @@ class Assumptions:
     """The GPU nodes of cluster/aws.yaml."""
     big: Fleet = P4D
     """Other GPU nodes, to compare."""
+    v1_step_to_plain: float = 1.06
+    """V1's training step to that of the plain ViT-S/16: measured on a CPU (benchmarks/train_step.py, commit 4bdc6ee)
+    and taken for a GPU's."""
+    v2_step_to_plain: float = 1.19
+    """V2's, likewise."""
+    stream_to_ceiling: float = 0.68
+    """Images/s of the stream to those of plain decoding, in one run (benchmarks/ingest.py, commit 88921b1)."""
+    stream_start_seconds: float = 3.1
+    """From asking for an epoch to its first batch, in the same run."""
+    evaluation_to_training: float = 1 / 3
+    """What an evaluated image costs to one trained on: the forward pass alone."""
     least_step_seconds: float = 0.02
     """A GPU's step cannot be shorter: launching a thousand or so kernels from Python."""
     hop_seconds: float = 50e-6
@@ -106,7 +108,7 @@ class Assumptions:
     train_images: int = 1_268_355
     """In an epoch: 99 % of ImageNet-1k's training set, as the recipe has it."""
     val_images: int = 50_000
-    """Evaluated after each epoch; each costs a third of one trained on."""
+    """Evaluated after each epoch."""
     epochs: int = 90
     """Of the recipe."""
     batch_size: int = 1024

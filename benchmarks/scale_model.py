@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from scale_facts import STEP_TO_PLAIN, STREAM_START_SECONDS, STREAM_TO_CEILING, Assumptions, Fleet, Measured
+from scale_facts import Assumptions, Fleet, Measured
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def nodes_of(gpus: int, fleet: Fleet) -> int:
 
 
 def step_of(gpus: int, variant: str, fleet: Fleet, a: Assumptions, m: Measured) -> Step:
-    ratio = STEP_TO_PLAIN[variant]
+    ratio = {"plain": 1.0, "V1": a.v1_step_to_plain, "V2": a.v2_step_to_plain}[variant]
     compute = a.batch_size / gpus / fleet.gpu_images_per_second * ratio
     launch = max(a.least_step_seconds * ratio - compute, 0.0)
     network = gigabits_in_bytes(fleet.node_gigabits_per_second)
@@ -75,7 +75,7 @@ def chunk_images(gpus: int, a: Assumptions, m: Measured) -> int:
 
 
 def vcpu_images_per_second(a: Assumptions, m: Measured) -> float:
-    return m.decode_images_per_core_second * a.vcpu_to_core * STREAM_TO_CEILING
+    return m.decode_images_per_core_second * a.vcpu_to_core * a.stream_to_ceiling
 
 
 def ceilings_images_per_second(gpus: int, variant: str, fleet: Fleet, a: Assumptions, m: Measured) -> dict[str, float]:
@@ -115,8 +115,8 @@ def data_nodes(images_per_second: float, gpu_nodes: int, fleet: Fleet, a: Assump
 
 def epoch_seconds(images_per_second: float, a: Assumptions, m: Measured) -> float:
     """Training, evaluation, the start of both streams and the copy for the checkpoint, which is written meanwhile."""
-    images = a.train_images // a.batch_size * a.batch_size + a.val_images / 3
-    return max(images / images_per_second + 2 * STREAM_START_SECONDS + m.snapshot_seconds, m.checkpoint_write_seconds)
+    images = a.train_images // a.batch_size * a.batch_size + a.val_images * a.evaluation_to_training
+    return max(images / images_per_second + 2 * a.stream_start_seconds + m.snapshot_seconds, m.checkpoint_write_seconds)
 
 
 def interruption_seconds(gpu_nodes: int, a: Assumptions) -> float:

@@ -17,6 +17,9 @@ import pytest
 from moto.core import set_initial_no_auth_action_count
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 
+from diffvit.cluster.account import running_nodes
+from diffvit.cluster.check import caller_notes
+
 REGION = "eu-central-1"
 STATEMENTS = json.loads((Path(__file__).parent.parent / "cluster/aws-head-policy.json").read_text())["Statement"]
 ACTIONS = sorted({a for s in STATEMENTS for a in ([s["Action"]] if isinstance(s["Action"], str) else s["Action"])})
@@ -64,6 +67,23 @@ def run_with(actions: list[str]) -> None:
     }
     key = make_key(actions)
     launch_tag_and_end_a_worker({"region": REGION, "cache_stopped_nodes": False, "aws_credentials": key}, node_config)
+
+
+def test_a_name_that_is_taken_is_found(account: None) -> None:
+    config = {"cluster_name": "diffvit", "provider": {"type": "aws", "region": REGION}}
+    assert list(caller_notes(config)) == []
+    image = boto3.client("ec2").describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
+    tags = [{"ResourceType": "instance", "Tags": [{"Key": "ray-cluster-name", "Value": "diffvit"}]}]
+    boto3.client("ec2").run_instances(ImageId=image, MinCount=2, MaxCount=2, TagSpecifications=tags)
+    (note,) = caller_notes(config)
+    assert note.startswith("cluster_name: diffvit is up, with 2 instances")
+    assert list(caller_notes(config | {"cluster_name": "other"})) == []
+
+
+@set_initial_no_auth_action_count(0)
+def test_credentials_that_aws_refuses_are_told(account: None) -> None:
+    with pytest.raises(ValueError, match=r"AWS does not tell what runs: .*AuthFailure"):
+        running_nodes({"cluster_name": "diffvit", "provider": {"type": "aws", "region": REGION}})
 
 
 def test_the_policy_is_enough(account: None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 import yaml
 
 from diffvit.cluster import check
-from diffvit.cluster.check import file_problems
+from diffvit.cluster.account import credential_problems, policy_problems
+from diffvit.cluster.check import caller_notes, file_problems
 
 ROOT = Path(__file__).parent.parent
 LOCK = (ROOT / "requirements.lock").read_text()
@@ -184,6 +186,15 @@ def test_policies_allow_no_more_than_they_name(name: str) -> None:
     assert ("ec2:" in allowed) == (name == "aws-head")
 
 
+def test_the_role_on_google_cloud_is_about_instances_only() -> None:
+    role = yaml.safe_load((ROOT / "cluster/gcp-head-role.yaml").read_text())
+    assert "--file cluster/gcp-head-role.yaml" in text_of("gcp")
+    assert {name.rpartition(".")[0] for name in role["includedPermissions"]} == {
+        "compute.instances", "compute.disks", "compute.images", "compute.subnetworks", "compute.zoneOperations",
+    }  # fmt: skip
+    assert not [name for name in role["includedPermissions"] if "Iam" in name or "*" in name]
+
+
 def run_check(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     status = check.main(list(arguments))
     said = capsys.readouterr()
@@ -229,6 +240,54 @@ def test_the_command_looks_at_this_machine_too(
     assert run_check(capsys, "cluster/none.yaml") == (2, "error: cluster/none.yaml: there is no such file\n")
     monkeypatch.chdir(tmp_path)
     assert "run this in the project's folder" in run_check(capsys, str(file))[1]
+
+
+def test_workers_that_do_not_answer_are_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(place: tuple[str, int], timeout: float) -> Closable:
+        if place[0] == "10.0.0.3":
+            raise TimeoutError("timed out")
+        return Closable()
+
+    monkeypatch.setattr(check.socket, "create_connection", connect)
+    config = {"provider": {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2", "10.0.0.3"]}}
+    (note,) = caller_notes(config)
+    assert note == "worker 10.0.0.3 does not answer this machine on port 22 (SSH): timed out; it must answer the head"
+
+
+def test_policies_must_fit_the_file(tmp_path: Path) -> None:
+    for name in ("aws-head-policy.json", "aws-worker-policy.json"):
+        (tmp_path / name).write_text((ROOT / "cluster" / name).read_text())
+    config = yaml.safe_load(filled_in("aws"))
+    assert [line.partition(": still holds CHANGE-ME")[0] for line in policy_problems(config, tmp_path)] == [
+        f"{tmp_path}/aws-head-policy.json",
+        f"{tmp_path}/aws-worker-policy.json",
+    ]
+    for name in ("aws-head-policy.json", "aws-worker-policy.json"):
+        (tmp_path / name).write_text(re.sub("CHANGE-ME-[A-Z-]+", "10.77.0.11", (ROOT / "cluster" / name).read_text()))
+    (problem,) = policy_problems(config, tmp_path)
+    assert 'does not hold :key-pair/10.77.0.11" as KeyName asks: the head could not launch a worker' in problem
+    config = yaml.safe_load(filled_in("aws").replace("&key_pair 10.77.0.11", "&key_pair diffvit"))
+    assert list(policy_problems(config, tmp_path)) == []
+    config["cluster_name"] = "other"
+    config["available_node_types"]["gpu"]["node_config"]["SecurityGroupIds"] = ["sg-1"]
+    config["provider"]["region"] = "eu-central-1"
+    assert [re.search(r" as (\S+) asks", line)[1] for line in policy_problems(config, tmp_path)] == [  # type: ignore[index]
+        "cluster_name", "provider.region", "SecurityGroupIds",
+    ]  # fmt: skip
+    assert list(policy_problems(config, tmp_path / "elsewhere")) == []
+
+
+def test_no_credentials_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "CLOUDSDK_"))]:
+        monkeypatch.delenv(name)
+    for name, value in {"HOME": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true", "NO_GCE_CHECK": "true"}.items():
+        monkeypatch.setenv(name, value)
+    assert "no AWS credentials here: aws configure" in "".join(credential_problems({"provider": {"type": "aws"}}))
+    assert "no Google Cloud credentials here" in "".join(credential_problems({"provider": {"type": "gcp"}}))
+    assert list(credential_problems({"provider": {"type": "local"}})) == []
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    assert list(credential_problems({"provider": {"type": "aws"}})) == []
 
 
 class Closable:

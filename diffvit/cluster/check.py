@@ -2,7 +2,8 @@
 
 One line per problem on stderr and exit status 2, or one line on stdout and 0. Looks for fields left at their
 placeholder, for what Ray's schema refuses and for what it lets pass but the cloud's API would not take, for open doors
-(`security_rules`), for versions that differ, and on this machine for the token and the SSH key.
+(`security_rules`), for versions that differ, for policy files that do not fit it, and on this machine for the token,
+the SSH key and the cloud's credentials. What need not be wrong, such as a name that is taken, is a note.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from diffvit.cluster.account import PLACEHOLDER, credential_problems, policy_problems, running_nodes
 from diffvit.cluster.kuberay_fields import kuberay_problems
 from diffvit.cluster.provider_fields import node_problems, provider_problems
 from diffvit.cluster.security_rules import (
@@ -29,7 +31,6 @@ from diffvit.cluster.security_rules import (
     ray_version_problems,
 )
 
-PLACEHOLDER = "CHANGE-ME"
 _LOCK = Path("requirements.lock")
 _PROVIDERS = ("aws", "gcp", "azure", "local")
 
@@ -54,7 +55,7 @@ def file_problems(text: str, lock: str) -> list[str]:
 
 
 def caller_problems(config: dict[str, Any]) -> Iterator[str]:
-    """What is missing on this machine for `ray up`; asks the network only whether a host of your own answers."""
+    """What is missing on this machine for `ray up`; asks the network whether a head of your own answers."""
     token = Path(TOKEN_PATH).expanduser()
     if not token.exists():
         yield f"there is no token in {token}: (umask 077 && ray get-auth-token --generate > /dev/null)"
@@ -68,10 +69,33 @@ def caller_problems(config: dict[str, Any]) -> Iterator[str]:
         yield f"auth.ssh_private_key: there is no {key}"
     head = config["provider"].get("external_head_ip", config["provider"].get("head_ip", PLACEHOLDER))
     if head != PLACEHOLDER:
-        try:
-            socket.create_connection((head, 22), timeout=5).close()
-        except OSError as error:
-            yield f"provider.head_ip: {head} does not answer on port 22 (SSH): {error}"
+        why = _unreachable(head)
+        if why:
+            yield f"provider.head_ip: {head} does not answer on port 22 (SSH): {why}"
+    yield from credential_problems(config)
+
+
+def caller_notes(config: dict[str, Any]) -> Iterator[str]:
+    """What may be meant: workers that answer the head alone, a name that is taken.
+
+    Raises:
+        ValueError: the cloud does not answer.
+    """
+    for worker in config["provider"].get("worker_ips", []):
+        why = _unreachable(worker)
+        if why:
+            yield f"worker {worker} does not answer this machine on port 22 (SSH): {why}; it must answer the head"
+    if config["provider"]["type"] == "aws" and (running := running_nodes(config)):
+        name = config["cluster_name"]
+        yield f"cluster_name: {name} is up, with {running} instances: `ray up` changes it and makes no other one"
+
+
+def _unreachable(host: str) -> str | None:
+    try:
+        socket.create_connection((host, 22), timeout=5).close()
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def _placeholder_problems(text: str) -> Iterator[str]:
@@ -171,13 +195,25 @@ def main(arguments: list[str] | None = None) -> int:
         problems = file_problems(file.read_text(), _LOCK.read_text())
         config = next(yaml.safe_load_all(file.read_text()), None) if not problems else None
         if isinstance(config, dict) and "provider" in config:
+            problems += policy_problems(config, file.parent) if config["provider"]["type"] == "aws" else []
             problems += caller_problems(config)
+            problems += _say_notes(config) if not problems else []
     for problem in problems:
         print(f"error: {file}: {problem}", file=sys.stderr)
     if problems:
         return 2
     print(f"{file}: nothing found that would stop it")
     return 0
+
+
+def _say_notes(config: dict[str, Any]) -> list[str]:
+    """Why they could not be found, if so."""
+    try:
+        for note in caller_notes(config):
+            print(f"note: {note}")
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 if __name__ == "__main__":

@@ -59,13 +59,17 @@ class Launcher:
         return self.host.from_here(str(BIN / "ray"), *arguments)
 
     def ray(self, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self._ray(*arguments), cwd=ROOT, env=self.environment, text=True, timeout=timeout, check=False,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        try:
+            return subprocess.run(
+                self._ray(*arguments), cwd=ROOT, env=self.environment, text=True, timeout=timeout, check=False,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            print((error.output or b"").decode())
+            raise
 
     def up(self) -> str:
-        done = self.ray("up", "--yes", str(self.file), timeout=200)
+        done = self.ray("up", "--yes", str(self.file), timeout=400)
         assert done.returncode == 0, done.stdout
         return done.stdout
 

@@ -71,7 +71,7 @@ def launcher(
     assert "CHANGE-ME" not in text.split("cluster_name:")[1]
     # and what differs on a test host: its user, its metadata service, how long a test may last
     for there, here in {
-        "cluster_name: diffvit": f"cluster_name: {CLUSTER_NAME}",
+        "cluster_name: diffvit ": f"cluster_name: {CLUSTER_NAME} ",
         "ssh_user: ubuntu": "ssh_user: root",
         "--cloud aws": f"--cloud aws --poll-seconds 1 --from {cloud.metadata_address}",
         "idle_timeout_minutes: 10": "idle_timeout_minutes: 0.4",
