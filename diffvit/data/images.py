@@ -192,14 +192,12 @@ class _ResizeShortSide(v2.Resize):  # type: ignore[misc]  # torchvision ships no
         super().__init__(size, interpolation=v2.InterpolationMode(augment.interpolation), antialias=True)
         self._short_side = size
 
-    def forward(self, image: Tensor) -> Tensor:
-        short, long = sorted(image.shape[-2:])
+    def check_inputs(self, flat_inputs: list[Any]) -> None:
+        short, long = sorted(v2.functional.get_size(flat_inputs[0]))
         if self._short_side * self._short_side * long > _LARGEST_RESIZED_PIXELS * short:
             raise ImageError(
                 f"{long} x {short} pixels, too narrow to be resized to {self._short_side} on its short side"
             )
-        resized: Tensor = super().forward(image)
-        return resized
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
