@@ -82,7 +82,8 @@ class ScaleConfig:
     cpus_per_worker: float = 0.5
     """CPUs a worker reserves. Decoding runs in Ray tasks beside the workers, one CPU each, and needs some left."""
     micro_batch_size: int | None = None
-    """Samples a worker takes through the model at once; the rest of its share is accumulated. None: all at once."""
+    """Samples that a worker takes through the model at once, or a few less where that does not divide its share; the
+    rest is accumulated. None: the whole share, that of the most workers where their number is left open."""
     precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
     """auto: bf16 autocast on a GPU that has it, else tf32; tf32: float32, but a GPU from Ampere on multiplies with 10
     bits of mantissa; fp32: float32 throughout. On a CPU tf32 is fp32."""
@@ -90,8 +91,8 @@ class ScaleConfig:
     """fsdp: parameters, their average and AdamW's moments are spread over the workers (PyTorch's FSDP2), for models
     that do not fit one GPU; slower where they do. Checkpoints are the same with and without."""
     compile: bool = False
-    """Train through torch.compile, which fuses kernels and takes a minute to start; evaluation stays as it is. Drop
-    path draws other numbers than without. Needs a C++ compiler."""
+    """Train through torch.compile, which fuses kernels and takes a minute to start; evaluation stays as it is.
+    Needs a C++ compiler."""
     wait_minutes: float = 20.0
     """Minutes to wait for nodes that the cluster's autoscaler has still to start."""
     max_failures: int = 3
