@@ -68,12 +68,12 @@ def parse_finetune_config(description: str, arguments: list[str] | None = None) 
     try:
         default = _take_default(["finetune", *arguments]) if not _names_config(arguments) else _take_default(arguments)
         weights = _value_of("--init.weights", arguments) or default.init.weights
-        if weights:
+        if weights and weights != default.init.weights:  # else a config's, which has the model: a run goes on without
             from diffvit.models.pretrained import shape_of  # imports torch, which takes seconds
 
             model = shape_of(weights)
             default = dataclasses.replace(default, model=model, init=dataclasses.replace(default.init, weights=weights))
-        elif not {"-h", "--help"} & set(arguments):
+        elif not weights and not {"-h", "--help"} & set(arguments):
             raise ValueError("init.weights is missing: the run, checkpoint or .safetensors file to start from")
         return tyro.cli(RunConfig, default=default, args=arguments, description=description)
     except ValueError as error:

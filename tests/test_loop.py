@@ -30,6 +30,7 @@ from diffvit.training import step as step_module
 from diffvit.training.checkpoint import Snapshot
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.checkpoint_writer import CheckpointWriter
+from diffvit.training.logbook import Logbook
 from diffvit.training.loop import RunStopped, Worker, fit
 
 
@@ -385,6 +386,20 @@ def test_a_full_disk_costs_nothing_once_there_is_room(
     assert "could not be written and is tried again" in run.warnings[0]
     assert run.metrics[-1]["step"] == 12
     assert [step for step, _ in scalars(config, "train/loss")] == [3, 6, 9, 10, 12]
+
+
+def test_workers_that_were_taken_for_lost_write_no_more(tiny_config: RunConfig, tmp_path: Path) -> None:
+    config = with_fields(tiny_config, checkpoint={"every_steps": 1}, data={"audit": True})
+
+    def go_on_elsewhere(batch: Batch) -> Batch:
+        if batch.row == 3:
+            Logbook(config.location).begin(2, 0.0, 1)
+        return batch
+
+    with pytest.raises(RunStopped, match="another group of workers goes on with this run"):
+        Run(config, tmp_path, source=go_on_elsewhere)
+    assert CheckpointStore(tmp_path, config.checkpoint).entries()[-1].step == 3
+    assert {row["step"] for row in audited(config)} == {1, 2, 3}
 
 
 def test_bad_images_are_skipped_counted_and_named(tiny_config: RunConfig, folder: Path, tmp_path: Path) -> None:

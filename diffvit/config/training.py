@@ -139,8 +139,8 @@ class CheckpointConfig:
 
     every_steps: int | None = None
     """Also save every this many steps; None: at the end of each epoch only."""
-    every_minutes: float | None = None
-    """Also save when so many minutes have gone since the last checkpoint (looked at every few steps)."""
+    every_minutes: float | None = 5.0
+    """Also save when so many minutes have gone since the last checkpoint (looked at every few steps); None: not."""
     keep_last: int = 2
     """Checkpoints kept beside the best one: should the last be damaged, the run goes on from the one before."""
     keep_every_epochs: int | None = None
