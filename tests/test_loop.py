@@ -157,6 +157,15 @@ def test_tensorboard_has_every_curve(tiny_config: RunConfig, tmp_path: Path) -> 
     assert events.Images("attention/last_block")[-1].step == 6
 
 
+def test_tensorboard_has_the_gates_of_v2(tiny_config: RunConfig, tmp_path: Path) -> None:
+    config = with_fields(tiny_config, model={"variant": "diff_v2"})
+    Run(config, tmp_path)
+    for layer in (0, 1):
+        gates = scalars(config, f"gate/layer_{layer:02d}")
+        assert [step for step, _ in gates] == [3, 6]
+        assert all(0 < gate < 1 for _, gate in gates)
+
+
 @pytest.mark.parametrize("ema_decay", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("after", [2, 3, *(pytest.param(after, marks=pytest.mark.slow) for after in (4, 5))])
 def test_cut_anywhere_and_continued_ends_with_the_same_bits(

@@ -42,8 +42,9 @@ class OptimConfig:
     ema_decay: float = 0.0
     """Decay per step of the weight average that is evaluated and saved; 0 for none."""
     max_skipped_steps: int = 3
-    """A step whose loss or gradient is not finite changes nothing and is counted. More of them than this, without ten
-    good steps in between, take the weights back to the last good checkpoint; the order of samples goes on."""
+    """A step whose loss or gradient is not finite changes no weight (the average goes on) and is counted. More of them
+    than this, without ten good steps in between, take the weights back to the last good checkpoint of an epoch's end or
+    of checkpoint.every_steps; the order of samples goes on."""
     max_rollbacks: int = 2
     """Times that is tried before the run ends."""
 

@@ -48,7 +48,7 @@ def take_step(
     rank: int,
     device: torch.device,
 ) -> Tensor:
-    """Take the step; the norm of its gradient, which is the same on every rank. Where it is not finite nothing changes.
+    """Take the step; the norm of its gradient, the same on every rank. Where it is not finite no weight changes.
 
     A micro-batch's loss is its sum over the rank's share of G; DDP's mean over ranks makes that the mean over G,
     whatever W and A are, and a skipped sample adds nothing.
