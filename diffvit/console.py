@@ -83,10 +83,11 @@ class Console:
         while True:
             stopping = self._stop.is_set()
             try:
-                kind, fields = self._progress.get(timeout=0 if stopping else 0.5)
+                kind, fields = self._progress.get(block=not stopping, timeout=0.5)
             except Empty:
                 if stopping:
                     return
+                self._images.flush_when_due()
                 continue
             except Exception:  # the cluster is going down; the run's own error says why
                 return
@@ -140,7 +141,7 @@ def print_results(location: str, results: dict[str, Any]) -> None:
     console.print(
         f"[bold]{name} {results['status']}[/]: "
         f"top-1 {last['top1']:.2f} % after the last epoch ({last['epoch']}), best {best['top1']:.2f} % "
-        f"(epoch {best['epoch']}); {format_duration(results['wall_seconds'])} in all"
+        f"(epoch {best['epoch']}); {_duration(results)}"
     )
     if results["skipped_images"]:
         console.print(f"{results['skipped_images']} images were skipped: {folder}/{SKIPPED_FILE}", style="yellow")
@@ -153,6 +154,14 @@ def print_results(location: str, results: dict[str, Any]) -> None:
     }
     for title, value in rows.items():
         console.print(f"  {title:<16} {value}")
+
+
+def _duration(results: dict[str, Any]) -> str:
+    """Of a run in one piece, or of its last sitting and of all training."""
+    wall = format_duration(results["wall_seconds"])
+    if not results.get("interruptions"):
+        return f"{wall} in all"
+    return f"{wall} since it was last started, {format_duration(results['train_seconds'])} of training in all"
 
 
 def _speed(results: dict[str, Any]) -> str:

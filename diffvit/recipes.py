@@ -73,6 +73,7 @@ def folder() -> RunConfig:
         data=DataConfig(path=""),
         augment=AugmentConfig(crop="inception", rand_augment_layers=2, rand_augment_magnitude=30, policy_fill=128),
         optim=OptimConfig(epochs=90, batch_size=1024, lr=1e-3, warmup_epochs=5, weight_decay=0.1),
+        scale=ScaleConfig(micro_batch_size=64),  # all 1,024 at once fit no laptop
     )
 
 

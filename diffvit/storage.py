@@ -221,11 +221,22 @@ def _write_local(path: Path, content: bytes | pa.Buffer, durable: bool) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
+        if durable:
+            sync(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         if error.errno == errno.ENOSPC:
             raise StorageError(f"the disk of {path.parent} is full: {path.name} was not written") from None
         raise
+
+
+def sync(path: Path) -> None:
+    """Bring a local file's content, or a folder's list of names, to the disk, where losing power leaves it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @lru_cache

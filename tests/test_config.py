@@ -37,14 +37,18 @@ def test_recipes_are_valid_and_round_trip(recipe: str) -> None:
         ({"optim": {"warmup_epochs": 3.0}}, "between 0 and optim.epochs = 2, got 3.0"),
         ({"optim": {"warmup_steps": 5}}, "instead of optim.warmup_epochs, which must then be 0; got 5 and 1"),
         ({"optim": {"batch_size": 0}}, "batch_size must be at least 1"),
-        ({"augment": {"mixup": 0.2}, "optim": {"batch_size": 9}}, "micro-batch must be even, got 9"),
+        ({"augment": {"mixup": 0.2}, "optim": {"batch_size": 9}}, r"must be even \(9 / 1 = 9\)"),
         ({"augment": {"rand_augment_layers": 2, "auto_augment": "svhn"}}, "exclude each other, got 'svhn' and 2"),
         ({"augment": {"color_jitter": -0.1}}, "color_jitter must not be negative"),
         (
             {"scale": {"workers": 5}},
             "must divide optim.batch_size, got 5 and 12; the nearest batch sizes are 10 and 15",
         ),
-        ({"scale": {"micro_batch_size": 5}}, r"worker's share of the batch \(12 / 1 = 12\), got 5"),
+        ({"scale": {"micro_batch_size": 1}, "augment": {"mixup": 0.2}}, "micro_batch_size at least 2, got 1"),
+        (
+            {"scale": {"workers": (1, 4)}, "init": {"gate_opening_steps": 3, "weights": "x"}},
+            "is for model.variant = 'diff_v2'",
+        ),
         ({"scale": {"workers": (3, 2)}}, r"at least 1, or two numbers in order, got \(3, 2\)"),
         ({"scale": {"workers": (5, 5)}}, r"\(5, 5\) must hold a number that divides optim.batch_size = 12"),
         ({"scale": {"workers": (12, 99)}, "augment": {"mixup": 0.5}}, "even ones where images are mixed"),
@@ -139,7 +143,9 @@ def test_wrong_command_lines_end_with_status_2_and_a_hint(arguments, message, ca
     [
         (3, None, 0.0, (3,), [1]),
         (3, 2, 0.0, (3,), [2]),
-        ((2, 7), None, 0.0, (2, 3, 4, 6), [1, 1, 1, 1]),
+        ((2, 7), None, 0.0, (2, 3, 4, 6), [3, 2, 3, 1]),  # as with 6 workers, two images at once and no more
+        ((1, 4), None, 0.3, (1, 2, 3), [3, 3, 1]),
+        (1, 5, 0.0, (1,), [3]),
         ((1, 4), 5, 0.0, (1, 2, 3, 4), [3, 2, 1, 1]),  # shares of 12, 6, 4, 3 in micro-batches of 4, 3, 4, 3
         ((1, 4), 5, 0.3, (1, 2, 3), [3, 3, 1]),  # even ones only: 4, 2, 4
     ],

@@ -18,6 +18,20 @@ def test_only_an_address_that_answers_is_joined() -> None:
     assert not cluster._answers(None)
 
 
+def test_the_token_of_a_local_ray_is_private_from_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    token = tmp_path / ".ray/auth_token"
+    modes: list[int] = []
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: modes.append(token.stat().st_mode & 0o777))
+    monkeypatch.setattr(cluster, "_answers", lambda _: False)
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cluster.connect()
+    assert modes == [0o600]
+    assert len(token.read_text()) == 64
+
+
 @pytest.mark.parametrize(
     ("environment", "answers", "joined"), [(None, False, "local"), (None, True, "auto"), ("1.2.3.4:5", False, "auto")]
 )

@@ -30,6 +30,7 @@ from diffvit.training import step as step_module
 from diffvit.training.checkpoint import Snapshot
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.checkpoint_writer import CheckpointWriter
+from diffvit.training.logbook import Logbook
 from diffvit.training.loop import RunStopped, Worker, fit
 
 
@@ -156,6 +157,15 @@ def test_tensorboard_has_every_curve(tiny_config: RunConfig, tmp_path: Path) -> 
     assert events.Images("attention/last_block")[-1].step == 6
 
 
+def test_tensorboard_has_the_gates_of_v2(tiny_config: RunConfig, tmp_path: Path) -> None:
+    config = with_fields(tiny_config, model={"variant": "diff_v2"})
+    Run(config, tmp_path)
+    for layer in (0, 1):
+        gates = scalars(config, f"gate/layer_{layer:02d}")
+        assert [step for step, _ in gates] == [3, 6]
+        assert all(0 < gate < 1 for _, gate in gates)
+
+
 @pytest.mark.parametrize("ema_decay", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("after", [2, 3, *(pytest.param(after, marks=pytest.mark.slow) for after in (4, 5))])
 def test_cut_anywhere_and_continued_ends_with_the_same_bits(
@@ -176,7 +186,7 @@ def test_cut_anywhere_and_continued_ends_with_the_same_bits(
 
 
 def test_accumulation_gives_the_same_step(tiny_config: RunConfig, tmp_path: Path) -> None:
-    one_epoch = with_fields(tiny_config, optim={"epochs": 1})
+    one_epoch = with_fields(tiny_config, model={"drop_path": 0.3}, optim={"epochs": 1})
     Run(one_epoch, tmp_path / "whole")
     Run(with_fields(one_epoch, scale={"micro_batch_size": 4}), tmp_path / "pieces")
     ours, theirs = weights(checkpoint(tmp_path / "pieces", 3)), weights(checkpoint(tmp_path / "whole", 3))
@@ -385,6 +395,20 @@ def test_a_full_disk_costs_nothing_once_there_is_room(
     assert "could not be written and is tried again" in run.warnings[0]
     assert run.metrics[-1]["step"] == 12
     assert [step for step, _ in scalars(config, "train/loss")] == [3, 6, 9, 10, 12]
+
+
+def test_workers_that_were_taken_for_lost_write_no_more(tiny_config: RunConfig, tmp_path: Path) -> None:
+    config = with_fields(tiny_config, checkpoint={"every_steps": 1}, data={"audit": True})
+
+    def go_on_elsewhere(batch: Batch) -> Batch:
+        if batch.row == 3:
+            Logbook(config.location).begin(2, 0.0, 1)
+        return batch
+
+    with pytest.raises(RunStopped, match="another group of workers goes on with this run"):
+        Run(config, tmp_path, source=go_on_elsewhere)
+    assert CheckpointStore(tmp_path, config.checkpoint).entries()[-1].step == 3
+    assert {row["step"] for row in audited(config)} == {1, 2, 3}
 
 
 def test_bad_images_are_skipped_counted_and_named(tiny_config: RunConfig, folder: Path, tmp_path: Path) -> None:

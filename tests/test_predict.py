@@ -191,7 +191,7 @@ def test_shards_and_one_split(config: PredictConfig, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_is_none(config: PredictConfig, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"neither a finished run \(results.json\) nor a checkpoint"):
+    with pytest.raises(ValueError, match="neither a run with a checkpoint nor a checkpoint"):
         predict(dataclasses.replace(config, checkpoint=str(tmp_path)), quiet)
     manifest = Path(config.checkpoint, "checkpoint.json")
     fields = json.loads(manifest.read_text())

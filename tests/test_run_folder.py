@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 from collections import namedtuple
 from pathlib import Path
@@ -8,9 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import with_fields
 
-from diffvit.config import RunConfig
+from diffvit.config import RunConfig, to_json
 from diffvit.training import run_folder
-from diffvit.training.run_folder import open_run, write_results
+from diffvit.training.run_folder import close_run, not_the_same_folder, open_run, write_results
 
 
 def test_new_then_continued_then_finished(tiny_config: RunConfig) -> None:
@@ -52,6 +53,52 @@ def test_too_little_space(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 5 * 2**20))
     with pytest.raises(ValueError, match=r"has 5 MiB free, this model's checkpoints need 64 MiB"):
         open_run(tiny_config)
+
+
+def test_a_folder_that_is_not_shared_is_found(tiny_config: RunConfig) -> None:
+    open_run(tiny_config)
+    assert not_the_same_folder(tiny_config) is None
+    (tiny_config.folder / "config.json").write_text(to_json(dataclasses.replace(tiny_config, seed=9)))  # an older run's
+    assert "is not the one that this job has written" in str(not_the_same_folder(tiny_config))
+    (tiny_config.folder / "config.json").unlink()
+    assert "storage must be a folder that every node sees" in str(not_the_same_folder(tiny_config))
+
+
+def test_what_is_there_needs_no_more_space(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "_SPARE_BYTES", 0)
+    monkeypatch.setattr(run_folder, "_checkpoint_bytes", lambda _: 2**20)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 3 * 2**19))
+    with pytest.raises(ValueError, match=r"has 2 MiB free, this model's checkpoints need 4 MiB"):
+        open_run(tiny_config)
+    for step in (1, 2, 3):  # the fourth is the one being written
+        (tiny_config.folder / f"checkpoint_step_{step:08d}").mkdir()
+    (tiny_config.folder / "config.json").write_text(to_json(tiny_config))
+    open_run(tiny_config)
+    write_results(tiny_config.folder, {"status": "finished"})
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 0))
+    assert open_run(tiny_config) is not None  # a finished run needs none
+
+
+def test_what_killed_writers_left_is_swept(tiny_config: RunConfig) -> None:
+    open_run(tiny_config)
+    (tiny_config.folder / "audit").mkdir()
+    old = [".alive.json.17", "audit/.00000000-00000003-0000.parquet.17", f".run.lock.{'a' * 32}", ".write-test-17"]
+    for name in (*old, ".fresh.json.18", ".mine"):
+        (tiny_config.folder / name).write_text("half")
+    for name in (*old, ".mine"):
+        os.utime(tiny_config.folder / name, (0, 0))
+    open_run(tiny_config)
+    left = {str(path.relative_to(tiny_config.folder)) for path in tiny_config.folder.rglob("*")}
+    assert left == {"audit", "config.json", ".fresh.json.18", ".mine"}
+
+
+def test_a_run_that_lost_its_storage_says_why_it_ended(tiny_config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a disk that went away")
+    results = close_run(tiny_config, "stopped", "no checkpoint could be written", 0.0)
+    assert results["reason"] == "no checkpoint could be written"
+    with pytest.raises(OSError, match="Not a directory"):
+        close_run(tiny_config, "finished", None, 0.0)
 
 
 def test_full_disk(tiny_config: RunConfig, small_disk: Path) -> None:

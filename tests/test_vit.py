@@ -185,6 +185,14 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
     assert torch.equal(layer.eval()(torch.ones(2, 3)), torch.ones(2, 3))
 
 
+def test_mean_gates_are_those_of_the_attention_maps() -> None:
+    model = VisionTransformer(ModelConfig(variant="diff_v2", **SMALL)).eval()
+    images = torch.randn(3, 3, SMALL["image_size"], SMALL["image_size"])
+    expected = [float(maps.weight.mean()) for maps in model.attention_maps(images)]
+    assert model.mean_gates(images) == pytest.approx(expected)
+    assert len(expected) == SMALL["depth"]
+
+
 def test_drop_path_rises_with_depth() -> None:
     model = VisionTransformer(ModelConfig(drop_path=0.2, **SMALL))
     assert [getattr(block.drop_path, "rate", 0.0) for block in model.blocks] == pytest.approx([0, 0.1, 0.2])

@@ -126,9 +126,23 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     assert "not a readable safetensors file" in refusal(tmp_path / "cut.safetensors")
     (tmp_path / "empty").mkdir()
-    assert "neither a finished run" in refusal(tmp_path / "empty")
+    assert "neither a run with a checkpoint" in refusal(tmp_path / "empty")
     (tmp_path / "empty" / "results.json").write_text(json.dumps({"best": None, "last": None}))
     assert "has saved no checkpoint" in refusal(tmp_path / "empty")
+
+
+def test_a_run_that_was_cut_gives_its_best_so_far(tmp_path: Path) -> None:
+    best, target = model(1), model(2)
+    for step, top1, source in ((3, 50.0, model(3)), (6, 70.0, best), (9, 60.0, model(4)), (11, None, model(5))):
+        folder = save_checkpoint(tmp_path / f"checkpoint_step_{step:08d}", source)
+        manifest = json.loads((folder / "checkpoint.json").read_text())
+        metrics = {} if top1 is None else {"top1": top1}
+        (folder / "checkpoint.json").write_text(json.dumps({**manifest, "step": step, "metrics": metrics}))
+    load_weights(target, tmp_path)
+    assert same(target, best)
+    # an earlier sitting's, which names what was deleted since
+    (tmp_path / "results.json").write_text(json.dumps({"best": {"checkpoint": "checkpoint_step_00000001"}}))
+    load_weights(model(2), tmp_path)
 
 
 def test_a_run_whose_best_has_no_checkpoint_gives_its_last(tmp_path: Path) -> None:

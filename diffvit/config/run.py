@@ -57,6 +57,10 @@ class RunConfig:
             len(self.data.mean) in (0, 1, self.model.in_channels),
             f"data.mean must have 1 or model.in_channels = {self.model.in_channels} values, got {self.data.mean}",
         )
+        require(
+            not self.init.gate_opening_steps or self.model.variant == "diff_v2",
+            f"init.gate_opening_steps is for model.variant = 'diff_v2', got {self.model.variant!r}",
+        )
         if isinstance(self.scale.workers, int):
             self._require_workers(self.scale.workers)
         else:
@@ -75,19 +79,9 @@ class RunConfig:
         )
         micro = self.scale.micro_batch_size
         require(
-            micro is None or share % micro == 0,
-            f"scale.micro_batch_size must divide a worker's share of the batch "
-            f"({self.optim.batch_size} / {workers} = {share}), got {micro}",
-        )
-        require(
-            not self._mixes or (micro or share) % 2 == 0,
-            "augment.mixup and augment.cutmix mix pairs of images, so a worker's micro-batch must be even, "
-            f"got {micro or share}",
-        )
-
-        require(
-            not self.init.gate_opening_steps or self.model.variant == "diff_v2",
-            f"init.gate_opening_steps is for model.variant = 'diff_v2', got {self.model.variant!r}",
+            bool(self._fitting_steps(workers)),
+            "augment.mixup and augment.cutmix mix pairs of images, so a worker's share of the batch must be even "
+            f"({self.optim.batch_size} / {workers} = {share}) and scale.micro_batch_size at least 2, got {micro}",
         )
 
     @property
@@ -133,10 +127,16 @@ class RunConfig:
         return self._fitting_steps(workers)[0]
 
     def _fitting_steps(self, workers: int) -> list[int]:
-        share = self.optim.batch_size // workers
-        largest = self.scale.micro_batch_size or share
-        multiple = 2 if self._mixes else 1
+        share, multiple = self.optim.batch_size // workers, 2 if self._mixes else 1
+        largest = self.scale.micro_batch_size or self._smallest_share
         return [n for n in range(1, share + 1) if share % (n * multiple) == 0 and share // n <= largest]
+
+    @property
+    def _smallest_share(self) -> int:
+        """Of the batch, with the most workers: with fewer a worker's memory is not to grow."""
+        batch, multiple = self.optim.batch_size, 2 if self._mixes else 1
+        counts = range(self.scale.min_workers, self.scale.max_workers + 1)
+        return min((batch // count for count in counts if batch % (count * multiple) == 0), default=batch)
 
 
 _ADAPTER = TypeAdapter(RunConfig)

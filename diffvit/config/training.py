@@ -48,8 +48,9 @@ class OptimConfig:
     ema_decay: float = 0.0
     """Decay per step of the weight average that is evaluated and saved; 0 for none."""
     max_skipped_steps: int = 3
-    """A step whose loss or gradient is not finite changes nothing and is counted. More of them than this, without ten
-    good steps in between, take the weights back to the last good checkpoint; the order of samples goes on."""
+    """A step whose loss or gradient is not finite changes no weight (the average goes on) and is counted. More of them
+    than this, without ten good steps in between, take the weights back to the last good checkpoint of an epoch's end or
+    of checkpoint.every_steps; the order of samples goes on."""
     max_rollbacks: int = 2
     """Times that is tried before the run ends."""
 
@@ -89,7 +90,8 @@ class ScaleConfig:
     cpus_per_worker: float = 0.5
     """CPUs a worker reserves. Decoding runs in Ray tasks beside the workers, one CPU each, and needs some left."""
     micro_batch_size: int | None = None
-    """Samples a worker takes through the model at once; the rest of its share is accumulated. None: all at once."""
+    """Samples that a worker takes through the model at once, or a few less where that does not divide its share; the
+    rest is accumulated. None: the whole share, that of the most workers where their number is left open."""
     precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
     """auto: bf16 autocast on a GPU that has it, else tf32; tf32: float32, but a GPU from Ampere on multiplies with 10
     bits of mantissa; fp32: float32 throughout. On a CPU tf32 is fp32."""
@@ -97,8 +99,8 @@ class ScaleConfig:
     """fsdp: parameters, their average and AdamW's moments are spread over the workers (PyTorch's FSDP2), for models
     that do not fit one GPU; slower where they do. Checkpoints are the same with and without."""
     compile: bool = False
-    """Train through torch.compile, which fuses kernels and takes a minute to start; evaluation stays as it is. Drop
-    path draws other numbers than without. Needs a C++ compiler."""
+    """Train through torch.compile, which fuses kernels and takes a minute to start; evaluation stays as it is.
+    Needs a C++ compiler."""
     wait_minutes: float = 20.0
     """Minutes to wait for nodes that the cluster's autoscaler has still to start."""
     max_failures: int = 3
@@ -145,8 +147,8 @@ class CheckpointConfig:
 
     every_steps: int | None = None
     """Also save every this many steps; None: at the end of each epoch only."""
-    every_minutes: float | None = None
-    """Also save when so many minutes have gone since the last checkpoint (looked at every few steps)."""
+    every_minutes: float | None = 5.0
+    """Also save when so many minutes have gone since the last checkpoint (looked at every few steps); None: not."""
     keep_last: int = 2
     """Checkpoints kept beside the best one: should the last be damaged, the run goes on from the one before."""
     keep_every_epochs: int | None = None

@@ -44,7 +44,7 @@ def plan_run(config: RunConfig, dataset: Dataset, workers: int = 1) -> tuple[Tra
     ):
         if (steps or 0) > train_plan.total_steps:
             raise ValueError(f"{name} must not exceed the {train_plan.total_steps} steps of the run, got {steps}")
-    return train_plan, EvalPlan(len(dataset.val), _EVAL_ROW_SIZE)
+    return train_plan, EvalPlan(len(dataset.val), min(config.scale.micro_batch_size or _EVAL_ROW_SIZE, _EVAL_ROW_SIZE))
 
 
 def validation_batches(config: RunConfig, dataset: Dataset) -> Iterator[Batch]:

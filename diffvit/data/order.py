@@ -38,9 +38,9 @@ def sample_seed(seed: int, epoch: int, sample: int, copy: int = 0) -> int:
     return _seed(seed, _AUGMENT, epoch, sample, *([copy] if copy else []))
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of what the model draws on one rank in one global step (drop path), in [0, 2^63)."""
-    return _seed(seed, _MODEL, step, rank)
+def step_seed(seed: int, step: int) -> int:
+    """Seed of what the model draws for a global batch (drop path), in [0, 2^63)."""
+    return _seed(seed, _MODEL, step)
 
 
 def mixing_seed(seed: int, step: int) -> int:

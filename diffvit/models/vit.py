@@ -92,15 +92,20 @@ class VisionTransformer(nn.Module):
         if isinstance(self.pos_embed, nn.Parameter):
             nn.init.trunc_normal_(self.pos_embed, std=_INIT_STD)
 
-    def forward(self, images_BCSS: Tensor) -> Tensor:
+    def forward(self, images_BCSS: Tensor, draws: Tensor | None = None) -> Tensor:
         """(B, C, S, S) -> (B, num_classes), or the pooled features (B, D) of a model with num_classes = 0.
+
+        Args:
+            images_BCSS: (B, C, S, S).
+            draws: in training, what drop path decides by, (B, 2 depth) uniform in [0, 1): for each sample two a block.
+                None: it draws for itself.
 
         Raises:
             ValueError: the patch does not divide the image's sides.
         """
         x = self.embed(images_BCSS)
-        for block in self.blocks:
-            x = block(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if draws is None else draws[:, 2 * i : 2 * i + 2])
         scores: Tensor = self.head(self.pool(self.norm(x)))
         return scores
 
@@ -215,18 +220,19 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(D, _LAYER_NORM_EPS)
         self.mlp = Mlp(D, int(D * config.mlp_ratio))
         self.ls2 = LayerScale(D, config.init_values) if config.init_values is not None else nn.Identity()
-        self.drop_path = DropPath(drop_rate) if drop_rate else nn.Identity()
+        self.drop_path = DropPath(drop_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
-        return self.branches(x)[2]
+    def forward(self, x: Tensor, draws: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D); `draws` (B, 2), see `DropPath`."""
+        return self.branches(x, draws)[2]
 
-    def branches(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def branches(self, x: Tensor, draws: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What attention adds, what the MLP adds, and the sum that goes on; each (B, N, D)."""
+        of_attention, of_mlp = (None, None) if draws is None else draws.unbind(1)
         attended = self.attn(self.norm1(x))
-        x = x + self.drop_path(self.ls1(attended))
+        x = x + self.drop_path(self.ls1(attended), of_attention)
         mixed = self.mlp(self.norm2(x))
-        return attended, mixed, x + self.drop_path(self.ls2(mixed))
+        return attended, mixed, x + self.drop_path(self.ls2(mixed), of_mlp)
 
 
 class Mlp(nn.Module):
@@ -260,11 +266,13 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+    def forward(self, x: Tensor, draws: Tensor | None = None) -> Tensor:
+        """(B, ...) -> (B, ...); dropped are the samples whose number in `draws` (B,), uniform, is below the rate."""
+        if not self.training or not self.rate:
             return x
-        kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * kept.div_(1 - self.rate)
+        draws = torch.rand(x.shape[0], device=x.device) if draws is None else draws
+        kept = (draws >= self.rate).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+        return x * (kept / (1 - self.rate))
 
 
 def sincos_positions(grid: int, embed_dim: int, temperature: float = 10_000.0) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,15 +121,18 @@ def _read_path(path: Path) -> tuple[Mapping[str, Tensor], Origin | None]:
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """The checkpoint that `folder` is, or the best one of the run that it is.
+    """The checkpoint that `folder` is, or the best one of the run that it is; of a run that was cut, of what it has.
 
     Raises:
         ValueError: it is neither.
     """
     if (folder / "results.json").is_file():
-        folder = _checkpoint_of_run(folder)
+        named = _checkpoint_of_run(folder)
+        folder = named if named.exists() else _best_there(folder) or named
+    elif not (folder / MANIFEST_NAME).is_file():
+        folder = _best_there(folder) or folder
     if not (folder / MANIFEST_NAME).is_file():
-        raise ValueError(f"{folder} is neither a finished run (results.json) nor a checkpoint ({MANIFEST_NAME})")
+        raise ValueError(f"{folder} is neither a run with a checkpoint nor a checkpoint ({MANIFEST_NAME})")
     return folder
 
 
@@ -156,6 +160,19 @@ def _checkpoint_of_run(run: Path) -> Path:
     if not name:
         raise ValueError(f"run {run} has saved no checkpoint yet")
     return Path(run, name)
+
+
+def _best_there(run: Path) -> Path | None:
+    """The checkpoint in the run's folder that was best when it was evaluated, else the last; None where there is none.
+
+    What `results.json` does not tell yet, or not any more once the run goes on.
+    """
+    found = []
+    for manifest in run.glob(f"checkpoint_step_*/{MANIFEST_NAME}"):
+        with suppress(ValueError, KeyError, AttributeError, TypeError):  # a damaged one is not the best
+            content = json.loads(manifest.read_text())
+            found.append((content["metrics"].get("top1", -1.0), content["step"], manifest.parent))
+    return max(found)[2] if found else None
 
 
 def _download(name: str) -> Path:

@@ -1,7 +1,7 @@
 """The checkpoints in a run's folder: which there are, which of them are whole, and which are kept.
 
-A reader never sees half of one: on a disk it is written beside its place and moved there, on an object store its
-manifest, without which it is not a checkpoint, comes last.
+A reader never sees half of one: on a disk it is written beside its place and moved there, and moved away before it is
+deleted; in an object store its manifest, without which it is not a checkpoint, comes last and goes first.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ import pyarrow as pa
 from diffvit.config import CheckpointConfig
 from diffvit.manifest import MANIFEST_NAME, read_manifest
 from diffvit.scratch import scratch_folder
-from diffvit.storage import Storage, StorageError
+from diffvit.storage import Storage, StorageError, sync
 from diffvit.training.checkpoint import Snapshot, checkpoint_name
 
 _MANIFEST = re.compile(rf"checkpoint_step_(\d+)/{re.escape(MANIFEST_NAME)}")
-_PARTIAL = ".partial-"
+_PARTIAL, _DELETED = ".partial-", ".deleted-"
 
 Warn = Callable[[str], None]
+
+
+class Superseded(RuntimeError):
+    """The run has gone on elsewhere, and this process may not write to it any more."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,9 @@ class CheckpointStore:
         """Delete what a writer that was killed left half done."""
         self._storage.sweep()
         if not self._storage.is_remote:
-            for partial in Path(self._storage.path()).glob(f"{_PARTIAL}*"):
-                shutil.rmtree(partial, ignore_errors=True)
+            for prefix in (_PARTIAL, _DELETED):
+                for left in Path(self._storage.path()).glob(f"{prefix}*"):
+                    shutil.rmtree(left, ignore_errors=True)
             return
         with suppress(StorageError):
             names = self._hasty.sizes()
@@ -124,8 +129,11 @@ class CheckpointStore:
         partial.mkdir(parents=True)
         try:
             snapshot.write(partial)
-            shutil.rmtree(target, ignore_errors=True)
+            for path in (*partial.iterdir(), partial):
+                sync(path)
+            self._delete(target.name)
             partial.rename(target)
+            sync(target.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -145,7 +153,7 @@ class CheckpointStore:
         with scratch_folder() as folder:
             snapshot.write(folder)
             files = sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST_NAME)
-            self._hasty.delete_folder(name)
+            self._delete(name)
             for file in files:
                 with pa.memory_map(str(file)) as mapped:
                     self._hasty.write(f"{name}/{file.name}", mapped.read_buffer())
@@ -156,7 +164,21 @@ class CheckpointStore:
         kept = kept_steps(entries, self._config.keep_last, self._config.keep_every_epochs) | {*pinned}
         for entry in entries:
             if entry.step not in kept:
-                self._hasty.delete_folder(entry.name)
+                self._delete(entry.name)
+
+    def _delete(self, name: str) -> None:
+        """Delete a checkpoint, if it is there: for whoever reads at once."""
+        if self._storage.is_remote:
+            self._hasty.delete(f"{name}/{MANIFEST_NAME}")
+            self._hasty.delete_folder(name)
+            return
+        folder = Path(self._storage.path(name))
+        if folder.exists():
+            away = folder.with_name(_DELETED + name)
+            if away.exists():
+                shutil.rmtree(away)
+            folder.rename(away)
+            shutil.rmtree(away, ignore_errors=True)
 
 
 def _entries(storage: Storage) -> list[Entry]:

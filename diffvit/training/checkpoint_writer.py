@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from diffvit.training.checkpoint import Snapshot, checkpoint_name
-from diffvit.training.checkpoint_store import CheckpointStore, Warn
+from diffvit.training.checkpoint_store import CheckpointStore, Superseded, Warn
 
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.5, 30.0
 
@@ -116,6 +116,9 @@ class CheckpointWriter:
                     write()
                 waiting.write()
                 self._store.drop_others(waiting.step, waiting.pinned)
+            except Superseded as error:
+                self.failure = self.failure or str(error)
+                return
             except Exception as error:  # a full disk comes as OSError, RuntimeError or SafetensorError
                 if self._given_up.is_set() or time.monotonic() + delay > deadline:
                     minutes = f"{self._retry_seconds / 60:g} minutes"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private.utils import read_ray_address
+from ray._private.utils import get_num_cpus, read_ray_address
 
 from diffvit.cluster.waiting import can_grow, room_for, wait_for_nodes
 from diffvit.config import ScaleConfig
@@ -36,7 +37,8 @@ def connect(scale: ScaleConfig | None = None) -> None:
         _let_nodes_idle()
     else:
         workers_cpus = math.ceil(scale.max_workers * scale.cpus_per_worker) if scale else 0
-        logical_cpus = max(os.cpu_count() or 1, workers_cpus + 1)
+        logical_cpus = max(cpu_count(), workers_cpus + 1)
+        _make_token()
         ray.init(
             address="local",
             num_cpus=logical_cpus,
@@ -44,10 +46,29 @@ def connect(scale: ScaleConfig | None = None) -> None:
             object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
             **quiet,
         )
-        with suppress(OSError):  # Ray writes the token readable for everybody
-            (Path.home() / ".ray" / "auth_token").chmod(0o600)
     for library in ("ray.train", "ray.data"):
         logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def cpu_count() -> int:
+    """CPUs that this process may use: of a container those that it was given."""
+    return max(int(get_num_cpus(override_docker_cpu_warning=True)), 1)
+
+
+def _make_token() -> None:
+    """Ray makes its token itself where there is none, but readable for everybody."""
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & {*os.environ}:
+        return
+    token = Path.home() / ".ray" / "auth_token"
+    with suppress(OSError):
+        token.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError), open(token, "x", opener=_private) as file:
+            file.write(secrets.token_hex(32))
+        token.chmod(0o600)  # one that Ray made
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, mode=0o600)
 
 
 def _answers(address: str | None) -> bool:
@@ -79,6 +100,13 @@ def wait_for_cluster(scale: ScaleConfig, say: Callable[[str], None]) -> None:
     """Wait for the workers' nodes where an autoscaler can add them, and `say` what is waited for."""
     if can_grow():
         wait_for_nodes(_bundles(scale), 60 * scale.wait_minutes, say)
+    free = ray.available_resources()
+    needed = {"CPU": scale.min_workers * scale.cpus_per_worker + 1} | ({"GPU": scale.min_workers} if scale.gpu else {})
+    if any(free.get(name, 0) < count <= ray.cluster_resources().get(name, 0) for name, count in needed.items()):
+        asked = " and ".join(
+            f"{count:g} {name}s, of which {free.get(name, 0):g} are free" for name, count in needed.items()
+        )
+        say(f"the cluster is busy: this job needs {asked}; it waits until another job gives them back")
 
 
 def _bundles(scale: ScaleConfig) -> list[dict[str, float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,13 +30,14 @@ from diffvit.models.pretrained import origin_of
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import HUB, load_weights
 from diffvit.scratch import scratch_folder
+from diffvit.storage import Storage
 from diffvit.training.checkpoint_store import CheckpointStore
-from diffvit.training.cluster import connect, require_resources, wait_for_cluster
+from diffvit.training.cluster import connect, cpu_count, require_resources, wait_for_cluster
 from diffvit.training.compilation import require_compiler
 from diffvit.training.elastic import FittingTrainer
 from diffvit.training.logbook import Logbook
 from diffvit.training.loop import RunStopped, Worker, fit
-from diffvit.training.run_folder import close_run, open_run
+from diffvit.training.run_folder import CONFIG_NAME, close_run, not_the_same_folder, open_run
 from diffvit.training.run_lock import RunLock
 
 __all__ = [
@@ -72,7 +72,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     dataset = open_dataset(config.data)
     config = resolve(config, dataset)
     train_plan, _ = plan_run(config, dataset, config.worker_counts[-1])
-    require_weights(config)
+    if not any(name.startswith("checkpoint_step_") for name in Storage(config.location).names()):
+        require_weights(config)  # a run that goes on needs them no more
     with RunLock(config.location):
         earlier = open_run(config)
         if earlier is not None and earlier["status"] == "finished":
@@ -208,7 +209,12 @@ def _trainer(
         config.worker_counts,
         config.location,
         work or _train_worker,
-        train_loop_config={"config": to_json(config), "dataset": ray.put(dataset), "progress": progress},
+        train_loop_config={
+            "config": to_json(config),
+            "dataset": ray.put(dataset),
+            "progress": progress,
+            "opened": Storage(config.location).size(CONFIG_NAME) is not None,
+        },
         torch_config=TorchConfig(backend="nccl" if config.scale.gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.scale.workers, use_gpu=config.scale.gpu, resources_per_worker=resources
@@ -242,6 +248,9 @@ def _train_worker(job: dict[str, Any]) -> str | None:
     The reason is returned and not raised, because Ray Train would start the worker group again.
     """
     group = join_group(job)
+    problem = group.worker.agree(not_the_same_folder(group.config) if job["opened"] and not group.worker.rank else None)
+    if problem is not None:
+        return str(problem)
     try:
         fit(group.config, group.train_plan, group.eval_plan, group.stream, group.worker)
     except RunStopped as stop:
@@ -266,7 +275,7 @@ def join_group(job: dict[str, Any]) -> Member:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     if not config.scale.gpu:
-        torch.set_num_threads(max((os.cpu_count() or 1) // context.get_local_world_size(), 1))
+        torch.set_num_threads(max(cpu_count() // context.get_local_world_size(), 1))
     train_plan, eval_plan = plan_run(config, dataset, workers)
     stream = RayStream(
         BatchLoader(config, dataset.train, train_plan),

@@ -2,6 +2,7 @@
 
 alive.json          the last sign of life of rank 0: when, at which step; in an object store a few seconds old
 cut.json            why the run is being cut, from whoever knows; gone once it is written down
+sitting.json        the id of the sitting that may write to the run: the last that began
 interruptions.json  one entry for each: when, why, steps_repeated, seconds_lost
 """
 
@@ -10,21 +11,23 @@ from __future__ import annotations
 import json
 import threading
 import time
+import uuid
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from diffvit.storage import Storage, StorageError
+from diffvit.training.checkpoint_store import Superseded
 
 _SIGN_SECONDS = 1.0
 _REMOTE_SIGN_SECONDS = 5.0
-_ALIVE, _CUT, _INTERRUPTIONS = "alive.json", "cut.json", "interruptions.json"
+_ALIVE, _CUT, _SITTING, _INTERRUPTIONS = "alive.json", "cut.json", "sitting.json", "interruptions.json"
 _UNKNOWN = "ended without a word: killed, or its node was lost"
 
 
 class Logbook:
-    """The three files, in the folder of a run."""
+    """The four files, in the folder of a run."""
 
     def __init__(self, folder: str | Path) -> None:
         self._storage = Storage(str(folder))
@@ -32,6 +35,7 @@ class Logbook:
         self._every_seconds = _REMOTE_SIGN_SECONDS if self._storage.is_remote else _SIGN_SECONDS
         self._signed_at = -self._every_seconds
         self._signing: threading.Thread | None = None
+        self._sitting: str | None = None
 
     @property
     def interruptions(self) -> list[dict[str, Any]]:
@@ -43,22 +47,42 @@ class Logbook:
 
         `seconds_lost` is the time from its last sign of life until now, and that of training the repeated steps.
         """
-        last = self._read(_ALIVE)
-        if last is not None:
-            why = (self._read(_CUT) or {}).get("why")
-            if why is None and last["workers"] != workers:
-                why = f"resized from {last['workers']} to {workers} workers"
-            entry = {
-                "when": datetime.fromtimestamp(last["time"], UTC).isoformat(timespec="seconds"),
-                "why": why or _UNKNOWN,
-                "steps_repeated": max(last["step"] - step, 0),
-                "seconds_lost": round(
-                    max(time.time() - last["time"], 0) + max(last["train_seconds"] - train_seconds, 0), 1
-                ),
-            }
-            _write(self._storage, _INTERRUPTIONS, [*self.interruptions, entry])
-        self._storage.delete(_CUT)
-        _write(self._storage, _ALIVE, self._sign(step, train_seconds, workers))
+        last, sitting = self._read(_ALIVE), uuid.uuid4().hex
+        with suppress(OSError, StorageError):  # checkpoints find a full disk too, and wait for room
+            if last is not None:
+                self._write_interruption(last, step, train_seconds, workers)
+            self._storage.delete(_CUT)
+            _write(self._storage, _ALIVE, self._sign(step, train_seconds, workers))
+            _write(self._storage, _SITTING, {"id": sitting})
+            self._sitting = sitting
+
+    def _write_interruption(self, last: dict[str, Any], step: int, train_seconds: float, workers: int) -> None:
+        why = (self._read(_CUT) or {}).get("why")
+        if why is None and last["workers"] != workers:
+            why = f"resized from {last['workers']} to {workers} workers"
+        entry = {
+            "when": datetime.fromtimestamp(last["time"], UTC).isoformat(timespec="seconds"),
+            "why": why or _UNKNOWN,
+            "steps_repeated": max(last["step"] - step, 0),
+            "seconds_lost": round(
+                max(time.time() - last["time"], 0) + max(last["train_seconds"] - train_seconds, 0), 1
+            ),
+        }
+        _write(self._storage, _INTERRUPTIONS, [*self.interruptions, entry])
+
+    def require_ours(self) -> None:
+        """Check, before something is written, that no other sitting has begun: the run's lock has the driver only, and
+        a rank 0 that was cut off may come back while another one has taken its place.
+
+        Raises:
+            Superseded: one has.
+            StorageError: an object store is away.
+        """
+        if self._sitting is None:
+            return
+        with suppress(FileNotFoundError, ValueError):
+            if json.loads(self._hasty.read(_SITTING))["id"] != self._sitting:
+                raise Superseded("another group of workers goes on with this run: this one was taken for lost")
 
     def alive(self, step: int, train_seconds: float, workers: int) -> None:
         """A sign of life, written down once a second at most; training does not wait for an object store."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -25,7 +24,7 @@ from diffvit.training.evaluation import evaluate
 from diffvit.training.loop import fit, start_state
 from diffvit.training.metrics import Sums
 from diffvit.training.step import replicate, take_step
-from diffvit.training.utilisation import device_name
+from diffvit.training.utilisation import device_name, peak_bytes
 from diffvit.training.worker import Worker
 
 _WARMUP_STEPS = 10
@@ -183,11 +182,7 @@ def _snapshot_seconds(config: RunConfig, state: TrainState) -> float:
 
 def _peak_bytes(worker: Worker) -> int:
     """Of the worker that has the most."""
-    if worker.device.type == "cuda":
-        own = torch.cuda.max_memory_allocated(worker.device)
-    else:
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.tensor(float(own), device=worker.device, dtype=torch.float64)
+    peak = torch.tensor(float(peak_bytes(worker.device)), device=worker.device, dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(peak, dist.ReduceOp.MAX)
     return int(peak)

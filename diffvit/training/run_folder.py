@@ -8,9 +8,12 @@ results.json   status, best and last checkpoint, speed, versions; written when a
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Sequence
@@ -33,6 +36,9 @@ CONFIG_NAME = "config.json"
 RESULTS_NAME = "results.json"
 _LIBRARIES = ("torch", "torchvision", "ray", "numpy", "pyarrow", "pillow")
 _SPARE_BYTES = 64 * 2**20
+_TEMPORARY = re.compile(rf"\..+\.\d+|\.{re.escape(LOCK_NAME)}\.[0-9a-f]{{32}}|\.write-test-\d+")
+_TEMPORARY_SECONDS = 60.0
+"""What was not written to for so long is nobody's."""
 
 
 def open_run(config: RunConfig) -> dict[str, Any] | None:
@@ -53,36 +59,83 @@ def open_run(config: RunConfig) -> dict[str, Any] | None:
         elif any(LOCK_NAME not in name for name in run.names()):
             where = run.uri.partition("?")[0]
             raise ValueError(f"{where} holds files but no {CONFIG_NAME}: it is not a run; choose another --name")
+        content = _read(run, RESULTS_NAME) if existing is not None else None
+        results: dict[str, Any] | None = None if content is None else json.loads(content)
+        if results is not None and results["status"] == "finished":
+            return results
         if not config.is_remote:
-            _require_writable(config.folder, _checkpoint_bytes(config), config.checkpoint.keep_last + 2)
+            there = len(list(config.folder.glob("checkpoint_step_*")))
+            # the last ones, the best and the one being written
+            _require_writable(config.folder, _checkpoint_bytes(config), max(config.checkpoint.keep_last + 2 - there, 1))
         run.write(CONFIG_NAME, to_json(config).encode())
-        results = _read(run, RESULTS_NAME)
+        if not config.is_remote:
+            _sweep(config.folder)
     except StorageError as error:
         raise ValueError(f"storage cannot be used: {error}") from None
-    return None if results is None else json.loads(results)
-
-
-def close_run(config: RunConfig, status: str, reason: str | None, started: float) -> dict[str, Any]:
-    """Write down how a sitting ended that began at `started` (of `time.monotonic`); the content of `results.json`."""
-    logbook = Logbook(config.location)
-    if reason:
-        logbook.cut(reason.splitlines()[0])
-    results: dict[str, Any] = {"status": status, "reason": reason}
-    results |= summarise(CheckpointStore(config.location, config.checkpoint).entries())
-    results |= arithmetic(results, config.model)
-    results |= {
-        "interruptions": logbook.interruptions,
-        "seed": config.seed,
-        "wall_seconds": round(time.monotonic() - started, 1),
-    }
-    write_results(config.location, results)
     return results
 
 
-def write_results(location: str | Path, results: dict[str, Any]) -> None:
+def not_the_same_folder(config: RunConfig) -> str | None:
+    """Why this node is not to write to the run that `open_run` opened on another: it sees another folder, or none.
+
+    There the run would begin at its first step again whenever its rank 0 comes to lie on another node.
+    """
+    if _read(Storage(config.location), CONFIG_NAME) == to_json(config).encode():
+        return None
+    where = config.location.partition("?")[0]
+    return (
+        f"storage must be a folder that every node sees, or s3:// or gs://, got {config.storage.partition('?')[0]!r}: "
+        f"{where}/{CONFIG_NAME} on node {socket.gethostname()} is not the one that this job has written"
+    )
+
+
+def _sweep(folder: Path) -> None:
+    """Delete the files beside their place that processes left which were killed while they wrote them."""
+    now = (folder / CONFIG_NAME).stat().st_mtime  # written just now, and by the clock of the disk
+    for path in (*folder.glob(".*"), *folder.glob("*/.*")):
+        if _TEMPORARY.fullmatch(path.name) and now - path.stat().st_mtime > _TEMPORARY_SECONDS:
+            path.unlink(missing_ok=True)
+
+
+def close_run(config: RunConfig, status: str, reason: str | None, started: float) -> dict[str, Any]:
+    """Write down how a sitting ended that began at `started` (of `time.monotonic`); the content of `results.json`.
+
+    Where it did not end well, storage that is away is neither waited for nor an error: what ended it is told instead.
+
+    Raises:
+        OSError, StorageError: the run is finished, and that cannot be written.
+    """
+    logbook, finished = Logbook(config.location), status == "finished"
+    results: dict[str, Any] = {"status": status, "reason": reason}
+    patience = config.checkpoint if finished else dataclasses.replace(config.checkpoint, retry_minutes=0.0)
+    try:
+        if reason:
+            logbook.cut(reason.splitlines()[0])
+        results |= summarise(CheckpointStore(config.location, patience).entries())
+        results |= _start(results.pop("first_step_at", None), started)
+        results |= arithmetic(results, config.model)
+        results |= {
+            "interruptions": logbook.interruptions,
+            "seed": config.seed,
+            "wall_seconds": round(time.monotonic() - started, 1),
+        }
+        write_results(config.location, results, None if finished else 0.0)
+    except (OSError, StorageError):
+        if finished:
+            raise
+    return results
+
+
+def _start(first_step_at: float | None, started: float) -> dict[str, float]:
+    """How long the sitting took until it had taken its first step; nothing where it saved none that it took."""
+    seconds = 0.0 if first_step_at is None else first_step_at - time.time() + time.monotonic() - started
+    return {"seconds_to_first_step": round(seconds, 1)} if seconds > 0 else {}
+
+
+def write_results(location: str | Path, results: dict[str, Any], retry_seconds: float | None = None) -> None:
     """Write `results.json`; the command, versions and commit that made them are added."""
     content = json.dumps({**results, **_provenance()}, indent=2) + "\n"
-    Storage(str(location)).write(RESULTS_NAME, content.encode())
+    Storage(str(location), retry_seconds).write(RESULTS_NAME, content.encode())
 
 
 def _read(run: Storage, name: str) -> bytes | None:
@@ -110,6 +163,8 @@ def summarise(checkpoints: Sequence[Entry]) -> dict[str, Any]:
         "device",
         "poisoned_steps",
         "rollbacks",
+        "peak_bytes",
+        "first_step_at",
     )
     return {
         "best": best and {name: best[name] for name in names},
@@ -145,7 +200,7 @@ def _require_writable(folder: Path, checkpoint_bytes: int, checkpoints: int) -> 
     finally:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
-    needed = checkpoints * checkpoint_bytes + _SPARE_BYTES  # the last ones, the best and the one being written
+    needed = checkpoints * checkpoint_bytes + _SPARE_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
@@ -169,7 +224,7 @@ def _provenance() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """Of the source tree this runs from, with '+changes' where it differs; None outside of one."""
+    """Of the source tree this runs from, with '+changes' where it differs; outside of one, what DIFFVIT_COMMIT says."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -178,4 +233,4 @@ def _git_commit() -> str | None:
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("DIFFVIT_COMMIT")

@@ -113,7 +113,7 @@ class Saver:
         if keeps or is_sharded(self._state.model):
             snapshot = take_snapshot(self._state, self._config, metrics, keeps=keeps)
         if self._writer is not None:
-            self._writer.submit(snapshot, self._pinned, before, stays=ends_epoch)
+            self._writer.submit(snapshot, self._pinned, (self._logbook.require_ours, *before), stays=ends_epoch)
         elif self._worker.rank == 0:
             for write in before:
                 write()
@@ -125,7 +125,7 @@ class Saver:
         if not state.health.counted:
             state.good_step = state.step
         if self._writer is not None:
-            self._writer.describe(state.step, metrics, self._pinned, before)
+            self._writer.describe(state.step, metrics, self._pinned, (self._logbook.require_ours, *before))
         elif self._worker.rank == 0:
             for write in before:
                 write()

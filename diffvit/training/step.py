@@ -48,20 +48,22 @@ def take_step(
     rank: int,
     device: torch.device,
 ) -> Tensor:
-    """Take the step; the norm of its gradient, which is the same on every rank. Where it is not finite nothing changes.
+    """Take the step; the norm of its gradient, the same on every rank. Where it is not finite no weight changes.
 
     A micro-batch's loss is its sum over the rank's share of G; DDP's mean over ranks makes that the mean over G,
     whatever W and A are, and a skipped sample adds nothing.
     """
-    torch.manual_seed(step_seed(config.seed, state.step, rank))
+    draws = _drop_path_draws(config, plan, state.step)
     share = plan.batch_size // plan.workers
     for micro in range(plan.accumulation_steps):
         images, labels = to_device(next(batches), config.data, device)
         reduces = micro == plan.accumulation_steps - 1
+        first = (rank * plan.accumulation_steps + micro) * plan.row_size
+        mine = None if draws is None else draws[first : first + plan.row_size].to(device, non_blocking=True)
         images, targets = mix(images, labels, config.augment, config.seed, state.step)
         with averaging(model, now=reduces):
             with autocast(config, device):
-                logits = model(images)
+                logits = model(images, mine)
             loss_sum = _summed_loss(logits, targets, config.optim.label_smoothing)
             (loss_sum / share).backward()
         sums.add(loss_sum, logits, labels, only_finite=True)
@@ -74,6 +76,14 @@ def take_step(
         state.ema.update_parameters(state.model)
     state.step += 1
     return grad_norm
+
+
+def _drop_path_draws(config: RunConfig, plan: TrainPlan, step: int) -> Tensor | None:
+    """What drop path decides by for each sample of the global batch, (G, 2 depth), whatever W and A are."""
+    if not config.model.drop_path:
+        return None
+    generator = torch.Generator().manual_seed(step_seed(config.seed, step))
+    return torch.rand(plan.batch_size, 2 * config.model.depth, generator=generator)
 
 
 def _summed_loss(logits: Tensor, targets: Targets, smoothing: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from diffvit.data.order import TrainPlan
 from diffvit.training.checkpoint import TrainState
 from diffvit.training.event_log import TENSORBOARD_FOLDER, EventLog
 from diffvit.training.sharding import is_sharded, whole_copy
-from diffvit.training.utilisation import device_name
+from diffvit.training.utilisation import device_name, peak_bytes
 
 Publish = Callable[[str, dict[str, Any]], None]
 """(kind, fields): 'step', 'epoch', 'skipped' or 'warning', read by `diffvit.console`."""
@@ -43,6 +44,7 @@ class Tracker:
         self._lap_first_step = state.step
         self._saved_at = self._started
         self._waited = 0.0
+        self._first_step_at: float | None = None
         self.step_seconds = 0.0
         """What a step took lately."""
         if not state.epoch_sums or state.evaluated:
@@ -63,7 +65,9 @@ class Tracker:
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; the time that training waits for them counts as waited."""
-        while True:
+        for number in itertools.count():
+            if number == 1:
+                self._first_step_at = time.time()
             started = time.perf_counter()
             batch = next(batches, None)
             self._waited += time.perf_counter() - started
@@ -136,6 +140,7 @@ class Tracker:
         """The metrics of a checkpoint written now, before it is evaluated."""
         step, epoch = self._state.step, self._state.epoch_sums
         used, seconds = max(epoch["images"], 1.0), max(epoch["seconds"], 1e-9)
+        device = next(self._state.model.parameters()).device
         return {
             "epoch": -(-step // self._plan.steps_per_epoch),
             "step": step,
@@ -146,7 +151,9 @@ class Tracker:
             "train_seconds": self._state.train_seconds,
             "skipped_images": len(self._state.skipped_samples),
             "world_sizes": list(self._state.world_sizes),
-            "device": device_name(next(self._state.model.parameters()).device),
+            "device": device_name(device),
+            "peak_bytes": peak_bytes(device),  # of rank 0, which also holds the checkpoints that are being written
+            "first_step_at": self._first_step_at,
             "poisoned_steps": self._state.poisoned_steps,
             "rollbacks": self._state.rollbacks,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from typing import Any
 
 import torch
@@ -27,6 +28,13 @@ PEAK_BF16_FLOPS: dict[str, float] = {
 def device_name(device: torch.device) -> str:
     """What CUDA calls it; 'cpu'."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Largest memory so far: of the GPU's, or of this process where it trains on the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def arithmetic(results: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
