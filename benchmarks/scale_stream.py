@@ -17,6 +17,7 @@ from typing import Any, cast
 from unittest.mock import patch
 
 import numpy as np
+import numpy.typing as npt
 import ray
 
 from diffvit.data import stream
@@ -68,13 +69,13 @@ class ReadyLoader:
     channels: int = CHANNELS
     image_size: int = IMAGE_SIZE
 
-    def __call__(self, row: int) -> Batch:
+    def __call__(self, row: int, into: npt.NDArray[np.uint8]) -> Batch:
         began = time.time_ns() // 1000
-        images = np.zeros((self.plan.row_size, self.channels, self.image_size, self.image_size), np.uint8)
+        into[:] = 0
         labels = np.zeros(self.plan.row_size, np.int64)
         time.sleep(self.seconds)
         labels[0], labels[-1] = began, time.time_ns() // 1000
-        return Batch(row, images, labels)
+        return Batch(row, into, labels)
 
 
 def deal(consumers: int, images_per_chunk: int, seconds: float, loading_seconds: float = 0.0) -> Dealt:
@@ -87,7 +88,7 @@ def deal(consumers: int, images_per_chunk: int, seconds: float, loading_seconds:
     came, spans, stop = list[float](), list[tuple[float, float]](), threading.Event()
 
     def consume(split: Any) -> None:
-        for chunk in split.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
+        for chunk in split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
             came.append(time.time())
             spans.extend((batch.labels[0] / 1e6, batch.labels[-1] / 1e6) for batch in stream._unpack(chunk))
             if stop.is_set():

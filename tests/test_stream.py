@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import ObjectStore, make_folder, with_fields
 
 from diffvit.config import PrepareConfig, RunConfig
@@ -32,6 +33,12 @@ from diffvit.storage import Storage
 from diffvit.training.audit import Audit
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+
+
+@pytest.fixture(autouse=True)
+def one_batch_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data sets here are so small that each rank would make all of their batches itself."""
+    monkeypatch.setattr(stream_module, "_OWN_IMAGES", 1)
 
 
 Ask = Callable[[RayStream], Iterator[Batch]]
@@ -103,17 +110,49 @@ def test_evaluation_sees_each_sample_once_and_again(tiny_config: RunConfig, work
     assert seen[::2] == seen[1::2]
 
 
-def test_segments_and_chunks_do_not_show(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan cut into several data sets, of chunks of several rows, one of them short."""
-    monkeypatch.setattr(stream_module, "_CHUNK_IMAGES", 24)
+@pytest.mark.parametrize(("accumulation_steps", "shared"), [(1, [3, 0]), (2, [3, 3, 1])])
+def test_segments_and_chunks_do_not_show(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, accumulation_steps: int, shared: list[int]
+) -> None:
+    """A plan cut into several data sets of two chunks of two rows, from step 1 of 6; one row of each is the rank's."""
+    monkeypatch.setattr(stream_module, "_CHUNK_IMAGES", 24 // accumulation_steps)
     monkeypatch.setattr(stream_module, "_SEGMENT_CHUNKS", 2)
-    train, val = loaders(tiny_config, 1)
+    train, val = loaders(tiny_config, 1, accumulation_steps)
+    made: list[int] = []
+    split = stream_module._split_chunks
+
+    def spy(loader: BatchLoader, rows: range, workers: int) -> Any:
+        made.append(len(rows))
+        return split(loader, rows, workers)
+
+    monkeypatch.setattr(stream_module, "_split_chunks", spy)
     batches = list(RayStream(train, val, 0, 1, lambda value: value).train(1))
     assert_same(batches, LocalStream(train, val).train(1))
+    assert made == [rows for rows in shared if rows]
 
 
-def test_chunks_grow_and_cover() -> None:
-    assert stream_module._chunk_ends(20, 6) == [0, 1, 3, 7, 13, 19, 20]
+def test_a_small_plan_needs_no_ray(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank makes its batches itself; nothing is split, and nobody asks for the others."""
+    monkeypatch.setattr(stream_module, "_OWN_IMAGES", 36)
+    train, val = loaders(tiny_config, 2)
+    for rank in range(2):
+        stream = RayStream(train, val, rank, 2, lambda value: pytest.fail(f"asked the other ranks for {value}"))
+        assert_same(list(stream.train(0)), LocalStream(train, val, rank, 2).train(0))
+        assert_same(list(stream.evaluate()), LocalStream(train, val, rank, 2).evaluate())
+
+
+def test_making_a_batch_draws_no_random_numbers_of_the_caller(tiny_config: RunConfig) -> None:
+    """A rank makes some of its batches itself, in the middle of a step that drops paths."""
+    train, _ = loaders(tiny_config, 1)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_chunks_grow_shrink_and_cover() -> None:
+    assert stream_module._chunk_ends(20, 6) == [0, 1, 3, 7, 13, 17, 19, 20]
     assert stream_module._chunk_ends(3, 1) == [0, 1, 2, 3]
     assert stream_module._chunk_ends(1, 9) == [0, 1]
 
@@ -176,8 +215,9 @@ def audit_of(
     return pq.read_table(files).sort_by([("epoch", "ascending"), ("position", "ascending")]) if files else pa.table({})
 
 
-def test_a_lost_reader_changes_nothing(tiny_config: RunConfig, tmp_path: Path) -> None:
+def test_a_lost_reader_changes_nothing(tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process of a task is killed while it reads; Ray runs the task again."""
+    monkeypatch.setattr(stream_module, "_OWN_IMAGES", 0)  # this process reads nothing
 
     @dataclass(frozen=True)
     class KillsItsReaderOnce:
@@ -241,7 +281,7 @@ def test_closing_early_leaves_no_stream_behind(tiny_config: RunConfig) -> None:
     assert next(stream.train(3)).row == 3
 
 
-@pytest.mark.parametrize(("workers", "cpus", "mib"), [(1, 2, 512), (4, 2, 2048), (1, 12, 1536), (2, 8, 1024)])
+@pytest.mark.parametrize(("workers", "cpus", "mib"), [(1, 2, 512), (4, 2, 2048), (1, 12, 2304), (2, 8, 1536)])
 def test_no_rank_and_no_cpu_waits_for_room(workers: int, cpus: int, mib: int) -> None:
     """Ray Data counts what ranks hold too: one limit for all let four ranks have one decoding task at a time."""
     assert stream_module._ready_bytes(workers, cpus) == mib * 2**20

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader
 
@@ -17,6 +18,8 @@ from diffvit.data.batches import SKIPPED_LABEL, Batch
 from diffvit.data.images import ImageError, decode_image, eval_transform, train_transform
 from diffvit.data.order import EvalPlan, Indices, TrainPlan
 from diffvit.data.sources import Dataset, Split
+
+Images = npt.NDArray[np.uint8]
 
 _EVAL_ROW_SIZE = 250
 _KEPT_BYTES = 256 * 2**20
@@ -54,7 +57,10 @@ def validation_batches(config: RunConfig, dataset: Dataset) -> Iterator[Batch]:
 
 
 class BatchLoader:
-    """Makes micro-batch number `row` of a training or an evaluation plan."""
+    """Makes micro-batch number `row` of a training or an evaluation plan.
+
+    Its images are written into `into`, where that is given: uint8 (B or more, C, S, S).
+    """
 
     def __init__(self, config: RunConfig, split: Split, plan: TrainPlan | EvalPlan) -> None:
         self.split = split
@@ -65,31 +71,37 @@ class BatchLoader:
         transform = train_transform if isinstance(plan, TrainPlan) else eval_transform
         self.transform = transform(config.augment, self.image_size)
 
-    def __call__(self, row: int) -> Batch:
+    def __call__(self, row: int, into: Images | None = None) -> Batch:
         if isinstance(self.plan, TrainPlan):
-            return self._load(row, self.plan.samples(row)[1], self.plan.seeds(row))
-        return self._load(row, self.plan.samples(row), None)
+            return self._load(row, self.plan.samples(row)[1], self.plan.seeds(row), into)
+        return self._load(row, self.plan.samples(row), None, into)
 
     def preview(self, count: int) -> Batch:
         """`count` samples spread evenly over the split."""
         return self._load(-1, np.linspace(0, len(self.split) - 1, count).astype(np.int64), None)
 
-    def _load(self, row: int, samples: Indices, seeds: list[int] | None) -> Batch:
-        images = np.zeros((len(samples), self.channels, self.image_size, self.image_size), np.uint8)
+    def _load(self, row: int, samples: Indices, seeds: list[int] | None, into: Images | None = None) -> Batch:
+        shape = (len(samples), self.channels, self.image_size, self.image_size)
+        images = np.empty(shape, np.uint8) if into is None else into[: len(samples)]
         labels = self.split.labels[samples]
         skipped = []
-        for place, encoded in enumerate(self.split.read_many(samples)):
-            if seeds is not None:
-                torch.default_generator.manual_seed(seeds[place])  # torch.manual_seed costs 0.25 ms: it queues for CUDA
-            try:
-                if isinstance(encoded, OSError):
-                    raise encoded
-                decoded = decode_image(encoded, self.channels, self.max_pixels)
-                images[place] = self.transform(decoded).numpy()
-            except (ImageError, OSError) as error:
-                labels[place] = SKIPPED_LABEL
-                skipped.append(f"{self.split.key(int(samples[place]))}: {error}")
+        with torch.random.fork_rng(devices=[]):  # a rank that makes its own batch goes on with its own random numbers
+            for place, encoded in enumerate(self.split.read_many(samples)):
+                if seeds is not None:
+                    torch.default_generator.manual_seed(seeds[place])  # torch.manual_seed: 0.25 ms, it queues for CUDA
+                try:
+                    images[place] = self._decode(encoded)
+                except (ImageError, OSError) as error:
+                    images[place] = 0
+                    labels[place] = SKIPPED_LABEL
+                    skipped.append(f"{self.split.key(int(samples[place]))}: {error}")
         return Batch(row, images, labels, tuple(skipped), samples)
+
+    def _decode(self, encoded: bytes | OSError) -> Images:
+        if isinstance(encoded, OSError):
+            raise encoded
+        image: Images = self.transform(decode_image(encoded, self.channels, self.max_pixels)).numpy()
+        return image
 
 
 class LocalStream:

@@ -6,22 +6,30 @@ nor follow a new number of workers), splits it and hands the other ranks their p
 a block, Ray's output splitter deals blocks to the ranks in turn, so chunk i reaches rank i mod W; `_receive` checks
 that every micro-batch came, once, in its place.
 
-Why chunks: Ray Data's scheduling loop takes up finished blocks about ten times a second, so a block should hold a
-second of decoding, however small the micro-batches are. The first ones are small and each twice the one before, so
-that training need not wait a second for its first batch.
+What keeps the CPUs busy: Ray Data's scheduling loop sees about 0.15 s late that a task has ended, so a chunk holds a
+second of decoding, however small the micro-batches are, and two tasks share a CPU. Chunks grow at the start of a data
+set, so that its first batches come soon, and shrink at its end, so that all CPUs finish together. While Ray starts (two
+seconds), each rank makes its first micro-batches itself.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
-from ray.data import DataContext, DataIterator, ExecutionOptions, ExecutionResources
+from ray.data import DataContext, DataIterator, Datasource, ExecutionOptions, ExecutionResources, ReadTask
+from ray.data.block import BlockMetadata
 
 from diffvit.data.batches import Batch
 from diffvit.data.order import EvalPlan, Indices, TrainPlan
@@ -36,6 +44,12 @@ _CHUNK_IMAGES = 1024
 
 _SEGMENT_CHUNKS = 4096
 """Chunks planned in one Ray data set: bounds the memory of the plan, whatever the length of the run."""
+
+_OWN_IMAGES = 512
+"""Each rank makes about as many itself at the start of a data set: a second of work for one CPU."""
+
+_TASK_CPUS = 0.5
+"""With a whole CPU each, CPUs idled for the 0.15 s that the loop takes to follow a task by the next."""
 
 _READY_BYTES = 512 * 2**20
 """Decoded images that may lie in the object store for each rank, those that it holds included."""
@@ -55,19 +69,19 @@ class RayStream:
         plan = self._train.plan
         assert isinstance(plan, TrainPlan)
         end = plan.total_steps * plan.rows_per_step
-        segment = _SEGMENT_CHUNKS * _rows_per_chunk(self._train) * plan.accumulation_steps
-        segment -= segment % plan.rows_per_step
-        for first in range(first_step * plan.rows_per_step, end, max(segment, plan.rows_per_step)):
-            rows = range(first, min(first + segment, end))
-            yield from self._receive(self._shared_iterator(self._train, rows), rows)
+        segment = _SEGMENT_CHUNKS * _rows_per_chunk(self._train)
+        segment = max(segment - segment % plan.rows_per_step, plan.rows_per_step)
+        for first in range(first_step * plan.rows_per_step, end, segment):
+            own, shared = self._divide(self._train, range(first, min(first + segment, end)))
+            yield from self._serve(self._train, own, shared, self._share_out(self._train, shared))
 
     def evaluate(self) -> Iterator[Batch]:
         plan = self._val.plan
         assert isinstance(plan, EvalPlan)
-        rows = range(plan.num_rows)
+        own, shared = self._divide(self._val, range(plan.num_rows))
         if self._val_iterator is None:
-            self._val_iterator = self._shared_iterator(self._val, rows)
-        yield from self._receive(self._val_iterator, rows)
+            self._val_iterator = self._share_out(self._val, shared)
+        yield from self._serve(self._val, own, shared, self._val_iterator)
 
     def preview(self, count: int) -> Batch:
         return self._val.preview(count)
@@ -75,16 +89,36 @@ class RayStream:
     def keys(self, samples: Indices) -> list[str]:
         return [self._train.split.key(sample) for sample in samples.tolist()]
 
-    def _shared_iterator(self, loader: BatchLoader, rows: range) -> DataIterator:
+    def _divide(self, loader: BatchLoader, rows: range) -> tuple[range, range]:
+        """The micro-batches that the ranks make themselves, and those that Ray makes."""
+        own = -(-_OWN_IMAGES // loader.plan.row_size) * self._workers
+        return rows[:own], rows[own:]
+
+    def _share_out(self, loader: BatchLoader, rows: range) -> DataIterator | None:
+        if not rows:
+            return None
         splits = _split_chunks(loader, rows, self._workers) if self._rank == 0 else None
         # by reference, because Ray Train's broadcast is for less than a kilobyte; in a tuple, or Ray would resolve it
         (reference,) = self._broadcast((ray.put(splits),) if splits else None)
         iterator: DataIterator = ray.get(reference)[self._rank]
         return iterator
 
-    def _receive(self, iterator: DataIterator, rows: range) -> Iterator[Batch]:
+    def _serve(self, loader: BatchLoader, own: range, shared: range, iterator: DataIterator | None) -> Iterator[Batch]:
+        mine = map(loader, own[self._rank :: self._workers])
+        if iterator is None:
+            yield from mine
+            return
+        received = self._receive(iterator, shared)
+        with closing(received), ThreadPoolExecutor(1) as background:
+            first = background.submit(next, received, None)  # Ray starts with the first that is asked for
+            yield from mine
+            if batch := first.result():
+                yield batch
+            yield from received
+
+    def _receive(self, iterator: DataIterator, rows: range) -> Generator[Batch]:
         expected = iter(rows[self._rank :: self._workers])
-        for chunk in iterator.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):  # whole blocks
+        for chunk in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):  # whole blocks
             for batch in _unpack(chunk):
                 wanted = next(expected, None)
                 if batch.row != wanted:
@@ -108,50 +142,68 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
     context.execution_options = ExecutionOptions(
         preserve_order=True, resource_limits=ExecutionResources(object_store_memory=ready)
     )
-    reference = ray.put(loader)
     ends = _chunk_ends(len(rows[::workers]), _rows_per_chunk(loader))
-
-    def load_chunk(row: dict[str, Any]) -> dict[str, Any]:
-        os.setpriority(os.PRIO_PROCESS, 0, 19)  # below training, which Ray runs at 15, where they share CPUs
-        number, rank = divmod(int(row["id"]), workers)
-        mine = rows[rank::workers][ends[number] : ends[number + 1]]
-        return _pack(fetch(reference), mine)
-
-    chunks = (len(ends) - 1) * workers
-    dataset = ray.data.range(chunks, override_num_blocks=chunks).map(load_chunk)
+    chunks = [rows[rank::workers][a:b] for a, b in pairwise(ends) for rank in range(workers)]
+    # a data source of its own and not `ray.data.range(...).map(...)`: Ray Data does not fuse a map of other num_cpus
+    # with its source, whose tasks then take half of the CPUs
+    dataset = ray.data.read_datasource(
+        _Chunks(ray.put(loader), chunks), override_num_blocks=len(chunks), ray_remote_args={"num_cpus": _TASK_CPUS}
+    )
     splits: list[DataIterator] = dataset.streaming_split(workers, equal=False)
     return splits
 
 
+class _Chunks(Datasource):  # type: ignore[misc]  # to mypy all of Ray Data is Any
+    """A read task for each chunk."""
+
+    def __init__(self, loader: ray.ObjectRef[BatchLoader], chunks: list[range]) -> None:
+        self._loader, self._chunks = loader, chunks
+
+    def estimate_inmemory_data_size(self) -> None:
+        return None
+
+    def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
+        metadata = BlockMetadata(num_rows=1, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(partial(_load_chunk, self._loader, rows), metadata) for rows in self._chunks]
+
+
+def _load_chunk(loader: ray.ObjectRef[BatchLoader], rows: range) -> Iterable[pa.Table]:
+    os.setpriority(os.PRIO_PROCESS, 0, 19)  # below training, which Ray runs at 15, where they share CPUs
+    yield _pack(fetch(loader), rows)
+
+
 def _ready_bytes(workers: int, cpus: int) -> int:
-    """Decoded images that may wait in the cluster; at least two chunks a CPU, or not all CPUs could decode."""
-    return max(_READY_BYTES * workers, 2 * _CHUNK_BYTES * cpus)
+    """Decoded images that may wait in the cluster; at least three chunks a CPU, or not all CPUs could decode.
+
+    Ray Data lets what is being made take three quarters of it.
+    """
+    return max(_READY_BYTES * workers, 3 * _CHUNK_BYTES * cpus)
 
 
 def _chunk_ends(rows: int, size: int) -> list[int]:
-    """0 and where each chunk ends, of `rows` micro-batches of a rank: 1, 2, 4, … up to `size` in a chunk."""
+    """0 and where each chunk ends, of `rows` micro-batches of a rank: 1, 2, 4, … up to `size`, … 2, 1."""
     ends, step = [0], 1
     while ends[-1] < rows:
-        ends.append(min(ends[-1] + step, rows))
-        step = min(2 * step, size)
+        half_of_the_rest = (rows - ends[-1] + 1) // 2
+        ends.append(ends[-1] + min(step, size, half_of_the_rest))
+        step *= 2
     return ends
 
 
-def _pack(loader: BatchLoader, rows: range) -> dict[str, Any]:
-    """The micro-batches as one row of columns, which Arrow holds without a copy."""
-    batches = [loader(row) for row in rows]
-    empty = np.zeros((0, loader.channels, loader.image_size, loader.image_size), np.uint8)
-    return {
-        "images": np.concatenate([empty, *(batch.images for batch in batches)]),
-        "batches": json.dumps(
-            [(batch.row, batch.labels.tolist(), batch.skipped, batch.samples.tolist()) for batch in batches]
-        ),
-    }
+def _pack(loader: BatchLoader, rows: range) -> pa.Table:
+    """The micro-batches as one row of two columns: all their images as one value, and JSON of the rest."""
+    size = loader.plan.row_size
+    images = np.empty((len(rows) * size, loader.channels, loader.image_size, loader.image_size), np.uint8)
+    batches = [loader(row, images[place * size : (place + 1) * size]) for place, row in enumerate(rows)]
+    rest = [(b.row, b.images.shape, b.labels.tolist(), b.skipped, b.samples.tolist()) for b in batches]
+    images = images[: sum(len(batch.labels) for batch in batches)]  # the last micro-batch may be short
+    column = pa.LargeListArray.from_arrays([0, images.size], images.ravel())  # without a copy
+    return pa.table({"images": column, "batches": [json.dumps(rest)]})
 
 
-def _unpack(chunk: dict[str, Any]) -> Iterator[Batch]:
-    (images,), (batches,) = chunk["images"], chunk["batches"]
-    start = 0
-    for row, labels, skipped, samples in json.loads(batches):
-        yield Batch(row, images[start : start + len(labels)], np.array(labels), tuple(skipped), np.array(samples))
-        start += len(labels)
+def _unpack(chunk: pa.Table) -> Iterator[Batch]:
+    images, start = chunk["images"].chunk(0).flatten().to_numpy(), 0
+    for row, shape, labels, skipped, samples in json.loads(chunk["batches"][0].as_py()):
+        end = start + math.prod(shape)
+        yield Batch(row, images[start:end].reshape(shape), np.array(labels), tuple(skipped), np.array(samples))
+        start = end
