@@ -192,3 +192,16 @@ def test_the_answers_are_recipes(recipe: RunConfig) -> None:
     front = sorted((recipe.folder / "pareto").iterdir())
     assert [path.name for path in front] == ["0000.json", "0001.json"]  # 0002 is slower and worse
     assert from_json(front[0].read_text(), "").optim.lr == 0.1
+
+
+@pytest.mark.slow
+def test_the_report_of_two_objectives_shows_the_front_and_speaks_of_no_asha(recipe: RunConfig, tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "sweep", ["max", "min"])
+    for number, (top1, ms) in enumerate([(80.0, 5.0), (70.0, 4.0), (60.0, 6.0)]):
+        journal.save(record(number, top1, latency_ms=ms))
+    sweep = SweepConfig(recipe, SearchConfig(objective=("top1", "latency")), Space())
+    page = render(sweep, journal, None)
+    assert 'alt="the Pareto front"' in page
+    assert "<td>5.00</td>" in page
+    assert "ASHA" not in page
+    assert "stopped early" not in page

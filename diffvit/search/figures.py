@@ -82,7 +82,8 @@ def parallel_coordinates(records: Sequence[Record], columns: Sequence[str]) -> s
     for x, scale in enumerate(scales):
         _write_ticks(axes, x, scale.ticks())
     _write_ticks(axes, len(scales), [(0.0, f"{min(top1):.1f}"), (1.0, f"{max(top1):.1f}")])
-    axes.set_xticks(range(len(scales) + 1), [*columns, "top-1 %"])
+    names = [name.replace("_", "\n") for name in columns]  # side by side they would run into each other
+    axes.set_xticks(range(len(scales) + 1), [*names, "top-1 %"])
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.margins(x=0.12)
