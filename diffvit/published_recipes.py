@@ -160,84 +160,6 @@ def cifar(classes: Literal[10, 100]) -> RunConfig:
     )
 
 
-def fashion_mnist() -> RunConfig:
-    """A small ViT on the whole of Fashion-MNIST, 50 epochs, at the size of a public one: s-chh's, 92.3 %.
-
-        prepare.py --source torchvision:FashionMNIST --root DIR --out fashion-mnist
-        pretrain.py fashion-mnist --data.path fashion-mnist
-
-    s-chh's plain ViT has 210,058 parameters and the same patches, width, blocks, heads and MLP; its 92.3 % is the best
-    of 200 test epochs of one run. The training is our own: Muon, because after three epochs it was at 87.87 % where
-    AdamW was at 81.49 % (V1, one seed; RESULTS.md).
-    """
-    return RunConfig(
-        name="fashion-mnist",
-        model=ModelConfig(
-            variant="softmax",
-            image_size=28,
-            patch_size=4,
-            in_channels=1,
-            num_classes=10,
-            embed_dim=64,
-            depth=6,
-            num_heads=4,
-            mlp_ratio=2.0,
-            class_token=False,
-            pool="avg",
-        ),
-        data=DataConfig(path=""),
-        augment=AugmentConfig(crop="pad", padding=2, erasing=0.1, eval_crop_ratio=1.0),
-        optim=OptimConfig(
-            epochs=50,
-            batch_size=256,
-            optimizer="muon",
-            lr=3e-3,
-            beta2=0.98,
-            warmup_epochs=1,
-            label_smoothing=0.1,
-        ),
-    )
-
-
-def fashion_mnist_fast() -> RunConfig:
-    """A Diff-ViT (V1) of 196,030 parameters that is to reach 90 % on Fashion-MNIST as soon as possible, on two cores.
-
-        prepare.py --source torchvision:FashionMNIST --root DIR --out fashion-mnist
-        pretrain.py fashion-mnist-fast --data.path fashion-mnist
-
-    Large patches (16 tokens), few and wide blocks, Muon, and a rate that ends at 0. `benchmarks/time_to_accuracy.py`
-    measures it beside s-chh's ViT.
-    """
-    return RunConfig(
-        name="fashion-mnist-fast",
-        model=ModelConfig(
-            variant="diff",
-            image_size=28,
-            patch_size=7,
-            in_channels=1,
-            num_classes=10,
-            embed_dim=88,
-            depth=3,
-            num_heads=2,
-            mlp_ratio=2.0,
-            class_token=False,
-            pool="avg",
-        ),
-        data=DataConfig(path=""),
-        augment=AugmentConfig(crop="pad", padding=1, eval_crop_ratio=1.0),
-        optim=OptimConfig(
-            epochs=14,
-            batch_size=256,
-            optimizer="muon",
-            lr=3e-3,
-            beta2=0.98,
-            warmup_epochs=0.5,
-            label_smoothing=0.1,
-        ),
-        scale=ScaleConfig(workers=2),
-    )
-
-
 def in_variants(name: str, plain: Recipe, **v2_shape: Any) -> dict[str, Recipe]:
     """The plain recipe and its differential forms, by name; `v2_shape` are fields of V2's model that differ."""
     summary, _, details = (plain.__doc__ or "").strip().partition("\n")
@@ -277,6 +199,4 @@ PUBLISHED: dict[str, Recipe] = {
     **in_variants("deit-b16", _named(deit, "base")),
     **in_variants("cifar10", _named(cifar, 10)),
     **in_variants("cifar100", _named(cifar, 100)),
-    **in_variants("fashion-mnist", fashion_mnist, mlp_ratio=1.55),
-    "fashion-mnist-fast": fashion_mnist_fast,
 }
