@@ -190,7 +190,6 @@ def test_a_folder_that_is_no_sweep_is_refused(recipe: RunConfig) -> None:
 @pytest.mark.parametrize(
     ("recipe_fields", "search_fields", "space_fields", "message"),
     [
-        ({"scale": {"micro_batch_size": 4}}, {"workers_per_trial": 2}, {}, r"micro_batch_size must .* 6\), got 4"),
         (
             {"init": {"weights": "w", "gate_opening_steps": 9}, "model": {"variant": "diff_v2"}},
             {},

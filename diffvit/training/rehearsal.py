@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from diffvit.config import RunConfig
 from diffvit.data.batches import Batch, Stream
 from diffvit.data.order import EvalPlan, Indices, TrainPlan
-from diffvit.training.checkpoint import TrainState, take_snapshot
+from diffvit.training.checkpoint import Snapshot, TrainState, take_snapshot
+from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.evaluation import evaluate
 from diffvit.training.loop import fit, start_state
 from diffvit.training.metrics import Sums
@@ -95,6 +96,17 @@ class TimedStream:
         return self._stream.keys(samples)
 
 
+class TimedStore(CheckpointStore):
+    """Says how long its last checkpoint took to write."""
+
+    writing_seconds = 0.0
+
+    def put(self, snapshot: Snapshot) -> None:
+        began = time.perf_counter()
+        super().put(snapshot)
+        self.writing_seconds = time.perf_counter() - began
+
+
 def rehearse_steps(
     config: RunConfig, plan: TrainPlan, eval_plan: EvalPlan, stream: Stream, worker: Worker, steps: int
 ) -> Measured:
@@ -106,18 +118,20 @@ def rehearse_steps(
     began = time.perf_counter()
     timed, reported = TimedStream(stream), []
     short = dataclasses.replace(plan, num_samples=steps * plan.batch_size, epochs=1)
-    watched = dataclasses.replace(worker, report=lambda _: reported.append(time.perf_counter()))
+    store = TimedStore(config.location, config.checkpoint)
+    watched = dataclasses.replace(worker, store=store, report=lambda _: reported.append(time.perf_counter()))
     fit(config, short, eval_plan, timed, watched)
-    written, peak = time.perf_counter(), _peak_bytes(worker)
+    peak = _peak_bytes(worker)
 
     warmup = min(_WARMUP_STEPS, steps // 2)
     first = warmup * plan.accumulation_steps
-    step_seconds = (timed.trained_until - timed.asked[first]) / (steps - warmup)
     waits = [came - asked for asked, came in zip(timed.asked[first:], timed.came[first:], strict=True)]
     assert timed.last is not None
     state = start_state(config, plan, dataclasses.replace(worker, store=None))
     communication = _communication_seconds(config, plan, state, timed.last, worker)
     snapshot_seconds = _snapshot_seconds(config, state)
+    # before the epoch is evaluated, it is saved
+    step_seconds = (timed.trained_until - timed.asked[first] - snapshot_seconds) / (steps - warmup)
     first_evaluation_seconds = timed.evaluation_seconds
     evaluation_seconds = _evaluation_seconds(config, eval_plan, timed, state, worker)
     return Measured(
@@ -131,9 +145,9 @@ def rehearse_steps(
         + max(first_evaluation_seconds - evaluation_seconds, 0.0),
         evaluation_images=eval_plan.num_samples,
         evaluation_seconds=evaluation_seconds,
-        drawing_seconds=max(reported[-1] - (timed.drawing_since or reported[-1]) - snapshot_seconds, 0.0),
+        drawing_seconds=reported[-1] - (timed.drawing_since or reported[-1]),
         snapshot_seconds=snapshot_seconds,
-        writing_seconds=written - reported[-1],
+        writing_seconds=store.writing_seconds,
         peak_bytes=peak,
         seconds=time.perf_counter() - began,
     )
