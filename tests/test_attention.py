@@ -148,11 +148,13 @@ def test_the_cpu_works_in_blocks_unless_something_else_reads_the_operations(monk
     for name in ("subtract_maps", "subtract_in_blocks"):
         path = getattr(two_maps, name)
         monkeypatch.setattr(two_maps, name, lambda *args, name=name, path=path: (taken.append(name), path(*args))[1])
-    layer, x = build(DiffAttention, torch.float32), inputs(DiffAttention, torch.float32)
+    layer, x = build(DiffAttention, torch.float32), torch.randn(3 * torch.get_num_threads(), N, WIDTH[DiffAttention])
+    layer(x)  # all maps are one block
+    monkeypatch.setattr(two_maps, "_BLOCK_ENTRIES", 2 * H * N * N)
     layer(x)
     with torch.autocast("cpu", torch.bfloat16):
         layer(x)
-    assert taken == ["subtract_in_blocks", "subtract_maps"]
+    assert taken == ["subtract_maps", "subtract_in_blocks", "subtract_maps"]
 
 
 @pytest.mark.parametrize("kind", VARIANTS)

@@ -1,7 +1,8 @@
 """The product of differential attention, (softmax(q1 k1') - weight softmax(q2 k2')) v, by three equal ways.
 
 `attend_two_maps` takes the fastest for the device: fused kernels on a GPU, on a CPU blocks of images whose maps stay in
-its cache, and plain operations where something else is to read them (a compiler, an exporter, autocast).
+its cache, and plain operations where all maps fit there, or something else is to read them (a compiler, an exporter,
+autocast).
 
 Letters: B batch, N tokens, H differential heads, K query/key size of one map, E value size of one head.
 """
@@ -44,7 +45,7 @@ def attend_two_maps(qkv: Tensor, split: Split, weight: Tensor) -> Tensor:
     """
     if qkv.is_cuda:
         return subtract_outputs(qkv, split, weight)
-    if torch.compiler.is_compiling() or qkv.dtype != weight.dtype:
+    if torch.compiler.is_compiling() or qkv.dtype != weight.dtype or len(list(_blocks(split(qkv)))) == 1:
         return subtract_maps(qkv, split, weight)
     return subtract_in_blocks(qkv, split, weight)
 
@@ -59,9 +60,12 @@ def subtract_outputs(qkv: Tensor, split: Split, weight: Tensor) -> Tensor:
 
 def subtract_maps(qkv: Tensor, split: Split, weight: Tensor) -> Tensor:
     """Subtract the maps, then multiply with the values once: the fewest operations where no fused kernel is at hand."""
-    q1, k1, q2, k2, v = split(qkv)
+    parts = split(qkv)
+    B, H, N, _ = parts.v.shape
+    q1, k1, q2, k2, v = (_flat(part) for part in parts)  # contiguous, as the products and their gradients want them
+    weight = _flat(weight.expand(B, H, N, 1)) if weight.ndim else weight
     combined = torch.addcmul(softmax_map(q1, k1), softmax_map(q2, k2), -weight)
-    return (combined.to(v.dtype) @ v).transpose(1, 2)
+    return (combined.to(v.dtype) @ v).unflatten(0, (B, H)).transpose(1, 2)
 
 
 def subtract_in_blocks(qkv: Tensor, split: Split, weight: Tensor) -> Tensor:
@@ -109,11 +113,10 @@ class _InBlocks(torch.autograd.Function):
             combined = torch.addcmul(positive, negative, minus)
             d_v = combined.transpose(1, 2) @ out
             d_map = torch.bmm(out, v.transpose(1, 2), out=combined)
-            d_weight = torch.linalg.vecdot(d_map, negative).unsqueeze(-1)
             if weight.ndim:
-                _put(grad_weight[block], -d_weight)
+                _put(grad_weight[block], -torch.linalg.vecdot(d_map, negative).unsqueeze(-1))
             else:
-                grad_weight -= d_weight.sum()
+                grad_weight -= torch.dot(d_map.flatten(), negative.flatten())
             d_first = torch._softmax_backward_data(d_map, positive, -1, qkv.dtype)
             d_second = torch._softmax_backward_data(d_map, negative, -1, qkv.dtype)
             scale = K**-0.5
