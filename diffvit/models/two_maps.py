@@ -65,7 +65,8 @@ def subtract_maps(qkv: Tensor, split: Split, weight: Tensor) -> Tensor:
     q1, k1, q2, k2, v = (_flat(part) for part in parts)  # contiguous, as the products and their gradients want them
     weight = _flat(weight.expand(B, H, N, 1)) if weight.ndim else weight
     combined = torch.addcmul(softmax_map(q1, k1), softmax_map(q2, k2), -weight)
-    return (combined.to(v.dtype) @ v).unflatten(0, (B, H)).transpose(1, 2)
+    out: Tensor = (combined.to(v.dtype) @ v).unflatten(0, (B, H))
+    return out.transpose(1, 2)
 
 
 def subtract_in_blocks(qkv: Tensor, split: Split, weight: Tensor) -> Tensor:
