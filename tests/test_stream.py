@@ -37,8 +37,18 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
 @pytest.fixture(autouse=True)
 def one_batch_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The data sets here are so small that each rank would make all of their batches itself."""
+    """The data sets here are so small that each rank would make all of their batches itself.
+
+    Ranks are processes, and threads here: they would draw from the same generator if they made theirs at once.
+    """
     monkeypatch.setattr(stream_module, "_OWN_IMAGES", 1)
+    load, lock = BatchLoader._load, threading.Lock()
+
+    def one_at_a_time(*arguments: Any) -> Batch:
+        with lock:
+            return load(*arguments)
+
+    monkeypatch.setattr(BatchLoader, "_load", one_at_a_time)
 
 
 Ask = Callable[[RayStream], Iterator[Batch]]
@@ -71,7 +81,11 @@ def on_every_rank(config: RunConfig, workers: int, ask: Ask, accumulation_steps:
     broadcast = Broadcast(workers)
 
     def run(rank: int) -> list[Batch]:
-        return [copied(batch) for batch in ask(RayStream(train, val, rank, workers, partial(broadcast, rank)))]
+        try:
+            return [copied(batch) for batch in ask(RayStream(train, val, rank, workers, partial(broadcast, rank)))]
+        except BaseException:
+            broadcast.barrier.abort()  # or the other ranks would wait for this one
+            raise
 
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(run, range(workers)))

@@ -147,7 +147,7 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
     # a data source of its own and not `ray.data.range(...).map(...)`: Ray Data does not fuse a map of other num_cpus
     # with its source, whose tasks then take half of the CPUs
     dataset = ray.data.read_datasource(
-        _Chunks(ray.put(loader), chunks), override_num_blocks=len(chunks), ray_remote_args={"num_cpus": _TASK_CPUS}
+        _Chunks(ray.put(loader), chunks), override_num_blocks=len(chunks), num_cpus=_TASK_CPUS
     )
     splits: list[DataIterator] = dataset.streaming_split(workers, equal=False)
     return splits
