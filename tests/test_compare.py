@@ -95,19 +95,20 @@ class TestRuns:
         result = json.loads((out / "compare.json").read_text())
         assert list(result["arms"]) == ["plain ViT", "Diff-ViT V1", "Diff-ViT V2"]
         assert all(arm["seeds"] == [0, 1] for arm in result["arms"].values())
-        runs = sorted(path.name for path in (out / "runs").iterdir())
+        storage = Path(config.recipe.storage)
+        runs = sorted(path.name for path in storage.iterdir())
         assert runs == [f"{arm}-seed{seed}" for arm in ("plain", "v1", "v2") for seed in (0, 1)]
         for run in runs:
-            last = json.loads((out / "runs" / run / "results.json").read_text())["last"]
+            last = json.loads((storage / run / "results.json").read_text())["last"]
             arm = {"plain": "plain ViT", "v1": "Diff-ViT V1", "v2": "Diff-ViT V2"}[run.split("-")[0]]
             assert result["arms"][arm]["top1"]["per_seed"][int(run[-1])] == pytest.approx(last["top1"])
         assert list((out / "tensorboard").glob("events.*"))
-        finished = {run: (out / "runs" / run / "results.json").stat().st_mtime_ns for run in runs}
+        finished = {run: (storage / run / "results.json").stat().st_mtime_ns for run in runs}
         run_comparison(config, quiet)
-        assert finished == {run: (out / "runs" / run / "results.json").stat().st_mtime_ns for run in runs}
+        assert finished == {run: (storage / run / "results.json").stat().st_mtime_ns for run in runs}
 
         # the same runs, given by name, without one seed of an arm
-        chosen = [str(out / "runs" / run) for run in runs if run != "v1-seed1"]
+        chosen = [str(storage / run) for run in runs if run != "v1-seed1"]
         given = dataclasses.replace(config, runs=tuple(chosen), out=str(tmp_path / "given"))
         run_comparison(given, quiet)
         again = json.loads((tmp_path / "given/compare.json").read_text())

@@ -192,7 +192,7 @@ def test_shards_and_one_split(config: PredictConfig, tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_is_none(config: PredictConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="neither a run with a checkpoint nor a checkpoint"):
-        predict(dataclasses.replace(config, checkpoint=str(tmp_path)), quiet)
+        predict(dataclasses.replace(config, checkpoint=str(tmp_path / "images")), quiet)
     manifest = Path(config.checkpoint, "checkpoint.json")
     fields = json.loads(manifest.read_text())
     del fields["data"]["classes"]
