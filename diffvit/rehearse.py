@@ -30,7 +30,8 @@ from diffvit.storage import Storage
 from diffvit.training.cluster import connect, require_resources, wait_for_cluster
 from diffvit.training.compilation import require_compiler
 from diffvit.training.forecast import Forecast, bottleneck, predict
-from diffvit.training.launch import join_group, require_weights, resolve, work_on_group
+from diffvit.training.group import join_group
+from diffvit.training.launch import require_weights, resolve, work_on_group
 from diffvit.training.rehearsal import Measured, rehearse_steps
 from diffvit.training.utilisation import PEAK_BF16_FLOPS
 

@@ -6,44 +6,39 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
-import torch
 from ray.train import TrainingFailedError, UserCallback
-from ray.train.collective import broadcast_from_rank_zero
-from ray.train.torch import TorchConfig, get_device
+from ray.train.torch import TorchConfig
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffvit.cluster.packages import require_packages
-from diffvit.config import RunConfig, from_json, to_json
+from diffvit.config import RunConfig, to_json
 from diffvit.console import Console
-from diffvit.data.loader import BatchLoader, plan_run
-from diffvit.data.order import EvalPlan, TrainPlan
+from diffvit.data.loader import plan_run
+from diffvit.data.order import TrainPlan
 from diffvit.data.sources import SAMPLE, Dataset, open_dataset
-from diffvit.data.stream import RayStream
 from diffvit.models.pretrained import origin_of
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import HUB, load_weights
 from diffvit.scratch import scratch_folder
 from diffvit.storage import Storage
-from diffvit.training.checkpoint_store import CheckpointStore
-from diffvit.training.cluster import connect, cpu_count, require_resources, wait_for_cluster
+from diffvit.training.cluster import connect, require_resources, wait_for_cluster
 from diffvit.training.compilation import require_compiler
 from diffvit.training.elastic import FittingTrainer
+from diffvit.training.group import join_group
 from diffvit.training.logbook import Logbook
-from diffvit.training.loop import RunStopped, Worker, fit
+from diffvit.training.loop import RunStopped, fit
 from diffvit.training.run_folder import CONFIG_NAME, close_run, not_the_same_folder, open_run
 from diffvit.training.run_lock import RunLock
 
 __all__ = [
     "RunStopped",
     "TrainingFailedError",
-    "join_group",
     "require_weights",
     "resolve",
     "train",
@@ -256,47 +251,3 @@ def _train_worker(job: dict[str, Any]) -> str | None:
     except RunStopped as stop:
         return str(stop)
     return None
-
-
-@dataclass(frozen=True)
-class Member:
-    """A process of a worker group, with what the loop needs."""
-
-    config: RunConfig
-    train_plan: TrainPlan
-    eval_plan: EvalPlan
-    stream: RayStream
-    worker: Worker
-
-
-def join_group(job: dict[str, Any]) -> Member:
-    """On a worker of Ray Train: what it has to do with, from what `_trainer` handed over."""
-    config, dataset, progress = from_json(job["config"], "train_loop_config"), ray.get(job["dataset"]), job["progress"]
-    context = ray.train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
-    if not config.scale.gpu:
-        torch.set_num_threads(max(cpu_count() // context.get_local_world_size(), 1))
-    train_plan, eval_plan = plan_run(config, dataset, workers)
-    stream = RayStream(
-        BatchLoader(config, dataset.train, train_plan),
-        BatchLoader(config, dataset.val, eval_plan),
-        rank,
-        workers,
-        broadcast_from_rank_zero,
-    )
-
-    def publish(kind: str, fields: dict[str, Any]) -> None:
-        if progress is not None:
-            progress.actor.put_nowait.remote((kind, fields))  # not waited for
-
-    worker = Worker(
-        device=get_device(),
-        report=ray.train.report,
-        publish=publish,
-        rank=rank,
-        workers=workers,
-        store=CheckpointStore(config.location, config.checkpoint),
-        agree=broadcast_from_rank_zero,
-        preempted=lambda: ray.train.get_preemption_info() is not None,
-    )
-    return Member(config, train_plan, eval_plan, stream, worker)
