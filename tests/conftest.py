@@ -145,7 +145,7 @@ def local_ray() -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=6,
-        include_dashboard=False,
+        include_dashboard=True,  # as a sweep of worker groups has it: Ray asks it which groups have ended
         log_to_driver=False,
         logging_level=logging.ERROR,
         object_store_memory=512 * 2**20,

@@ -30,6 +30,7 @@ if __name__ == "__main__":
     config = from_json(Path(sys.argv[1]).read_text(), "test")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})
     ray.init(address=cluster.address, log_to_driver=False)
+    ray._private.utils.set_sigterm_handler = lambda _: None  # which the thread that adds a node may not set
     ray.train.ScalingConfig = functools.partial(ray.train.ScalingConfig, elastic_resize_monitor_interval_s=2)
 
     def workers():
@@ -47,7 +48,7 @@ if __name__ == "__main__":
         subprocess.run(
             [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address,
              "--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
-             "--reason-message", "spot", "--deadline-remaining-seconds", "6"], check=True)
+             "--reason-message", "spot", "--deadline-remaining-seconds", "15"], check=True)
 
     threading.Thread(target=come_and_go, daemon=True).start()
     try:

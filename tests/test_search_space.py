@@ -227,7 +227,7 @@ def test_a_local_ray_offers_the_cores_that_there_are(recipe: RunConfig, monkeypa
     """Else it would be as large as `concurrent` asks for, and the check against it would say nothing."""
     started: list[ScaleConfig | None] = []
     for name, stand_in in {
-        "connect": started.append,
+        "connect": lambda scale, dashboard: started.append(scale),
         "can_grow": lambda: False,
         "require_packages": lambda say: None,
     }.items():
@@ -246,7 +246,7 @@ def test_a_local_ray_offers_the_cores_that_there_are(recipe: RunConfig, monkeypa
 def test_a_cluster_that_can_grow_is_asked_for_all_trials(recipe: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[tuple[Any, float]] = []
     for name, stand_in in {
-        "connect": lambda scale: None,
+        "connect": lambda scale, dashboard: None,
         "can_grow": lambda: True,
         "wait_for_nodes": lambda bundles, limit, say: waited.append((bundles, limit)),
         "require_packages": lambda say: None,

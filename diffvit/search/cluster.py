@@ -55,7 +55,9 @@ def connect_for(sweep: SweepConfig) -> None:
         os.environ.setdefault(name, value)
     scale = sweep.run.scale
     group = dataclasses.replace(scale, workers=1, cpus_per_worker=_cpus_of_trial(sweep))
-    connect(group if sweep.search.workers_per_trial > 1 else None)
+    groups = sweep.search.workers_per_trial > 1
+    # Ray Train asks the dashboard whether a trial that was stopped has ended, and keeps its CPUs until it hears so
+    connect(group if groups else None, dashboard=groups)
     for name in ("ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if can_grow():

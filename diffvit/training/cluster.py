@@ -21,12 +21,13 @@ from diffvit.config import ScaleConfig
 _LOCAL_OBJECT_STORE_BYTES = 2 * 2**30
 
 
-def connect(scale: ScaleConfig | None = None) -> None:
+def connect(scale: ScaleConfig | None = None, *, dashboard: bool = False) -> None:
     """Connect to the cluster this process runs in, else start a local one that can hold the workers of `scale`.
 
     That cluster is the one that submitted the job, or that `ray start` started on this machine.
 
-    A local cluster listens on loopback only, has no dashboard and, as Ray does by itself, asks for a token.
+    A local cluster listens on loopback only, has a dashboard only where one is asked for and, as Ray does by itself,
+    asks for a token.
     """
     if ray.is_initialized():
         return
@@ -42,7 +43,7 @@ def connect(scale: ScaleConfig | None = None) -> None:
         ray.init(
             address="local",
             num_cpus=logical_cpus,
-            include_dashboard=False,
+            include_dashboard=dashboard,
             object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
             **quiet,
         )
