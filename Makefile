@@ -1,6 +1,6 @@
 # make pretrain   set up .venv and train a Diff-ViT on the embedded sample
 # make test       every test on one machine; make test-fast: those that need neither Ray nor seconds
-# make test-cluster  `ray up` on several hosts, made of namespaces (root on Linux, sshd, rsync; else they skip)
+# make test-cluster  with several nodes; and `ray up` on hosts made of namespaces (root on Linux, sshd, rsync; else skipped)
 # make lint       ruff, mypy, import-linter
 # make clean      remove what these made, but not runs/
 
@@ -13,12 +13,13 @@ pretrain: .venv/installed
 	.venv/bin/python ray_jobs/pretrain.py $(ARGS)
 
 test: .venv/installed-dev
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -m "not cluster" $(ARGS)
 
 test-fast: .venv/installed-dev
 	.venv/bin/python -m pytest -m "not ray and not slow" $(ARGS)
 
 test-cluster: .venv/installed-dev
+	.venv/bin/python -m pytest -m cluster $(ARGS)
 	.venv/bin/python -m pytest tests/cluster $(ARGS)
 
 lint: .venv/installed-dev

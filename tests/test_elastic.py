@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import ray
+import ray.train
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+from ray.train.v2.api.preemption import PreemptionInfo
 
+from diffvit.training import group
 from diffvit.training.elastic import FittingPolicy, largest_fitting
+from diffvit.training.group import outlast_preemption
 
 
 @pytest.mark.parametrize(("room", "taken"), [(0, 0), (1, 0), (2, 2), (3, 2), (5, 4), (99, 12)])
@@ -83,3 +87,22 @@ def test_a_group_that_runs_is_never_made_smaller(
         decision = policy.make_decision_for_non_running_worker_group()
         assert isinstance(decision, ResizeDecision)
         assert decision.num_workers == 2
+
+
+@pytest.mark.parametrize(
+    ("notice", "waited"),
+    [
+        (None, []),
+        (PreemptionInfo(deadline_ms=1_060_000, preempted_node_to_ranks={}), [90.0]),
+        (PreemptionInfo(deadline_ms=990_000, preempted_node_to_ranks={}), [30.0]),  # it should be gone
+        (PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={}), [150.0]),
+    ],
+)
+def test_an_error_waits_for_the_end_of_a_node_that_is_about_to_go(
+    monkeypatch: pytest.MonkeyPatch, notice: PreemptionInfo | None, waited: list[float]
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: notice)
+    monkeypatch.setattr(group, "time", SimpleNamespace(time=lambda: 1_000.0, sleep=slept.append))
+    outlast_preemption()
+    assert slept == waited

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ObjectStore
@@ -15,8 +16,7 @@ from diffvit.training.logbook import Logbook
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1_000_000.0]
-    monkeypatch.setattr(logbook.time, "time", lambda: now[0])
-    monkeypatch.setattr(logbook.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(logbook, "time", SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0]))
     return now
 
 

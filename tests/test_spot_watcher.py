@@ -213,7 +213,7 @@ def test_the_node_is_known_from_its_raylet(tmp_path: Path, monkeypatch: pytest.M
     make_process(tmp_path, 7, "/usr/bin/less", "--gcs-address=1.2.3.4:1", "--node_id=aa")  # not a raylet
     make_process(tmp_path, 8, "/x/ray/core/src/ray/gcs/gcs_server", "--gcs-address=1.2.3.4:1", "--node_id=bb")
     times = iter([0.0, 1.0, 121.0])
-    monkeypatch.setattr(spot_watcher.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(spot_watcher, "time", SimpleNamespace(monotonic=lambda: next(times), sleep=time.sleep))
     with pytest.raises(RuntimeError, match="no raylet runs on this node 120 s after"):
         find_node(Path("ray"), tmp_path)
     command = "--python_worker_command=python --node-ip-address=10.0.0.9 --gcs-address=5.5.5.5:5"

@@ -42,8 +42,8 @@ class Cluster:
         monkeypatch.setattr(waiting.ray, "nodes", lambda: self.now[0])
         monkeypatch.setattr(waiting, "_status", lambda: self.now[1])
         monkeypatch.setattr(waiting, "_coordinator", lambda requester: self)
-        monkeypatch.setattr(waiting.time, "sleep", self.sleep)
-        monkeypatch.setattr(waiting.time, "monotonic", lambda: self.seconds)
+        # not in `time` itself, where other threads sleep too
+        monkeypatch.setattr(waiting, "time", SimpleNamespace(sleep=self.sleep, monotonic=lambda: self.seconds))
 
     @property
     def now(self) -> tuple[list[dict[str, Any]], ClusterStatus]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,11 @@ from diffvit.data.stream import RayStream
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.cluster import cpu_count
 from diffvit.training.worker import Worker
+
+_AFTER_DEADLINE_SECONDS = 30.0
+"""In which Ray Train's controller, which looks every second or so, ends the group of a node that went."""
+_UNKNOWN_DEADLINE_SECONDS = 120.0
+"""What the controller takes for the time left where the notice names none."""
 
 
 @dataclass(frozen=True)
@@ -62,3 +68,17 @@ def join_group(job: dict[str, Any]) -> Member:
         preempted=lambda: ray.train.get_preemption_info() is not None,
     )
     return Member(config, train_plan, eval_plan, stream, worker)
+
+
+def outlast_preemption() -> None:
+    """Called with an error in hand: where a node of the group is about to go, wait until Ray Train ends the group.
+
+    Those who stay see a lost peer as an error of their own. If it reached the controller before the loss itself did, it
+    would count as a failure (`scale.max_failures`) and not as a preemption. An error that has nothing to do with the
+    node comes back in the next group.
+    """
+    info = ray.train.get_preemption_info()
+    if info is None:
+        return
+    left = _UNKNOWN_DEADLINE_SECONDS if info.deadline_ms is None else info.deadline_ms / 1000 - time.time()
+    time.sleep(max(left, 0.0) + _AFTER_DEADLINE_SECONDS)

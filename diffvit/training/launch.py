@@ -30,7 +30,7 @@ from diffvit.storage import Storage
 from diffvit.training.cluster import connect, require_resources, wait_for_cluster
 from diffvit.training.compilation import require_compiler
 from diffvit.training.elastic import FittingTrainer
-from diffvit.training.group import join_group
+from diffvit.training.group import join_group, outlast_preemption
 from diffvit.training.logbook import Logbook
 from diffvit.training.loop import RunStopped, fit
 from diffvit.training.run_folder import CONFIG_NAME, close_run, not_the_same_folder, open_run
@@ -250,4 +250,7 @@ def _train_worker(job: dict[str, Any]) -> str | None:
         fit(group.config, group.train_plan, group.eval_plan, group.stream, group.worker)
     except RunStopped as stop:
         return str(stop)
+    except Exception:
+        outlast_preemption()
+        raise
     return None

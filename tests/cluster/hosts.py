@@ -115,6 +115,8 @@ class HostNetwork:
         for name in ("key", "hostkey"):
             _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self._folder / name))
         names = [f"{_NETWORK}.{number} {_BRIDGE}{number}" for number in range(2, 255)]
+        # torch asks for the name of its rendezvous' address in this form
+        names += [f"::ffff:{_NETWORK}.{number} {_BRIDGE}{number}-ipv6" for number in range(2, 255)]
         known = [f"{MACHINE} {name}" for name in _NAMES_RAY_ASKS_FOR]
         (self._folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *names, *known, ""]))
         (self._folder / "resolv.conf").write_text(f"nameserver {_NOWHERE}\noptions timeout:1 attempts:1\n")

@@ -75,7 +75,7 @@ def test_a_job_trains_and_decodes_on_every_host(launcher: Launcher, hosts: list[
         found = f"grep -l {title} /tmp/ray/session_latest/logs/worker-*.err"
         return sum(bool(host.run(found, check=False).stdout) for host in hosts[:3])
 
-    assert (hosts_of("RayTrainWorker"), hosts_of("load_chunk")) == (3, 3)
+    assert (hosts_of("RayTrainWorker"), hosts_of("Read_Chunks")) == (3, 3)
     # what the job uploaded
     packages = "/tmp/ray/session_latest/runtime_resources/working_dir_files"
     assert int(hosts[0].run(f"du -sb {packages} | cut -f1").stdout) < 8 * 2**20
