@@ -1,8 +1,8 @@
 """Several hosts on this machine: each has its own network, processes, HOME, /tmp, /dev/shm and sshd.
 
-They are Linux namespaces on one bridge, 10.77.0.0/24; the machine itself is 10.77.0.1. Whatever they send to any other
-address ends, and is counted, in a device that leads nowhere. Everything outside of HOME and /tmp is the machine's own
-file system, so a folder elsewhere is shared by all hosts.
+They are Linux namespaces on one bridge, 10.77.0.0/24; the machine itself is 10.77.0.1. Whatever they send to any
+other address ends, and is counted, in a device that leads nowhere; names that they ask for are noted. Everything
+outside of HOME and /tmp is the machine's own file system, so a folder elsewhere is shared by all hosts.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import fcntl
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,8 +26,6 @@ _BRIDGE = "dvtest"
 _NETWORK = "10.77.0"
 MACHINE = f"{_NETWORK}.1"
 """This machine, as the hosts reach it."""
-_NOWHERE = "192.0.2.1"
-"""An address that nobody has (RFC 5737): a question to it leaves by the device that counts."""
 _NAMES_RAY_ASKS_FOR = ("metadata.google.internal", "usage-stats.ray.io")
 """At each start: whether there are TPUs, and to say that usage statistics are off. Here this machine, which refuses."""
 _PROGRAMS = ("ip", "unshare", "ssh", "ssh-keygen", "sshd", "rsync")
@@ -89,6 +89,35 @@ class Host:
         return self.key.parent
 
 
+class NameServer(threading.Thread):
+    """Knows no name, and notes each that it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.asked: set[str] = set()
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind((MACHINE, 53))
+
+    def run(self) -> None:
+        while True:
+            question, sender = self._socket.recvfrom(512)
+            if not question:  # closed
+                return
+            labels, place = [], 12
+            while length := question[place]:
+                labels.append(question[place + 1 : place + 1 + length].decode())
+                place += 1 + length
+            self.asked.add(f"{'.'.join(labels)} by {sender[0]}")
+            no_such_name = bytes([0x81, 0x83])
+            self._socket.sendto(question[:2] + no_such_name + question[4:6] + bytes(6) + question[12:], sender)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # that it is not connected; it wakes the thread nevertheless
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self.join()
+        self._socket.close()
+
+
 class HostNetwork:
     """`with HostNetwork(folder) as network: network.start(11)`; leaving ends whatever runs on the hosts.
 
@@ -119,10 +148,12 @@ class HostNetwork:
         names += [f"::ffff:{_NETWORK}.{number} {_BRIDGE}{number}-ipv6" for number in range(2, 255)]
         known = [f"{MACHINE} {name}" for name in _NAMES_RAY_ASKS_FOR]
         (self._folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *names, *known, ""]))
-        (self._folder / "resolv.conf").write_text(f"nameserver {_NOWHERE}\noptions timeout:1 attempts:1\n")
+        (self._folder / "resolv.conf").write_text(f"nameserver {MACHINE}\noptions timeout:1 attempts:1\n")
         _run("ip", "link", "add", _BRIDGE, "type", "bridge")
         _run("ip", "addr", "add", f"{MACHINE}/24", "dev", _BRIDGE)
         _run("ip", "link", "set", _BRIDGE, "up")
+        self._names = NameServer()
+        self._names.start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -131,8 +162,14 @@ class HostNetwork:
         for name in self._started:
             _run("ip", "link", "del", _cable(name), check=False)
             _run("ip", "netns", "del", name, check=False)
+        self._names.close()
         _run("ip", "link", "del", _BRIDGE, check=False)
         self._lock.close()
+
+    @property
+    def names_asked(self) -> set[str]:
+        """'NAME by ADDRESS' of every question for a name that is none of the hosts'."""
+        return self._names.asked
 
     def start(self, number: int, furnish: Callable[[Path], None] | None = None) -> Host:
         """A new host at 10.77.0.`number`, once it takes SSH; `furnish` puts into its HOME what it likes."""

@@ -181,3 +181,4 @@ def test_down_leaves_nothing(cloud: Cloud, launcher: Launcher, network: HostNetw
     wait_until(lambda: list(network.hosts) == [caller.address], 20, "hosts powered off")
     assert set(cloud.sent_outside.values()) == {0}
     assert caller.packets_sent_outside() == 0
+    assert network.names_asked == set()

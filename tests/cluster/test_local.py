@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hosts import Host
+from hosts import Host, HostNetwork
 from launcher import ROOT, Launcher
 
 pytestmark = pytest.mark.cluster
@@ -172,7 +172,10 @@ def test_down_leaves_nothing_running(launcher: Launcher, hosts: list[Host]) -> N
     assert [host.processes() for host in hosts[:3]] == [[], [], []]
 
 
-def test_nothing_was_sent_to_any_other_network(hosts: list[Host], caller: Host) -> None:
+def test_nothing_was_sent_to_any_other_network(hosts: list[Host], caller: Host, network: HostNetwork) -> None:
     assert [host.packets_sent_outside() for host in (*hosts, caller)] == [0] * 5
-    caller.run("getent hosts example.org", check=False)
-    assert caller.packets_sent_outside() > 0  # so would a name have been, and whatever the caller does
+    assert network.names_asked == set()
+    # so would it have been seen
+    caller.run("getent hosts example.org; bash -c 'echo > /dev/udp/192.0.2.1/9'", check=False)
+    assert network.names_asked == {f"example.org by {caller.address}"}
+    assert caller.packets_sent_outside() > 0
