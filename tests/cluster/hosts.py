@@ -245,6 +245,8 @@ def _lay_cable(name: str, number: int) -> None:
         _run("ip", "-n", name, "link", "set", device, "up")
     # Ray asks the kernel from which address it would reach the world
     _run("ip", "-n", name, "route", "add", "default", "dev", "outside", "src", f"{_NETWORK}.{number}")
+    # and a local Ray a cloud's metadata service, whose address never leaves the link
+    _run("ip", "-n", name, "route", "add", "unreachable", "169.254.0.0/16")
 
 
 def _remove_leftovers() -> None:

@@ -52,7 +52,6 @@ class Launcher:
             "RAY_TMPDIR": str(self.home),  # and keeps the state of a local cluster
             "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "AWS_EC2_METADATA_DISABLED": "true",  # the user sits at no instance; AWS's SDK would ask 169.254.169.254
             "PATH": f"{self.first_on_path}:{BIN}:{os.environ['PATH']}",
         }
 
