@@ -76,7 +76,8 @@ class Host:
     def from_here(self, *command: str) -> list[str]:
         """`command` as this machine's process, with its files, but with the host's network and names."""
         bound = " && ".join(_bind(self._names / name, f"/etc/{name}") for name in ("hosts", "resolv.conf"))
-        return ["ip", "netns", "exec", self.name, "sh", "-c", f'{bound} && exec "$@"', "sh", *command]
+        named = f'hostname {self.name} && {bound} && exec "$@"'
+        return ["ip", "netns", "exec", self.name, "unshare", "--uts", "sh", "-c", named, "sh", *command]
 
     def packets_sent_outside(self) -> int:
         """How often anything on the host has tried to reach an address outside of the hosts' network."""
