@@ -1,25 +1,28 @@
 # make pretrain   set up .venv and train a Diff-ViT on the embedded sample
-# make test       every test on one machine; make test-fast: those that need neither Ray nor seconds
-# make test-cluster  with several nodes; and `ray up` on hosts made of namespaces (root on Linux, sshd, rsync; else skipped)
+# make test       the tests, a quarter of an hour; make test-fast: those that need neither Ray nor seconds
+# make test-faults   commands, workers and nodes killed at every moment that could be a bad one, for minutes
+# make test-cluster  `ray up` on several hosts, made of namespaces (root on Linux, sshd, rsync; else they skip)
 # make lint       ruff, mypy, import-linter
 # make clean      remove what these made, but not runs/
 
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: pretrain test test-fast test-cluster lint clean
+.PHONY: pretrain test test-fast test-faults test-cluster lint clean
 
 pretrain: .venv/installed
 	.venv/bin/python ray_jobs/pretrain.py $(ARGS)
 
 test: .venv/installed-dev
-	.venv/bin/python -m pytest -m "not cluster" $(ARGS)
+	.venv/bin/python -m pytest -m "not faults" $(ARGS)
 
 test-fast: .venv/installed-dev
-	.venv/bin/python -m pytest -m "not ray and not slow" $(ARGS)
+	.venv/bin/python -m pytest -m "not ray and not slow and not faults" $(ARGS)
+
+test-faults: .venv/installed-dev
+	.venv/bin/python -m pytest -m faults $(ARGS)
 
 test-cluster: .venv/installed-dev
-	.venv/bin/python -m pytest -m cluster $(ARGS)
 	.venv/bin/python -m pytest tests/cluster $(ARGS)
 
 lint: .venv/installed-dev

@@ -22,7 +22,7 @@ from diffvit.data.sources import open_dataset
 from diffvit.training import checkpoint, checkpoint_store, loop, run_folder
 from diffvit.training.alone import train_alone
 
-pytestmark = pytest.mark.slow  # a process each, which imports torch
+pytestmark = pytest.mark.faults  # a process each, which imports torch
 
 # (where, which function, at which call, before or after it). Checkpoints are written at steps 2, 3, 4, 6, 8, 9, …
 MOMENTS: dict[str, tuple[Any, str, int, str]] = {

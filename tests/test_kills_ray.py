@@ -29,7 +29,7 @@ from diffvit.training import launch
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.run_lock import RunLock
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.usefixtures("local_ray")]
 
 JOB = Path(__file__).parents[1] / "ray_jobs/pretrain.py"
 LOOP = "diffvit.training.loop"

@@ -14,7 +14,7 @@ from conftest import make_folder, with_fields
 
 from diffvit.config import RunConfig, to_json
 
-pytestmark = [pytest.mark.ray, pytest.mark.cluster]
+pytestmark = [pytest.mark.ray, pytest.mark.faults]
 
 # a process of its own, because the other tests' Ray has one node
 SCRIPT = """

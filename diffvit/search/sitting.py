@@ -28,6 +28,7 @@ from diffvit.search.hparams import write_experiment, write_trial
 from diffvit.search.progress import Progress
 from diffvit.search.records import Candidate, Journal, Record, Role, candidates, ranked, to_csv
 from diffvit.search.trial import METRIC, Job, latencies_ms, score, shape_of, train_trial
+from diffvit.training.logbook import Logbook
 
 _TUNE_FOLDER = "tune"
 """Ray Tune's own notes, which nothing here reads."""
@@ -42,6 +43,7 @@ class Sitting:
 
     def __init__(self, sweep: SweepConfig, dataset: Dataset) -> None:
         self.sweep, self.dataset = sweep, dataset
+        self._in_group = sweep.search.workers_per_trial > 1
         self.folder = sweep.run.folder
         directions = [DIRECTIONS[name] for name in sweep.search.objective]
         self.journal = Journal(self.folder, sweep.run.name, directions)
@@ -51,7 +53,6 @@ class Sitting:
         for record in (*self.journal.records("trial"), *self.journal.records("finalist")):
             if not (self.folder / record.name / "config.json").exists():
                 self._file(record)
-        self._in_group = sweep.search.workers_per_trial > 1
         write_experiment(self.folder, sweep.space, sweep.run, with_latency="latency" in sweep.search.objective)
 
     def search(self) -> None:
@@ -128,8 +129,9 @@ class Sitting:
         folder.mkdir(parents=True, exist_ok=True)  # its process may have died before
         if record.role == "trial":
             write_trial(self.folder, record)
-            for checkpoint in folder.glob("checkpoint_step_*"):  # a worker group keeps some
-                shutil.rmtree(checkpoint, ignore_errors=True)
+            if self._in_group:
+                Logbook(folder).end()
+                _remove_checkpoints(folder)
         write_atomically(folder / "config.json", record.config)
 
     def _latencies(self) -> dict[str, float]:
@@ -189,6 +191,8 @@ class Sitting:
             warnings.filterwarnings("ignore", message="Define-by-run function .* seconds to run")
             tuner.fit()
         shutil.rmtree(self.folder / _TUNE_FOLDER, ignore_errors=True)
+        if role == "trial":
+            _remove_checkpoints(*self.folder.glob("trials/*"))  # those that were being written when their trial ended
 
     def _sampler(self) -> BaseSampler:
         # a sampler that starts anew must not draw what it drew in an earlier sitting
@@ -233,6 +237,13 @@ def _propose(sweep: SweepConfig, latencies: Mapping[str, float], trial: Trial) -
     """Called by OptunaSearch for every trial: draws a point, and packs the run that it stands for."""
     config = _placed(sweep.space.propose(trial, sweep.trial_recipe), sweep.run.folder, "trials", trial.number)
     return Job(trial.number, to_json(config), latency_ms=latencies.get(shape_of(config.model))).pack()
+
+
+def _remove_checkpoints(*trials: Path) -> None:
+    """Those that a worker group has kept to outlive a lost worker."""
+    for folder in trials:
+        for checkpoint in folder.glob("checkpoint_step_*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _placed(config: RunConfig, folder: Path, where: str, number: int) -> RunConfig:

@@ -70,6 +70,10 @@ class Logbook:
         }
         _write(self._storage, _INTERRUPTIONS, [*self.interruptions, entry])
 
+    def end(self) -> None:
+        """No sitting writes to the run any more, not even a group of workers that has not yet heard that it is over."""
+        _write(self._storage, _SITTING, {"id": uuid.uuid4().hex})
+
     def require_ours(self) -> None:
         """Check, before something is written, that no other sitting has begun: the run's lock has the driver only, and
         a rank 0 that was cut off may come back while another one has taken its place.
