@@ -6,8 +6,9 @@ nor follow a new number of workers), splits it and hands the other ranks their p
 a block, Ray's output splitter deals blocks to the ranks in turn, so chunk i reaches rank i mod W; `_receive` checks
 that every micro-batch came, once, in its place.
 
-What keeps the CPUs busy: Ray Data's scheduling loop sees about 0.15 s late that a task has ended, so a chunk holds a
-second of decoding, however small the micro-batches are, and two tasks share a CPU. Chunks grow at the start of a data
+What keeps the CPUs busy: Ray Data's scheduling loop sees about 0.15 s late that a task has ended, so a chunk holds two
+seconds of decoding, however small the micro-batches are. (More tasks than CPUs would fill the gaps, and lose more: each
+is a process that imports torch, and together they need half as much CPU time again.) Chunks grow at the start of a data
 set, so that its first batches come soon, and shrink at its end, so that all CPUs finish together. While Ray starts (two
 seconds), each rank makes its first micro-batches itself.
 """
@@ -38,7 +39,7 @@ from diffvit.data.tasks import fetch
 if TYPE_CHECKING:  # the process that deals the chunks out imports this module, and need not load torch
     from diffvit.data.loader import BatchLoader
 
-_CHUNK_BYTES = 64 * 2**20
+_CHUNK_BYTES = 128 * 2**20
 _CHUNK_IMAGES = 1024
 """A chunk grows to as many micro-batches as stay under both (at least one)."""
 
@@ -47,9 +48,6 @@ _SEGMENT_CHUNKS = 4096
 
 _OWN_IMAGES = 512
 """Each rank makes about as many itself at the start of a data set: a second of work for one CPU."""
-
-_TASK_CPUS = 0.5
-"""With a whole CPU each, CPUs idled for the 0.15 s that the loop takes to follow a task by the next."""
 
 _READY_BYTES = 512 * 2**20
 """Decoded images that may lie in the object store for each rank, those that it holds included."""
@@ -144,11 +142,7 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
     )
     ends = _chunk_ends(len(rows[::workers]), _rows_per_chunk(loader))
     chunks = [rows[rank::workers][a:b] for a, b in pairwise(ends) for rank in range(workers)]
-    # a data source of its own and not `ray.data.range(...).map(...)`: Ray Data does not fuse a map of other num_cpus
-    # with its source, whose tasks then take half of the CPUs
-    dataset = ray.data.read_datasource(
-        _Chunks(ray.put(loader), chunks), override_num_blocks=len(chunks), num_cpus=_TASK_CPUS
-    )
+    dataset = ray.data.read_datasource(_Chunks(ray.put(loader), chunks), override_num_blocks=len(chunks))
     splits: list[DataIterator] = dataset.streaming_split(workers, equal=False)
     return splits
 
