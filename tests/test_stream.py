@@ -295,7 +295,7 @@ def test_closing_early_leaves_no_stream_behind(tiny_config: RunConfig) -> None:
     assert next(stream.train(3)).row == 3
 
 
-@pytest.mark.parametrize(("workers", "cpus", "mib"), [(1, 2, 512), (4, 2, 2048), (1, 12, 2304), (2, 8, 1536)])
+@pytest.mark.parametrize(("workers", "cpus", "mib"), [(1, 2, 768), (8, 2, 4096), (1, 12, 4608), (2, 8, 3072)])
 def test_no_rank_and_no_cpu_waits_for_room(workers: int, cpus: int, mib: int) -> None:
     """Ray Data counts what ranks hold too: one limit for all let four ranks have one decoding task at a time."""
     assert stream_module._ready_bytes(workers, cpus) == mib * 2**20
