@@ -17,7 +17,7 @@ from launcher import ROOT
 pytestmark = pytest.mark.cluster
 
 RAY = f"RAY_AUTH_MODE=token {Path(sys.executable).parent}/ray"
-EPOCHS = 14
+EPOCHS = 24
 # two of a host's three CPUs, so that each host holds one worker and has one CPU left for decoding
 JOB = (
     f"{sys.executable} ray_jobs/pretrain.py sample --scale.workers 1 3 --scale.cpus-per-worker 2 --data.audit "
