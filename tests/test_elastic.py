@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import ray
 import ray.train
+import torch
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from diffvit.training import group
+from diffvit.training import group, launch
 from diffvit.training.elastic import FittingPolicy, largest_fitting
-from diffvit.training.group import outlast_preemption
+from diffvit.training.worker import Worker
 
 
 @pytest.mark.parametrize(("room", "taken"), [(0, 0), (1, 0), (2, 2), (3, 2), (5, 4), (99, 12)])
@@ -104,5 +106,8 @@ def test_an_error_waits_for_the_end_of_a_node_that_is_about_to_go(
     slept: list[float] = []
     monkeypatch.setattr(ray.train, "get_preemption_info", lambda: notice)
     monkeypatch.setattr(group, "time", SimpleNamespace(time=lambda: 1_000.0, sleep=slept.append))
-    outlast_preemption()
+    monkeypatch.setattr(launch, "join_group", lambda _: Mock(worker=Worker(torch.device("cpu"), print, print)))
+    monkeypatch.setattr(launch, "fit", Mock(side_effect=ConnectionError("a peer is gone")))
+    with pytest.raises(ConnectionError):
+        launch._train_worker({"opened": False})
     assert slept == waited

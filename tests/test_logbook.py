@@ -10,6 +10,7 @@ import pytest
 from conftest import ObjectStore
 
 from diffvit.training import logbook
+from diffvit.training.checkpoint_store import Superseded
 from diffvit.training.logbook import Logbook
 
 
@@ -83,3 +84,12 @@ def test_nobody_waits_for_a_store_that_is_away(object_store: ObjectStore, tmp_pa
     Logbook(object_store.uri(f"log-{tmp_path.name}")).begin(5, 4.0, 1)
     assert book.interruptions[0]["steps_repeated"] == 3
     assert book.interruptions[0]["why"].startswith("ended without a word")
+
+
+def test_nobody_writes_to_a_run_that_ended(tmp_path: Path) -> None:
+    rank_0 = Logbook(tmp_path)
+    rank_0.begin(0, 0.0, 2)
+    rank_0.require_ours()
+    Logbook(tmp_path).end()
+    with pytest.raises(Superseded, match="another group of workers goes on"):
+        rank_0.require_ours()

@@ -79,10 +79,13 @@ def test_a_node_that_comes_and_is_taken_away(tiny_config: RunConfig, tmp_path: P
     results = json.loads((config.folder / "results.json").read_text())
     assert (results["status"], results["last"]["step"]) == ("finished", 600)
     assert results["world_sizes"] == [1, 2, 1]
-    grown, taken = (interruption["why"] for interruption in results["interruptions"])
-    assert grown == "resized from 1 to 2 workers"
-    # no failure is allowed, so it counted as a preemption; the loop may wait for batches while the notice stands
-    assert taken.startswith(("preempted", "worker"))
+    grown, taken = results["interruptions"]
+    assert grown["why"] == "resized from 1 to 2 workers"
+    # A failure would have ended the run: it counted as a preemption. Where the notice comes before the new group's
+    # stream has its coordinator, which a node that is drained does not start any more, the ranks wait for batches and
+    # do not hear of it; what they lose then is what came after the last checkpoint.
+    assert taken["why"].startswith(("preempted", "worker"))
+    assert taken["steps_repeated"] <= 20
     rows = pq.read_table(config.folder / "audit").to_pylist()
     seen = sorted((row["epoch"], row["position"]) for row in rows)
     assert seen == [(epoch, position) for epoch in range(1, 16) for position in range(480)]
