@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +67,30 @@ def require_seen(places: Iterable[Storage]) -> None:
 def fetch(reference: Any) -> Any:
     """What the driver put there, for a task or an actor of Ray Data.
 
+    To unpickle it is to import torch, which an interrupt leaves half imported. Ray cancels tasks by interrupts and
+    uses their processes again: the next task there would fail for ever.
+
     Raises:
         RuntimeError: this node cannot unpack it. As it comes from Ray, Ray Data would try again for ever, and silently.
     """
     try:
-        return ray.get(reference)
+        with _interrupts_wait():
+            return ray.get(reference)
     except ray.exceptions.RaySystemError as error:
         raise RuntimeError(f"a node lacks what the task needs: {error}") from None
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """An interrupt that comes meanwhile is raised afterwards."""
+    if threading.current_thread() is not threading.main_thread():  # others are not interrupted
+        yield
+        return
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        signal.raise_signal(signal.SIGINT)
