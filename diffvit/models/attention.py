@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffvit.models.rms_norm import rms_norm
 from diffvit.models.two_maps import TwoMaps, attend_two_maps, in_full_precision, scaled_scores, softmax_map
 
 
@@ -147,13 +148,12 @@ class DiffAttention(nn.Module):
 
     def attention_maps(self, x_BND: Tensor) -> AttentionMaps:
         """The maps of `forward` on the same input, before the norm; `weight` is a scalar."""
-        q1, k1, q2, k2, _ = self._split(self.qkv(x_BND))
-        return AttentionMaps(softmax_map(q1, k1), softmax_map(q2, k2), self.current_lambda())
+        positive, negative = (softmax_map(q, k) for q, k in self._split(self.qkv(x_BND)).maps)
+        return AttentionMaps(positive, negative, self.current_lambda())
 
     def attention_logits(self, x_BND: Tensor) -> tuple[Tensor, ...]:
         """What `forward` takes the softmax of in each of the two maps, (B, H, N, N) each."""
-        q1, k1, q2, k2, _ = self._split(self.qkv(x_BND))
-        return scaled_scores(q1, k1), scaled_scores(q2, k2)
+        return tuple(scaled_scores(q, k) for q, k in self._split(self.qkv(x_BND)).maps)
 
     def current_lambda(self) -> Tensor:
         """Lambda, a scalar tensor, computed in float32 or better."""
@@ -170,15 +170,12 @@ class DiffAttention(nn.Module):
         norm, factor = self.sub_norm, 1 - self.lambda_init
         weight = (norm.weight * factor).to(heads.dtype)
         if isinstance(norm, nn.RMSNorm):
-            return F.rms_norm(heads, norm.normalized_shape, weight, norm.eps)
+            return rms_norm(heads, weight, float(norm.eps or 0.0))
         return F.layer_norm(heads, norm.normalized_shape, weight, (norm.bias * factor).to(heads.dtype), norm.eps)
 
     def _split(self, qkv: Tensor) -> TwoMaps:
-        q, k, v = qkv.unflatten(-1, (3, -1)).unbind(2)
-        q1, q2 = q.unflatten(-1, (self.num_heads, 2, -1)).unbind(3)
-        k1, k2 = k.unflatten(-1, (self.num_heads, 2, -1)).unbind(3)
-        v = v.unflatten(-1, (self.num_heads, -1))
-        return TwoMaps(*(t.transpose(1, 2) for t in (q1, k1, q2, k2, v)))
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, 2, -1)).unbind(2)
+        return TwoMaps(q.movedim(1, 3), k.movedim(1, 3), v.flatten(3).transpose(1, 2))
 
 
 class DiffAttentionV2(nn.Module):
@@ -214,13 +211,12 @@ class DiffAttentionV2(nn.Module):
 
     def attention_maps(self, x_BND: Tensor) -> AttentionMaps:
         """The maps of `forward` on the same input; `weight` is sigmoid(lambda), (B, H, N, 1)."""
-        q1, k1, q2, k2, _ = self._split(self.qkv(x_BND))
-        return AttentionMaps(softmax_map(q1, k1), softmax_map(q2, k2), self.gate(x_BND))
+        positive, negative = (softmax_map(q, k) for q, k in self._split(self.qkv(x_BND)).maps)
+        return AttentionMaps(positive, negative, self.gate(x_BND))
 
     def attention_logits(self, x_BND: Tensor) -> tuple[Tensor, ...]:
         """What `forward` takes the softmax of in each of the two maps, (B, H, N, N) each."""
-        q1, k1, q2, k2, _ = self._split(self.qkv(x_BND))
-        return scaled_scores(q1, k1), scaled_scores(q2, k2)
+        return tuple(scaled_scores(q, k) for q, k in self._split(self.qkv(x_BND)).maps)
 
     def gate(self, x: Tensor) -> Tensor:
         """sigmoid(lambda) of `x` (B, N, D): (B, H, N, 1)."""
@@ -230,9 +226,9 @@ class DiffAttentionV2(nn.Module):
     def _split(self, qkv: Tensor) -> TwoMaps:
         D = qkv.shape[-1] // 4
         q, k, v = qkv.split((2 * D, D, D), dim=-1)
-        q1, q2 = q.unflatten(-1, (self.num_heads, 2, -1)).unbind(3)
-        k, v = k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
-        return TwoMaps(*(t.transpose(1, 2) for t in (q1, k, q2, k, v)))
+        q = q.unflatten(-1, (self.num_heads, 2, -1))
+        k, v = k.unflatten(-1, (self.num_heads, 1, -1)), v.unflatten(-1, (self.num_heads, -1))
+        return TwoMaps(q.movedim(1, 3), k.movedim(1, 3), v.transpose(1, 2))
 
 
 def _require_divisible(embed_dim: int, parts: int, rule: str) -> None:

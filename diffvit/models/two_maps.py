@@ -19,13 +19,19 @@ from torch.autograd.function import once_differentiable
 
 
 class TwoMaps(NamedTuple):
-    """What differential attention reads: queries and keys of two maps (B, H, N, K), shared values (B, H, N, E)."""
+    """What differential attention reads: queries (B, H, 2, N, K), keys (B, H, 2 or, shared, 1, N, K), values.
 
-    q1: Tensor
-    k1: Tensor
-    q2: Tensor
-    k2: Tensor
+    Values (B, H, N, E) are both maps'.
+    """
+
+    q: Tensor
+    k: Tensor
     v: Tensor
+
+    @property
+    def maps(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Queries and keys of the first map, and of the second."""
+        return (self.q[:, :, 0], self.k[:, :, 0]), (self.q[:, :, 1], self.k[:, :, -1])
 
 
 Split = Callable[[Tensor], TwoMaps]
@@ -52,19 +58,21 @@ def attend_two_maps(qkv: Tensor, split: Split, weight: Tensor) -> Tensor:
 
 def subtract_outputs(qkv: Tensor, split: Split, weight: Tensor) -> Tensor:
     """Multiply each map with the values in a fused kernel, which keeps no map in memory, then subtract."""
-    q1, k1, q2, k2, v = split(qkv)
-    positive = F.scaled_dot_product_attention(q1, k1, v)
-    out = (positive - weight * F.scaled_dot_product_attention(q2, k2, v)).to(v.dtype)
+    parts = split(qkv)
+    positive, negative = (F.scaled_dot_product_attention(q, k, parts.v) for q, k in parts.maps)
+    out = (positive - weight * negative).to(qkv.dtype)
     return out.transpose(1, 2)
 
 
 def subtract_maps(qkv: Tensor, split: Split, weight: Tensor) -> Tensor:
     """Subtract the maps, then multiply with the values once: the fewest operations where no fused kernel is at hand."""
-    parts = split(qkv)
-    B, H, N, _ = parts.v.shape
-    q1, k1, q2, k2, v = (_flat(part) for part in parts)  # contiguous, as the products and their gradients want them
+    q, k, v = split(qkv)
+    B, H, _, N, _ = q.shape
+    k, v = k.flatten(0, 2), _flat(v)  # contiguous, as the products and their gradients want them
+    maps = softmax_map(q.reshape(len(k), -1, q.shape[-1]), k)
+    positive, negative = maps.view(B * H, 2, N, N).unbind(1)
     weight = _flat(weight.expand(B, H, N, 1)) if weight.ndim else weight
-    combined = torch.addcmul(softmax_map(q1, k1), softmax_map(q2, k2), -weight)
+    combined = torch.addcmul(positive, negative, -weight)
     out: Tensor = (combined.to(v.dtype) @ v).unflatten(0, (B, H))
     return out.transpose(1, 2)
 
@@ -82,15 +90,17 @@ class _InBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, split: Split, weight: Tensor) -> Tensor:
         parts = split(qkv)
-        B, H, N, _ = parts.q1.shape
+        B, H, _, N, K = parts.q.shape
         out = qkv.new_empty(B, N, H, parts.v.shape[-1])
-        kept = qkv.new_empty(2, B * H, N, N) if any(ctx.needs_input_grad) else None
+        kept = qkv.new_empty(B, H, 2, N, N) if any(ctx.needs_input_grad) else None
         for block in _blocks(parts):
-            q1, k1, q2, k2, v = (_flat(part[block]) for part in parts)
-            first, second = (None, None) if kept is None else kept[:, block.start * H : block.stop * H]
-            positive, negative = _softmax(q1, k1, first), _softmax(q2, k2, second)
-            heads = torch.addcmul(positive, negative, _of_block(weight, block), value=-1) @ v
-            _put(out[block].transpose(1, 2), heads)
+            q, k, v = _of_block(parts, block)
+            maps = q.new_empty(len(v), 2, N, N) if kept is None else _flat(kept[block])
+            scores = maps.view(len(k), -1, N)
+            torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=K**-0.5, out=scores)
+            positive, negative = torch.softmax(maps, -1, out=maps).unbind(1)
+            combined = torch.addcmul(positive, negative, _weight_of_block(weight, block), value=-1)
+            _multiply(combined, v, out.transpose(1, 2)[block])
         ctx.save_for_backward(qkv, weight, kept)
         ctx.split = split
         return out
@@ -101,48 +111,53 @@ class _InBlocks(torch.autograd.Function):
         """The second map's gradient is -weight times what the first one's would be in its place, row by row."""
         qkv, weight, kept = ctx.saved_tensors
         parts = ctx.split(qkv)
-        H, K = parts.q1.shape[1], parts.q1.shape[-1]
-        grad_qkv = torch.empty_like(qkv)
-        grads = ctx.split(grad_qkv)
-        shares_keys = parts.k1.data_ptr() == parts.k2.data_ptr()
-        grad_weight = torch.zeros_like(weight)
+        grad_qkv, grad_weight = torch.empty_like(qkv), torch.zeros_like(weight)
+        grads, grad_heads = ctx.split(grad_qkv), grad_out.transpose(1, 2)
+        scale = parts.q.shape[-1] ** -0.5
         for block in _blocks(parts):
-            q1, k1, q2, k2, v = (_flat(part[block]) for part in parts)
-            positive, negative = kept[:, block.start * H : block.stop * H]
-            minus = -_of_block(weight, block)
-            out = _flat(grad_out[block].transpose(1, 2))
+            q, k, v = _of_block(parts, block)
+            maps, out = _flat(kept[block]), _flat(grad_heads[block])
+            positive, negative = maps.unbind(1)
+            minus = -_weight_of_block(weight, block)
             combined = torch.addcmul(positive, negative, minus)
-            d_v = combined.transpose(1, 2) @ out
-            d_map = torch.bmm(out, v.transpose(1, 2), out=combined)
+            _multiply(combined.transpose(1, 2), out, grads.v[block])
+            d_maps = torch.empty_like(maps)
+            d_first, d_second = d_maps.unbind(1)
+            torch.bmm(out, v.transpose(1, 2), out=d_first)
+            share = torch.linalg.vecdot(d_first, negative)
             if weight.ndim:
-                _put(grad_weight[block], -torch.linalg.vecdot(d_map, negative).unsqueeze(-1))
+                grad_weight[block].sub_(share.view_as(grad_weight[block]))
             else:
-                grad_weight -= torch.dot(d_map.flatten(), negative.flatten())
-            d_first = torch._softmax_backward_data(d_map, positive, -1, qkv.dtype)
-            d_second = torch._softmax_backward_data(d_map, negative, -1, qkv.dtype)
-            scale = K**-0.5
-            minus = minus * scale
-            _put(grads.q1[block], (d_first @ k1).mul_(scale))
-            _put(grads.q2[block], (d_second @ k2).mul_(minus))
-            d_k1 = (d_first.transpose(1, 2) @ q1).mul_(scale)
-            d_k2 = d_second.transpose(1, 2) @ (q2 * minus)
-            _put(grads.k1[block], d_k1.add_(d_k2) if shares_keys else d_k1)
-            if not shares_keys:
-                _put(grads.k2[block], d_k2)
-            _put(grads.v[block], d_v)
+                grad_weight.sub_(share.sum())
+            torch.mul(d_first, minus, out=d_second)
+            d_scores = torch._softmax_backward_data(d_maps, maps, -1, qkv.dtype).view(len(k), -1, maps.shape[-1])
+            _multiply(d_scores, k, grads.q[block], scale)
+            _multiply(d_scores.transpose(1, 2), q, grads.k[block], scale)
         return grad_qkv, None, grad_weight
 
 
-def _blocks(parts: TwoMaps) -> Iterator[slice]:
-    """The batch in pieces."""
-    B, H, N, _ = parts.q1.shape
-    images = max(_BLOCK_ENTRIES // (2 * H * N * N), 1) * torch.get_num_threads()
-    for first in range(0, B, images):
-        yield slice(first, min(first + images, B))
+def _blocks(parts: TwoMaps) -> Iterator[tuple[slice, slice]]:
+    """Of images and heads: some images with all their heads, or some heads of one image."""
+    B, H, _, N, _ = parts.q.shape
+    maps = _BLOCK_ENTRIES * torch.get_num_threads() // (2 * N * N)
+    images, heads = max(maps // H, 1), min(max(maps, 1), H)
+    for image in range(0, B, images):
+        for head in range(0, H, heads):
+            yield slice(image, min(image + images, B)), slice(head, min(head + heads, H))
 
 
-def _of_block(weight: Tensor, block: slice) -> Tensor:
-    """Of a block's images: a scalar as it is, (B, H, N, 1) as (images H, N, 1)."""
+def _of_block(parts: TwoMaps, block: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries by keys, keys, values, without a copy where the strides allow it.
+
+    Of two maps that share keys the queries come one after the other, so that one product makes both maps.
+    """
+    k = parts.k[block].flatten(0, 2)
+    q = parts.q[block].reshape(len(k), -1, k.shape[-1])
+    return q, k, _flat(parts.v[block])
+
+
+def _weight_of_block(weight: Tensor, block: tuple[slice, slice]) -> Tensor:
+    """Of a block's images and heads: a scalar as it is, (B, H, N, 1) as (images heads, N, 1)."""
     return _flat(weight[block]) if weight.ndim else weight
 
 
@@ -150,16 +165,12 @@ def _flat(part: Tensor) -> Tensor:
     return part.flatten(0, 1)
 
 
-def _put(where: Tensor, part: Tensor) -> None:
-    """(images H, ...) into (images, H, ...)."""
-    where.copy_(part.unflatten(0, where.shape[:2]))
-
-
-def _softmax(q: Tensor, k: Tensor, out: Tensor | None) -> Tensor:
-    """softmax(q k' / sqrt K), written into `out` where it is kept."""
-    scores = q.new_empty(len(q), q.shape[1], k.shape[1]) if out is None else out
-    torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5, out=scores)
-    return torch.softmax(scores, -1, out=scores)
+def _multiply(a: Tensor, b: Tensor, where: Tensor, factor: float = 1.0) -> None:
+    """Write `factor` a b into `where`, which has its entries in the same order and any strides."""
+    flat = where.reshape(len(a), a.shape[1], b.shape[2])  # a copy where the strides do not allow a view
+    torch.baddbmm(flat, a, b, beta=0, alpha=factor, out=flat)
+    if flat.data_ptr() != where.data_ptr():
+        where.copy_(flat.view(where.shape))
 
 
 def softmax_map(q: Tensor, k: Tensor) -> Tensor:
