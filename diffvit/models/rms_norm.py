@@ -31,7 +31,8 @@ class _RMSNorm(torch.autograd.Function):
         factor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         unit = x * factor
         ctx.save_for_backward(unit, factor, weight)
-        return unit * weight
+        scaled: Tensor = unit * weight
+        return scaled
 
     @staticmethod
     @once_differentiable
