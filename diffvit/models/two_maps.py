@@ -35,7 +35,7 @@ class TwoMaps(NamedTuple):
 
 
 Split = Callable[[Tensor], TwoMaps]
-"""Where queries, keys and values lie in a projection (B, N, rows): gives views of it, which may overlap."""
+"""Where queries, keys and values lie in a projection (B, N, rows): gives views of it."""
 
 _BLOCK_ENTRIES = 2**18
 """Entries of both maps in a block, for each thread: 1 MiB in float32, what a core's own cache holds."""
