@@ -58,7 +58,7 @@ class Options:
     """How many."""
     seed: int = 0
     """Of the kinds and the moments."""
-    epochs: int = 30
+    epochs: int = 45
     """Of 40 steps; too few, and the run ends before it was cut so often."""
 
 
