@@ -69,14 +69,14 @@ class Assumptions:
     """The GPU nodes of cluster/aws.yaml."""
     big: Fleet = P4D
     """Other GPU nodes, to compare."""
-    v1_step_to_plain: float = 1.06
-    """V1's training step to that of the plain ViT-S/16: measured on a CPU (benchmarks/train_step.py, commit 4bdc6ee)
-    and taken for a GPU's."""
-    v2_step_to_plain: float = 1.19
+    v1_step_to_plain: float = 1.22
+    """V1's training step to that of the plain ViT-S/16: measured on one H200 in bf16 (benchmarks/train_step.py, commit
+    8f0cfa9) and taken for any GPU's."""
+    v2_step_to_plain: float = 1.40
     """V2's, likewise."""
-    stream_to_ceiling: float = 0.68
-    """Images/s of the stream to those of plain decoding, in one run (benchmarks/ingest.py, commit 88921b1)."""
-    stream_start_seconds: float = 3.1
+    stream_to_ceiling: float = 0.69
+    """Images/s of the stream to those of plain decoding, in one run (benchmarks/ingest.py, commit 153d9b3)."""
+    stream_start_seconds: float = 0.73
     """From asking for an epoch to its first batch, in the same run."""
     evaluation_to_training: float = 1 / 3
     """What an evaluated image costs to one trained on: the forward pass alone."""
