@@ -69,7 +69,7 @@ def subtract_maps(qkv: Tensor, split: Split, weight: Tensor) -> Tensor:
     q, k, v = split(qkv)
     B, H, _, N, _ = q.shape
     k, v = k.flatten(0, 2), _flat(v)  # contiguous, as the products and their gradients want them
-    maps = softmax_map(q.reshape(len(k), -1, q.shape[-1]), k)
+    maps = softmax_map(q.reshape(k.shape[0], -1, q.shape[-1]), k)  # len() would fix an exported batch size
     positive, negative = maps.view(B * H, 2, N, N).unbind(1)
     weight = _flat(weight.expand(B, H, N, 1)) if weight.ndim else weight
     combined = torch.addcmul(positive, negative, -weight)
