@@ -123,13 +123,20 @@ def test_bounds_of_lambda_are_those_of_forward() -> None:
 
 
 @pytest.mark.parametrize("kind", [DiffAttention, DiffAttentionV2])
-@pytest.mark.parametrize("path", ["subtract_maps", "subtract_outputs", "subtract_in_blocks"])
+@pytest.mark.parametrize(
+    ("path", "heads_a_block"),
+    [("subtract_maps", H), ("subtract_outputs", H), ("subtract_in_blocks", 2 * H), ("subtract_in_blocks", H - 1)],
+)
 def test_all_paths_have_the_references_values_and_gradients(
-    kind: type[nn.Module], path: str, monkeypatch: pytest.MonkeyPatch
+    kind: type[nn.Module], path: str, heads_a_block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The fused path is what CUDA runs; here it runs on the CPU. Five images are three blocks, the last one short."""
+    """The fused path is what CUDA runs; here it runs on the CPU.
+
+    Five images are three blocks, the last one short; or each of them is two, the second one short.
+    """
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(module, "attend_two_maps", getattr(two_maps, path))
-    monkeypatch.setattr(two_maps, "_BLOCK_ENTRIES", 2 * 2 * H * N * N)
+    monkeypatch.setattr(two_maps, "_BLOCK_ENTRIES", heads_a_block * 2 * N * N)
     layer = build(kind)
     x = torch.randn(5, N, WIDTH[kind], dtype=torch.float64).requires_grad_()
     x_reference = x.detach().clone().requires_grad_()

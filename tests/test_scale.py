@@ -45,6 +45,9 @@ def fleet(facts: Any) -> Any:
 @pytest.fixture
 def assumed(facts: Any) -> Any:
     return facts.Assumptions(
+        v2_step_to_plain=1.19,
+        stream_to_ceiling=0.68,
+        stream_start_seconds=3.1,
         least_step_seconds=0.5,
         hop_seconds=0.01,
         overlap=0.25,

@@ -1,7 +1,7 @@
 """RMSNorm, w x / sqrt(mean(x^2) + eps), over the last dimension.
 
-PyTorch has a fused one for GPUs; on a CPU it makes it of a dozen operations, each a pass over memory in either
-direction. Here are three passes and six.
+PyTorch has a fused one for GPUs; on a CPU it makes it of small operations, and its gradient of theirs, each a pass over
+memory. Here are three passes and, for the gradient, six.
 
 Source: arXiv 1910.07467, equation 4. Letters: E size of the last dimension.
 """
