@@ -82,7 +82,7 @@ def fetch(reference: Any) -> Any:
 
 @contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """An interrupt that comes meanwhile is raised afterwards."""
+    """An interrupt that comes meanwhile is raised afterwards, unless an error is."""
     if threading.current_thread() is not threading.main_thread():  # others are not interrupted
         yield
         return

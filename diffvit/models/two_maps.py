@@ -1,6 +1,6 @@
 """The product of differential attention, (softmax(q1 k1') - weight softmax(q2 k2')) v, by three equal ways.
 
-`attend_two_maps` takes the fastest for the device: fused kernels on a GPU, on a CPU blocks of images whose maps stay in
+`attend_two_maps` takes the fastest for the device: fused kernels on a GPU, on a CPU blocks whose maps stay in
 its cache, and plain operations where all maps fit there, or something else is to read them (a compiler, an exporter,
 autocast).
 
@@ -78,7 +78,7 @@ def subtract_maps(qkv: Tensor, split: Split, weight: Tensor) -> Tensor:
 
 
 def subtract_in_blocks(qkv: Tensor, split: Split, weight: Tensor) -> Tensor:
-    """As `subtract_maps`, a few images at a time, so that their maps are worked on while they lie in the CPU's cache.
+    """As `subtract_maps`, a few images or heads at a time, whose maps are worked on while they lie in the CPU's cache.
 
     Keeps both softmax maps for the backward pass, and no third one; gradients go straight into that of the projection.
     """
