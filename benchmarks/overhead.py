@@ -97,7 +97,7 @@ def run_job(config: RunConfig, _: Options) -> float:
     with TemporaryDirectory() as storage:
         file = Path(storage) / "config.json"
         file.write_text(to_json(replace(config, storage=storage)))
-        subprocess.run([sys.executable, str(JOB), "--config", str(file)], check=True, capture_output=True)
+        subprocess.run([sys.executable, str(JOB), "--config", str(file)], check=True, stdout=subprocess.DEVNULL)
         results = json.loads((Path(storage) / "measured/results.json").read_text())
     return float(results["images_per_second"])
 

@@ -86,7 +86,7 @@ def train_ours(options: Options, seed: int) -> Curve:
     with TemporaryDirectory() as storage:
         command = [sys.executable, str(JOB), options.recipe, "--data.path", options.data_path, "--seed", str(seed)]
         command += ["--storage", storage, "--name", "run", "--scale.workers", str(options.cores)]
-        subprocess.run([*command, "--checkpoint.keep-every-epochs", "1"], check=True, capture_output=True)
+        subprocess.run([*command, "--checkpoint.keep-every-epochs", "1"], check=True, stdout=subprocess.DEVNULL)
         manifests = sorted(Path(storage).glob("run/checkpoint_step_*/checkpoint.json"))
         metrics = [json.loads(manifest.read_text())["metrics"] for manifest in manifests]
     return [(epoch["train_seconds"], epoch["top1"]) for epoch in metrics]

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from diffvit.config import DataConfig
 from diffvit.data.shards import INFO_NAME, open_shards
 from diffvit.data.splitting import hold_out
-from diffvit.storage import Storage
+from diffvit.storage import Storage, absolute
 
 SAMPLE = "sample"
 SAMPLE_FOLDER = Path(__file__).parent / SAMPLE
@@ -126,7 +126,7 @@ def open_dataset(config: DataConfig) -> Dataset:
         return Dataset(tuple(classes), SampleSplit("train"), SampleSplit("test"))
     if not config.path:
         raise ValueError(f"data.path is missing: give an image folder or shards (--data.path FOLDER) or '{SAMPLE}'")
-    storage = Storage(config.path)
+    storage = Storage(absolute(config.path))  # workers have other working directories
     try:
         return _open_shards(storage)
     except (FileNotFoundError, NotADirectoryError):

@@ -26,7 +26,7 @@ from diffvit.models.pretrained import origin_of
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import HUB, load_weights
 from diffvit.scratch import scratch_folder
-from diffvit.storage import Storage
+from diffvit.storage import Storage, absolute
 from diffvit.training.cluster import connect, require_resources, wait_for_cluster
 from diffvit.training.compilation import require_compiler
 from diffvit.training.elastic import FittingTrainer
@@ -138,11 +138,11 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     if config.data.classes not in ((), dataset.classes):
         raise ValueError(f"data.classes must be those of the data, {dataset.classes}; got {config.data.classes}")
     path = config.data.path
-    if path != SAMPLE and "://" not in path:
-        path = str(Path(path).expanduser().absolute())
+    if path != SAMPLE:
+        path = absolute(path)
     weights = config.init.weights
-    if weights and not weights.startswith(HUB) and "://" not in weights:
-        weights = str(Path(weights).expanduser().absolute())
+    if weights and not weights.startswith(HUB):
+        weights = absolute(weights)
     mean, std = (config.data.mean, config.data.std) if config.data.mean else _channel_statistics(config, dataset)
     return dataclasses.replace(
         config,
