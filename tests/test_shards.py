@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ObjectStore
 
+from diffvit.config import DataConfig
 from diffvit.data.shards import (
     FORMAT_VERSION,
     INDEX_SCHEMA,
@@ -26,6 +30,7 @@ from diffvit.data.shards import (
     write_info,
     write_shard,
 )
+from diffvit.data.sources import open_dataset
 from diffvit.storage import Storage, StorageError
 
 IMAGES = [bytes([i]) * (3 * i + 1) for i in range(7)]
@@ -61,6 +66,18 @@ def test_any_reader_takes_a_shard(tmp_path: Path) -> None:
     assert table["image"].to_pylist() == IMAGES[:4]
     assert table["label"].to_pylist() == [0, 1, 0, 1]
     assert table["key"].to_pylist() == ["k0", "k1", "k2", "k3"]
+
+
+READ = "import pickle, sys; sys.stdout.buffer.write(pickle.load(sys.stdin.buffer).read(5))"
+
+
+def test_a_relative_path_holds_for_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray gives them other working directories."""
+    make_dataset(Storage(str(tmp_path / "set")))
+    monkeypatch.chdir(tmp_path)
+    split = pickle.dumps(open_dataset(DataConfig(path="set")).train)
+    worker = subprocess.run([sys.executable, "-c", READ], cwd="/", input=split, stdout=subprocess.PIPE, check=True)
+    assert worker.stdout == IMAGES[5]
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])
