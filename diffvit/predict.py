@@ -66,6 +66,7 @@ def predict(config: PredictConfig, report: Report) -> dict[str, Any]:
     require_resources(config)
     claim(target, identity)
     entries = collect_entries(units, config, labels, target.child(STAGING), report)
+    without_split = entries["split"].null_count if config.split else 0
     if config.split:
         entries = entries.filter(pc.equal(entries["split"], config.split))
     if not entries.num_rows:
@@ -73,7 +74,7 @@ def predict(config: PredictConfig, report: Report) -> dict[str, Any]:
     augment = AugmentConfig(eval_crop_ratio=saved.eval_crop_ratio, interpolation=saved.interpolation)
     job = Job(config, saved.config, augment, entries.combine_chunks(), target, _PART_IMAGES)
     _predict_parts(job, saved, report)
-    results = _summarise(job, saved, identity)
+    results = _summarise(job, saved, identity, without_split)
     release(target)
     return results
 
@@ -138,8 +139,11 @@ def _predict_parts(job: Job, saved: SavedModel, report: Report) -> None:
         report("predicting", done, images)
 
 
-def _summarise(job: Job, saved: SavedModel, identity: dict[str, Any]) -> dict[str, Any]:
-    """Count what the parts say and write the results."""
+def _summarise(job: Job, saved: SavedModel, identity: dict[str, Any], without_split: int) -> dict[str, Any]:
+    """Count what the parts say and write the results.
+
+    `without_split`: images left out because --split asks for one, and the source does not say theirs.
+    """
     target, images = job.target, job.entries.num_rows
     known = {name: label for label, name in enumerate(saved.classes)}
     confusion = np.zeros((len(known), len(known)), np.int64)
@@ -158,8 +162,11 @@ def _summarise(job: Job, saved: SavedModel, identity: dict[str, Any]) -> dict[st
     if seen != images:
         raise RuntimeError(f"{seen} predictions for {images} images")
     results: dict[str, Any] = {"images": images, "skipped": skipped, "labelled": labelled}
+    results |= {"without_split": without_split} if without_split else {}
     if labelled:
-        results |= {"top1": 100 * int(confusion.trace()) / labelled, "top5": 100 * top5 / labelled}
+        results["top1"] = 100 * int(confusion.trace()) / labelled
+        if job.config.top_k >= min(5, len(known)):  # else nobody knows
+            results["top5"] = 100 * top5 / labelled
         results["classes"] = per_class(confusion, saved.classes)
         picture = io.BytesIO()
         confusion_figure(confusion, saved.classes).savefig(picture, format="png", dpi=110)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from diffvit.config import AugmentConfig, ModelConfig, PredictConfig
+from diffvit.config import AugmentConfig, ModelConfig, PredictConfig, ScaleConfig
 from diffvit.data.claim import STAGING
 from diffvit.data.images import ImageError, decode_image, eval_transform, normalize
 from diffvit.data.originals import places_of
@@ -23,6 +23,7 @@ from diffvit.data.packing import read_entries_content
 from diffvit.data.tasks import STORE_ERRORS, fetch, require_seen
 from diffvit.models.saved import SavedModel
 from diffvit.storage import Storage
+from diffvit.training.precision import numbers
 
 PARTS = "predictions"
 
@@ -79,7 +80,7 @@ def load_part(job: Job, number: int) -> dict[str, Any]:
     require_seen([job.target.child(STAGING), *places_of(entries)])
     images = np.zeros((entries.num_rows, model.in_channels, model.image_size, model.image_size), np.uint8)
     reasons: list[str | None] = [None] * entries.num_rows
-    for place, content in enumerate(read_entries_content(entries)):
+    for place, content in enumerate(read_entries_content(entries, job.config.max_image_bytes)):
         try:
             if isinstance(content, ImageError):
                 raise content
@@ -96,6 +97,7 @@ class Predictor:
         self._job: Job = fetch(job)
         self._saved: SavedModel = fetch(saved)
         self._device = torch.device("cuda" if self._job.config.gpu else "cpu")
+        self._in_bf16 = numbers(ScaleConfig(), self._device) == "bf16"
         self._model = self._saved.model.to(self._device).eval()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +135,7 @@ class Predictor:
         saved, parts = self._saved, []
         for batch in torch.from_numpy(np.array(images)).split(self._job.config.batch_size):
             pixels = normalize(batch.to(self._device), saved.mean, saved.std)
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._in_bf16):
                 logits = self._model(pixels)
             parts.append(logits.float().softmax(dim=1).cpu())
         return torch.cat(parts)

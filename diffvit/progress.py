@@ -59,11 +59,14 @@ def print_dataset(out: str, info: DatasetInfo, seconds: float) -> None:
     console = rich.console.Console(highlight=False, soft_wrap=True)
     images = sum(split.images for split in info.splits.values())
     shards = [shard for split in info.splits.values() for shard in split.shards]
+    counts = info.splits["train"].class_counts
+    empty = [name for name, count in zip(info.classes, counts, strict=True) if not count]
     table = Table(show_header=False, box=None)
     rows = {
         "data set": f"{out.rstrip('/')}/{INFO_NAME}",
         "images": f"{images:,}: " + ", ".join(f"{split.images:,} {name}" for name, split in info.splits.items()),
-        "classes": f"{len(info.classes):,}",
+        "classes": f"{len(info.classes):,}"
+        + (f", {len(empty)} of them without a training image: {', '.join(empty)}" if empty else ""),
         "size": f"{sum(shard.bytes for shard in shards) / 2**20:,.1f} MiB in {len(shards)} shards",
         "quarantined": f"{info.quarantined:,}" + (f" ({QUARANTINE_NAME} says why)" if info.quarantined else ""),
         "ignored": _counts(info.ignored),
@@ -90,10 +93,13 @@ def print_predictions(out: str, results: dict[str, Any]) -> None:
     console.print(f"[bold]{results['images']:,} images predicted[/], in {out.rstrip('/')}/predictions")
     if results["skipped"]:
         console.print(f"{results['skipped']:,} of them cannot be used; `reason` says why", style="yellow")
+    if results.get("without_split"):
+        others = results["without_split"]
+        console.print(f"{others:,} others left out: the source does not say their split", style="yellow")
     if not results["labelled"]:
         return
-    accuracy = f"top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %"
-    console.print(f"{accuracy} of {results['labelled']:,} with a class")
+    top5 = f", top-5 {results['top5']:.2f} %" if "top5" in results else ""
+    console.print(f"top-1 {results['top1']:.2f} %{top5} of {results['labelled']:,} with a class")
     table = Table("class", "images", "top-1", "precision", "most taken for", box=None)
     ranked = sorted(results["classes"], key=lambda row: float(row["top1"]))
     for row in ranked[:_CLASSES_SHOWN]:

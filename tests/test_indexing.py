@@ -21,7 +21,7 @@ from torchvision import datasets
 
 from diffvit import storage as storage_module
 from diffvit.config import SourceOptions
-from diffvit.data import originals
+from diffvit.data import originals, tars
 from diffvit.data.images import FORMATS
 from diffvit.data.indexing import find_units, index_unit
 from diffvit.data.originals import Staging, ignored_in, label_entries, read_entries, read_labels, write_entries
@@ -37,7 +37,7 @@ def index(source: Path | str, staging: Path, **options: object) -> dict[str, dic
     for number, unit in enumerate(find_units(str(source), config)):
         table = index_unit(unit, config, Staging(Storage(str(staging)), str(number)))
         table = label_entries(table, read_labels(config.labels))
-        contents = read_entries_content(table)
+        contents = read_entries_content(table, 10**6)
         for row, content in zip(table.to_pylist(), contents, strict=True):
             assert row["key"] not in entries
             entries[row["key"]] = {**row, "content": content}
@@ -108,12 +108,18 @@ def test_a_class_called_train_is_no_split(tmp_path: Path) -> None:
 
 def test_files_of_other_kinds_are_counted(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "a", images_per_class=1)
-    for name in ("a.txt", "red/b.TXT", "c.heic", "Makefile", ".hidden"):
+    for name in ("a.txt", "red/b.TXT", "c.heic", "Makefile", ".hidden", "red/._1.jpg", ".thumbs/1.png"):
+        (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text("no image")
     (unit,) = find_units(str(root), SourceOptions())
     table = index_unit(unit, SourceOptions(), Staging(Storage(str(tmp_path)), "0"))
     write_entries(Storage(str(tmp_path)), "x", table)
-    assert ignored_in(read_entries(Storage(str(tmp_path)), "x")) == {".txt": 2, ".heic": 1, "(none)": 1}
+    assert ignored_in(read_entries(Storage(str(tmp_path)), "x")) == {
+        ".txt": 2,
+        ".heic": 1,
+        "(none)": 1,
+        "(hidden)": 3,
+    }
     files = {"a/1.png": picture(1), "a/1.cls": b"7", "a/1.txt": b"a cat", "a/2.heic": b""}
     make_tar(tmp_path / "t/x.tar", files)
     (tmp_path / "t/notes.md").write_text("no image")
@@ -166,6 +172,26 @@ def test_imagenets_tar_of_tars(tmp_path: Path, mode: str) -> None:
     assert (train["split"], train["class_name"], train["content"]) == ("train", "n01443537", picture(1))
     val = entries["ILSVRC2012_img_val.tar/ILSVRC2012_val_00000001.JPEG"]
     assert (val["split"], val["class_name"], val["content"]) == ("val", "n01443537", picture(9))
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_what_is_too_large_for_an_image_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """A header may say anything, and a small archive unpack to anything."""
+    monkeypatch.setattr(tars, "_MAX_IMAGE_BYTES", 1000)
+    monkeypatch.setattr(tars, "_HELD_BYTES", 1)  # so that the inner tar goes to a file
+    make_tar(tmp_path / "inner.tar", {"b/1.png": picture(1)})
+    inner = (tmp_path / "inner.tar").read_bytes()
+    (tmp_path / "inner.tar").unlink()
+    make_tar(tmp_path / "in/x.tar", {"a/0.png": bytes(1001), "inner.tar": inner}, mode)
+    entries = index(tmp_path / "in", tmp_path / "s")
+    assert entries["x.tar/a/0.png"]["reason"] == "1001 bytes, no image"
+    assert entries["x.tar/inner.tar/b/1.png"]["content"] == picture(1)
+
+
+def test_labels_of_several_words(tmp_path: Path) -> None:
+    file = tmp_path / "labels.csv"
+    file.write_text('1.jpg,great dane\nx/2.png," great white, shark"\n')
+    assert read_labels(str(file)) == {"1": "great dane", "2": "great white, shark"}
 
 
 def test_webdataset(tmp_path: Path) -> None:

@@ -484,6 +484,18 @@ def audited(config: RunConfig) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["epoch"], row["position"]))
 
 
+def test_audit_leaves_out_what_could_not_be_trained_on(tiny_config: RunConfig, tmp_path: Path) -> None:
+    config = with_fields(tiny_config, data={"audit": True, "max_skipped_fraction": 0.5})
+    train = open_dataset(config.data).train
+    Path(train.root, train.key(7)).write_bytes(b"")
+    Run(config, tmp_path)
+    rows = audited(config)
+    assert len(rows) == 2 * 35
+    assert train.key(7) not in {row["key"] for row in rows}
+    order = epoch_permutation(36, config.seed, 0).tolist()
+    assert {row["position"] for row in rows if row["epoch"] == 1} == set(range(36)) - {order.index(7)}
+
+
 def test_audit_names_every_sample_of_the_order(tiny_config: RunConfig, tmp_path: Path) -> None:
     config = with_fields(tiny_config, data={"audit": True}, scale={"micro_batch_size": 4})
     Run(config, tmp_path)

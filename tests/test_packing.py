@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +67,7 @@ BAD = {
     "truncated.jpg": (encoded("RGB", "JPEG")[:-200], "does not decode"),
     "truncated.png": (encoded("RGB", "PNG")[:-200], "does not decode"),
     "header only.jpg": (encoded("RGB", "JPEG")[:200], ""),
-    "huge.png": (encoded("L", "PNG", (200, 51)), "200 x 51 pixels, more than data.max_pixels = 10000"),
+    "huge.png": (encoded("L", "PNG", (200, 51)), "200 x 51 pixels, more than max_pixels = 10000"),
     "heavy.bmp": (encoded("RGB", "BMP", (150, 60)) + bytes(30_000), "bytes, more than max_image_bytes = 50000"),
 }
 
@@ -177,8 +179,27 @@ def test_a_shard_of_bad_images_is_not_written(tmp_path: Path) -> None:
 
 def test_an_entry_with_a_reason_is_not_read(tmp_path: Path) -> None:
     row = {"key": "x", "location": str(tmp_path), "file": "x", "offset": 0, "length": -1, "reason": "a link"}
-    (content,) = read_entries_content(pa.Table.from_pylist([row], schema=ENTRY_SCHEMA))
+    (content,) = read_entries_content(pa.Table.from_pylist([row], schema=ENTRY_SCHEMA), 10**6)
     assert str(content) == "a link"
+
+
+@pytest.mark.parametrize(("number", "quarantined"), [(errno.EACCES, True), (errno.EIO, False), (errno.EMFILE, False)])
+def test_an_image_is_not_left_out_for_what_the_machine_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, quarantined: bool
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, "failed")
+
+    monkeypatch.setattr(Storage, "read_range", fail)
+    with nullcontext() if quarantined else pytest.raises(OSError, match="failed"):
+        packed, _ = pack(tmp_path, {"a.png": b"x"})
+        assert packed.quarantined == [("a.png", "cannot be read: failed")]
+
+
+def test_a_file_that_is_too_long_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Storage, "read_range", lambda *_: pytest.fail("read"))
+    packed, _ = pack(tmp_path, {"a.png": bytes(50_001)})
+    assert packed.quarantined == [("a.png", "50001 bytes, more than max_image_bytes = 50000")]
 
 
 def test_a_file_that_went_away_is_quarantined(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_predictions_are_the_models(config: PredictConfig, monkeypatch: pytest.M
     assert (results["images"], results["skipped"], results["labelled"]) == (24, 1, 21)
     assert results["top1"] == pytest.approx(100 * hits / 21)
     assert results["top1"] > 80
+    assert "top5" not in results  # of two classes named, nobody can tell
     assert [row["class"] for row in results["classes"]] == ["blue", "green", "red"]
     assert json.loads(Path(config.out, "predictions.json").read_text()) == results
     assert Path(config.out, "confusion.png").read_bytes().startswith(b"\x89PNG")
@@ -183,7 +184,8 @@ def test_a_store_that_stays_away_is_said_in_one_line(config: PredictConfig, monk
 def test_shards_and_one_split(config: PredictConfig, tmp_path: Path) -> None:
     images = make_folder(tmp_path / "more", images_per_class=4, val_per_class=2)
     prepare(PrepareConfig(source=str(images), out=str(tmp_path / "shards")), quiet)
-    results = predict(dataclasses.replace(config, images=str(tmp_path / "shards"), split="val"), quiet)
+    results = predict(dataclasses.replace(config, images=str(tmp_path / "shards"), split="val", top_k=5), quiet)
+    assert results["top5"] == 100  # there are three
     assert (results["images"], results["labelled"]) == (6, 6)
     assert {key.split("/")[0] for key in rows_of(config.out)} == {"val"}
     with pytest.raises(ValueError, match="holds no images of split 'test'"):

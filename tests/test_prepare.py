@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ObjectStore, Outage, make_folder, make_image
@@ -223,6 +224,15 @@ def test_verify_finds_a_flipped_bit(config: PrepareConfig) -> None:
     content[20] ^= 1
     shard.write_bytes(content)
     with pytest.raises(ValueError, match=r"1 of \d+ shards of .* not what prepare wrote, among them train/00001"):
+        verify(config, quiet)
+    content[20] ^= 1
+    shard.write_bytes(content)
+    verify(config, quiet)
+    index = pq.read_table(Path(config.out, "index/val.parquet"))
+    labels = index["label"].to_pylist()
+    wrong = index.set_column(3, "label", pa.array([(labels[0] + 1) % 3, *labels[1:]]))
+    pq.write_table(wrong, Path(config.out, "index/val.parquet"))
+    with pytest.raises(ValueError, match=r"1 of \d+ shards of .* among them val/00000"):
         verify(config, quiet)
 
 

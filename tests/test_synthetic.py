@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,6 +38,17 @@ def test_the_runs_own_images_where_they_are(tiny_config: RunConfig) -> None:
     theirs, ours = (d.train.read_many(np.array([3, 1])) for d in (open_dataset(tiny_config.data), dataset))
     assert list(ours) == list(theirs)
     assert text == f"36 and 15 of {tiny_config.data.path}"
+
+
+def test_data_that_cannot_be_used_are_not_replaced_by_noise(tiny_config: RunConfig, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / "train" / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match="hold no images"):
+        rehearsal_data(with_fields(tiny_config, data={"path": str(tmp_path)}))
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match="it is a file"):
+        rehearsal_data(with_fields(tiny_config, data={"path": str(file)}))
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,8 @@ class PredictConfig(SourceOptions):
     """Images a copy takes through the model at once."""
     max_pixels: int = 50_000_000
     """A larger image is not read."""
+    max_image_bytes: int = 64 * 2**20
+    """Nor is one of more bytes."""
 
     def __post_init__(self) -> None:
         require(bool(self.checkpoint), "checkpoint is missing: a run's folder or a checkpoint's (--checkpoint FOLDER)")

@@ -10,6 +10,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -80,12 +81,16 @@ def _opened(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
             image = Image.open(io.BytesIO(encoded), formats=FORMATS)
         except Image.DecompressionBombError as error:
             raise ImageError(str(error)) from None
+        except MemoryError:  # the machine's fault and not the image's
+            raise
         except Exception as error:  # PIL's plug-ins raise whatever their parsers do
             raise ImageError(f"not a readable image: {error}") from None
         if image.width * image.height > max_pixels:
-            raise ImageError(f"{image.width} x {image.height} pixels, more than data.max_pixels = {max_pixels}")
+            raise ImageError(f"{image.width} x {image.height} pixels, more than max_pixels = {max_pixels}")
         try:
             yield image
+        except MemoryError:
+            raise
         except Exception as error:  # as above
             raise ImageError(f"does not decode: {error}") from None
 
@@ -202,6 +207,11 @@ class _ResizeShortSide(v2.Resize):  # type: ignore[misc]  # torchvision ships no
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 (B, C, S, S) -> float32 (B, C, S, S) on the same device: (x / 255 - mean) / std by channel."""
-    mean_c11 = torch.tensor(mean, device=images.device).view(-1, 1, 1)
-    std_c11 = torch.tensor(std, device=images.device).view(-1, 1, 1)
-    return (images.float() / 255 - mean_c11) / std_c11
+    return (images.float() / 255 - _by_channel(mean, images.device)) / _by_channel(std, images.device)
+
+
+@lru_cache
+def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(C, 1, 1), made once: a tensor made of numbers goes to a GPU by a copy that waits for all its work."""
+    with torch.inference_mode(False):  # for whoever asks next
+        return torch.tensor(values, device=device).view(-1, 1, 1)

@@ -61,7 +61,9 @@ def find_units(source: str, options: SourceOptions) -> list[Unit]:
     ignored: Counter[str] = Counter()
     for name, size in files.items():
         kind = _kind_of(name)
-        if kind is not None:
+        if is_hidden(name):
+            ignored["(hidden)"] += 1
+        elif kind is not None:
             by_kind[kind][name] = size
         else:
             ignored[extension_of(name)] += 1
@@ -93,6 +95,7 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def _list(source: str) -> tuple[Storage, dict[str, int]]:
+    """The files and their sizes, hidden ones too."""
     storage = Storage(absolute(source))
     head, mark, query = source.partition("?")
     if _kind_of(head) is not None:
@@ -102,7 +105,7 @@ def _list(source: str) -> tuple[Storage, dict[str, int]]:
         if size is not None:
             return folder, {name: size}
     try:
-        files = {name: size for name, size in storage.sizes().items() if not is_hidden(name)}
+        files = storage.sizes()
     except UnicodeDecodeError as error:
         name = error.object.decode(errors="backslashreplace")
         raise ValueError(f"names of files must be UTF-8, got {name}; rename it") from None

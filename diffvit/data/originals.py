@@ -45,6 +45,9 @@ _IGNORED = b"ignored"
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _SPLIT_IN_NAME = re.compile(r"(?<![a-z])(train|validation|valid|val|test)(?![a-z])")
 
+_IMAGENET_COLUMNS = ["ImageId", "PredictionString"]
+"""Of LOC_val_solution.csv."""
+
 _STAGED_BYTES = 32 * 2**20
 _READ_AHEAD_BYTES = 8 * 2**20
 """An object store is read in such pieces; asking it for each header of a tar would take a round trip an image."""
@@ -186,23 +189,29 @@ def label_entries(entries: pa.Table, labels: dict[str, str]) -> pa.Table:
 def read_labels(path: str) -> dict[str, str]:
     """`{image name without folder and extension: class}` of a `--labels` file.
 
+    In ImageNet's own, which begins with a line of column names, boxes follow the class.
+
     Raises:
         ValueError: there is no such file, or a line has no class.
     """
     if not path:
         return {}
-    folder, _, name = path.rpartition("/")
+    head, mark, query = path.partition("?") if "://" in path else (path, "", "")
+    folder, _, name = head.rpartition("/")
     try:
-        text = Storage(folder or ".").read(name).decode()
+        text = Storage((folder or ("/" if head.startswith("/") else ".")) + mark + query).read(name).decode()
     except FileNotFoundError:
         raise ValueError(f"labels must name a file, got {path!r}: there is none") from None
-    labels = {}
+    labels, has_boxes = {}, False
     for number, row in enumerate(csv.reader(io.StringIO(text)), start=1):
         if not row:
             continue
+        if number == 1 and row == _IMAGENET_COLUMNS:
+            has_boxes = True
+            continue
         if len(row) < 2 or not row[1].split():
             raise ValueError(f"{path}, line {number}: expected 'image name,class', got {','.join(row)!r}")
-        labels[Path(row[0]).stem] = row[1].split()[0]
+        labels[Path(row[0]).stem] = row[1].split()[0] if has_boxes else row[1].strip()
     return labels
 
 

@@ -5,6 +5,7 @@ Letters: C channels.
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,8 @@ from diffvit.data.shards import INDEX_SCHEMA, ShardInfo, write_shard
 from diffvit.storage import Storage
 
 _READ_THREADS = 16
+_OF_THE_MACHINE = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of a read that another try may not meet: no reason to leave an image out for good."""
 _LOSSY_FORMATS = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
 
 
@@ -60,10 +63,12 @@ def pack_shard(entries: pa.Table, labels: list[int], storage: Storage, name: str
 
     Raises:
         StorageError: the source or the target is away.
+        OSError: the disk or the machine failed.
     """
     packed = PackedShard()
     images, kept_labels, keys = [], [], []
-    for key, label, content in zip(entries["key"].to_pylist(), labels, read_entries_content(entries), strict=True):
+    contents = read_entries_content(entries, limits.max_bytes)
+    for key, label, content in zip(entries["key"].to_pylist(), labels, contents, strict=True):
         try:
             image = _checked(content, limits, packed)
         except ImageError as error:
@@ -100,16 +105,25 @@ def read_index_part(storage: Storage, name: str) -> pa.Table:
     return pq.read_table(pa.BufferReader(storage.read(_index_part(name))), schema=INDEX_SCHEMA)
 
 
-def read_entries_content(entries: pa.Table) -> Iterator[bytes | ImageError]:
-    """The encoded image of each entry, in order; an ImageError where it has a reason, or its file ends before it."""
+def read_entries_content(entries: pa.Table, max_bytes: int) -> Iterator[bytes | ImageError]:
+    """The encoded image of each entry, in order; an ImageError where it has a reason, is longer, or is cut short.
+
+    Raises:
+        StorageError: the source is away.
+        OSError: the disk or the machine failed.
+    """
 
     def read(row: dict[str, Any]) -> bytes | ImageError:
         if row["reason"] is not None:
             return ImageError(row["reason"])
+        if row["length"] > max_bytes:
+            return ImageError(f"{row['length']} bytes, more than max_image_bytes = {max_bytes}")
         storage = Storage(row["location"])
         try:
             content = storage.read_range(row["file"], row["offset"], row["length"])
         except OSError as error:
+            if error.errno in _OF_THE_MACHINE:
+                raise
             return ImageError(f"cannot be read: {error.strerror or error}")
         return content if len(content) == row["length"] else ImageError("its file is cut short")
 
@@ -129,8 +143,6 @@ def _checked(content: bytes | ImageError, limits: Limits, packed: PackedShard) -
     """
     if isinstance(content, ImageError):
         raise content
-    if len(content) > limits.max_bytes:
-        raise ImageError(f"{len(content)} bytes, more than max_image_bytes = {limits.max_bytes}")
     decoded = decode_image(content, 3, limits.max_pixels)
     if limits.max_side is not None and max(decoded.shape[1:]) > limits.max_side:
         content = _smaller(content, limits.max_pixels, limits.max_side)

@@ -34,8 +34,8 @@ def index_parquet(unit: Unit, options: SourceOptions, staging: Staging) -> Itera
         for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
             for row in batch.to_pylist():
                 content, path = _image_of(row[image])
-                key = (
-                    row["key"] if own_key else f"{name}/{number:07d}" + (f"/{PurePosixPath(path).name}" if path else "")
+                key = (row["key"] if own_key else None) or (
+                    f"{name}/{number:07d}" + (f"/{PurePosixPath(path).name}" if path else "")
                 )
                 number += 1
                 found = row[label] if label else None

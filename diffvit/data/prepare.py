@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffvit.config import PrepareConfig, SourceOptions
@@ -42,6 +43,7 @@ from diffvit.data.shards import (
     index_name,
     is_damaged,
     open_shards,
+    read_index,
     read_info,
     write_info,
 )
@@ -81,7 +83,7 @@ def prepare(config: PrepareConfig, report: Report) -> DatasetInfo:
 
 
 def verify(config: PrepareConfig, report: Report) -> DatasetInfo:
-    """Read the whole data set at `config.out` and compare it with the check sums in `dataset.json`.
+    """Read the whole data set at `config.out` and compare it with its index and the check sums in `dataset.json`.
 
     Raises:
         ValueError: there is none, or shards are missing or damaged.
@@ -92,11 +94,14 @@ def verify(config: PrepareConfig, report: Report) -> DatasetInfo:
         info, _ = open_shards(target)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"out must hold a data set that prepare made, {config.out!r} has no {INFO_NAME}") from None
-    shards = [shard for split in info.splits.values() for shard in split.shards]
+    shards: list[tuple[ShardInfo, pa.Table]] = []
+    for name, split in info.splits.items():
+        index = read_index(target, name)
+        shards += [(shard, index.filter(pc.equal(index["shard"], number))) for number, shard in enumerate(split.shards)]
     damaged = []
 
-    def check(shards: list[ShardInfo], number: int) -> str:
-        return shards[number].name if is_damaged(target, shards[number]) else ""
+    def check(shards: list[tuple[ShardInfo, pa.Table]], number: int) -> str:
+        return shards[number][0].name if is_damaged(target, *shards[number]) else ""
 
     for done, name in enumerate(map_anywhere(check, shards, list(range(len(shards))), [target]), start=1):
         damaged += [name] if name else []

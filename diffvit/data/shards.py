@@ -211,7 +211,7 @@ def _open_split(storage: Storage, name: str, split: SplitInfo) -> ShardSplit:
             f"{len(wrong)} of {len(split.shards)} shards of {storage.uri} are missing or have another size than "
             f"{INFO_NAME} says, among them {wrong[0]}; copy or prepare the data set again"
         )
-    table = pq.read_table(pa.BufferReader(storage.read(index_name(name))), schema=INDEX_SCHEMA).combine_chunks()
+    table = read_index(storage, name)
     if table.num_rows != split.images:
         raise ValueError(
             f"{storage.uri}/{index_name(name)} lists {table.num_rows} images, {INFO_NAME} {split.images}; "
@@ -229,6 +229,20 @@ def _open_split(storage: Storage, name: str, split: SplitInfo) -> ShardSplit:
     )
 
 
-def is_damaged(storage: Storage, shard: ShardInfo) -> bool:
-    """Whether its sha256 is not the one in `dataset.json`; reads all of it."""
-    return hashlib.sha256(storage.read(shard.name)).hexdigest() != shard.sha256
+def is_damaged(storage: Storage, shard: ShardInfo, index: pa.Table) -> bool:
+    """Whether its sha256 is not the one in `dataset.json`, or `index`, its rows of the index, not what it holds.
+
+    Reads all of it.
+    """
+    content = storage.read(shard.name)
+    if hashlib.sha256(content).hexdigest() != shard.sha256:
+        return True
+    places = zip(index["offset"].to_pylist(), index["length"].to_pylist(), strict=True)
+    images = pa.array([content[at : at + length] for at, length in places], pa.binary())
+    expected = pa.table([images, index["label"], index["key"]], schema=_SHARD_SCHEMA)
+    return not expected.equals(pq.read_table(pa.BufferReader(content)))
+
+
+def read_index(storage: Storage, split: str) -> pa.Table:
+    """A row of INDEX_SCHEMA for every image of the split."""
+    return pq.read_table(pa.BufferReader(storage.read(index_name(split))), schema=INDEX_SCHEMA).combine_chunks()

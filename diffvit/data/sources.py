@@ -31,7 +31,7 @@ IMAGE_EXTENSIONS = frozenset(
     | {".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".avif", ".avifs", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"}
 )
 _TRAIN_FOLDER = "train"
-_VAL_FOLDERS = ("val", "validation", "test")
+_VAL_FOLDERS = ("val", "valid", "validation", "test")
 
 Labels = npt.NDArray[np.int64]
 Indices = npt.NDArray[np.int64]

@@ -10,6 +10,7 @@ import bisect
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from PIL import Image
 from diffvit.config import RunConfig
 from diffvit.data.order import Indices
 from diffvit.data.sources import Dataset, open_dataset
+from diffvit.storage import Storage, absolute
 
 _DIFFERENT_IMAGES = 16
 _BEST_QUALITY = 95
@@ -72,6 +74,7 @@ def rehearsal_data(config: RunConfig) -> tuple[Dataset, str]:
     """The run's own data where it is there, else a synthetic one in its place; and a line that says what it is like.
 
     Raises:
+        ValueError: what lies at `data.path` cannot be used.
         StorageError: the object store is away.
     """
     real = _find(config)
@@ -90,9 +93,13 @@ def rehearsal_data(config: RunConfig) -> tuple[Dataset, str]:
 
 
 def _find(config: RunConfig) -> Dataset | None:
+    """None only where nothing is there: damaged data is no reason to rehearse on noise."""
     try:
         return open_dataset(config.data)
     except ValueError:
+        path = config.data.path
+        if path and (Path(path).expanduser().is_file() or Storage(absolute(path)).names()):
+            raise
         return None
 
 

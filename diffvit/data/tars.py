@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import io
 import json
 import lzma
+import shutil
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
+from tempfile import SpooledTemporaryFile
 from typing import Any, BinaryIO, Self
 
 from diffvit.config import SourceOptions
@@ -35,6 +36,10 @@ from diffvit.data.originals import (
 )
 
 _MAX_LABEL_BYTES = 2**20
+_MAX_IMAGE_BYTES = 2**30
+"""No image is larger; a header may say anything, and a compressed tar unpack to it."""
+_HELD_BYTES = 64 * 2**20
+"""Of a tar inside a compressed one that are held in memory; the rest goes to a temporary file."""
 _READ_BYTES = 2**20
 _COMPRESSIONS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 """What opens a file that begins so; these read files of several members and check sums, tarfile's own do not."""
@@ -82,7 +87,7 @@ class _Walk:
                     if not member.isdir():
                         self._member(tar, member, name, start, own_class)
                 _require_end(tar)
-        except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError) as error:
+        except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError, RecursionError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # of the disk; those of gzip and bz2 have no number
             # what came before is good; that something is missing must show
@@ -101,8 +106,14 @@ class _Walk:
         elif path.suffix == ".tar":
             inner: Any = tar.extractfile(member)
             if self.staging is not None:  # a stream cannot go back, as reading a tar may have to
-                inner = io.BytesIO(inner.read())
-            self.tar(inner, key, start + member.offset_data, path.stem)
+                with SpooledTemporaryFile(_HELD_BYTES) as copy:
+                    shutil.copyfileobj(inner, copy)
+                    copy.seek(0)
+                    self.tar(copy, key, 0, path.stem)
+            else:
+                self.tar(inner, key, start + member.offset_data, path.stem)
+        elif is_image(path.name) and member.size > _MAX_IMAGE_BYTES:
+            self.sample(key).images.append(Entry(key, self.file_name, reason=f"{member.size} bytes, no image"))
         elif is_image(path.name):
             split, rest = split_of_path(_below_root(member.name))
             class_name = rest[-2] if len(rest) > 1 else own_class
@@ -168,7 +179,7 @@ def _label_of(suffix: str, content: bytes) -> str | None:
         if suffix == ".cls":
             return content.decode().strip() or None
         fields = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(fields, dict):
         return None

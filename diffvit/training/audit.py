@@ -1,5 +1,7 @@
 """Which sample was trained on when: `audit/*.parquet` of (epoch, step, rank, position, key), one row a sample.
 
+One whose image could not be used was not trained on, and has none.
+
 The rows of all ranks are written just before the checkpoint that covers them, and a run that goes on from a checkpoint
 deletes what was written after it; so the files together tell what the weights have seen, however often it was cut.
 """
@@ -9,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffvit.data.batches import Batch, Stream
-from diffvit.data.order import TrainPlan
+from diffvit.data.batches import SKIPPED_LABEL, Batch, Stream
+from diffvit.data.order import Indices, TrainPlan
 from diffvit.storage import Storage
 
 AUDIT_FOLDER = "audit"
@@ -25,14 +28,14 @@ class Audit:
     def __init__(self, run: str, plan: TrainPlan, stream: Stream, rank: int, first_step: int) -> None:
         self._storage, self._plan, self._stream, self._rank = Storage(run), plan, stream, rank
         self._first_step = first_step
-        self._batches: list[tuple[int, pa.Array]] = []
+        self._batches: list[tuple[int, Indices, npt.NDArray[np.bool_]]] = []
         if rank == 0:
             self._delete(".parquet", first_step)
 
     def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, taken down."""
         for batch in batches:
-            self._batches.append((batch.row, pa.array(batch.samples)))
+            self._batches.append((batch.row, batch.samples.copy(), batch.labels != SKIPPED_LABEL))
             yield batch
 
     def forget(self, since: int, step: int) -> None:
@@ -49,16 +52,17 @@ class Audit:
     def take(self) -> bytes:
         """What was taken down since the last call, as Parquet; empty where nothing was."""
         plan, tables = self._plan, []
-        for row, samples in self._batches:
+        for row, samples, used in self._batches:
             done, micro, rank = plan.locate(row)
             epoch, within = divmod(done, plan.steps_per_epoch)
             first = within * plan.batch_size + (rank * plan.accumulation_steps + micro) * plan.row_size
+            count = int(used.sum())
             columns = {
-                "epoch": np.full(len(samples), epoch + 1),
-                "step": np.full(len(samples), done + 1),
-                "rank": np.full(len(samples), rank),
-                "position": np.arange(first, first + len(samples)),
-                "key": self._stream.keys(samples.to_numpy()),
+                "epoch": np.full(count, epoch + 1),
+                "step": np.full(count, done + 1),
+                "rank": np.full(count, rank),
+                "position": np.arange(first, first + len(samples))[used],
+                "key": pa.array(self._stream.keys(samples[used]), pa.string()),
             }
             tables.append(pa.table(columns))
         self._batches.clear()
