@@ -1,11 +1,13 @@
-"""What Ray costs end to end: training images a second of `pretrain.py` beside a plain PyTorch loop.
+"""What Ray costs end to end: `pretrain.py` beside a plain PyTorch loop, in training speed and in accuracy by time.
 
-Both train the model of a recipe with the same decoding, augmentation and optimiser; what differs is all that stands
-between: the stream, two ranks and their gradients and the recording, against a `DataLoader` and one process with as
-many threads. Measured in turn, the last epoch of each run. Left out are start-up and, in both, the time between two
-epochs: evaluation, and in `pretrain.py` copying the state for a checkpoint; writing the copy, beside training, is in.
+All train the model of a recipe with the same decoding, augmentation and optimiser, for the same epochs, and evaluate
+all test images after each. What differs is all that stands between: the stream, the checkpoints and the recording. The
+plain loop is measured in two forms: two ranks whose gradients are averaged, as in `pretrain.py`, each of which decodes
+for itself; and one process with as many threads, for which others decode. In turn; speed is that of each run's last
+epoch, without the evaluation and, in `pretrain.py`, without copying the state for a checkpoint (writing the copy,
+beside training, is in); seconds are those of `curves.py`.
 
-    python benchmarks/overhead.py
+    python benchmarks/overhead.py --plot docs/overhead.png
 """
 
 from __future__ import annotations
@@ -13,30 +15,34 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import tyro
+from curves import Curve, draw, run_job
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from diffvit.config import RunConfig, to_json
-from diffvit.data.images import decode_image, normalize, train_transform
+from diffvit.data.images import decode_image, eval_transform, normalize, train_transform
 from diffvit.data.sources import Split, open_dataset
 from diffvit.models.vit import VisionTransformer
 from diffvit.recipes import RECIPES
 from diffvit.training.launch import resolve
 from diffvit.training.optim import build_optimizer, build_schedule
 
-JOB = Path(__file__).parents[1] / "ray_jobs/pretrain.py"
+EVAL_BATCH = 250
 
 
 @dataclass(frozen=True)
@@ -47,36 +53,72 @@ class Options:
     """One that neither mixes images nor repeats or averages anything: the plain loop does not."""
     data_path: str = ""
     """Empty: the recipe's."""
-    epochs: int = 3
-    """Of each run; the last one counts."""
+    epochs: int = 0
+    """Of each run; 0 for the recipe's."""
     rounds: int = 3
-    """Each measures both, the first to go changing."""
-    workers: int = 2
-    """Ranks of pretrain.py; threads of the plain loop."""
-    loaders: int = 2
-    """Processes of the plain loop's DataLoader."""
+    """Each measures all, the first to go changing, under another seed."""
+    cores: int = 2
+    """Ranks of pretrain.py and of the plain loop, or threads of the latter."""
+    plot: str = ""
+    """File for the curves, .png or .svg."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A form of the plain loop."""
+
+    ranks: int
+    threads: int
+    decoders: int
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     config = config_of(options)
-    console = Console(width=110)
-    ways = {"diffvit": run_job, "plain PyTorch": run_plain_loop}
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    console = Console(width=110, highlight=False)
+    cores = options.cores
+    plain = f"plain, {cores} ranks"
+    ways: dict[str, Callable[[RunConfig], tuple[Curve, float]]] = {
+        "diffvit": train_by_job,
+        plain: partial(train_plain, form=Plain(cores, 1, 0)),
+        f"plain, {cores} threads": partial(train_plain, form=Plain(1, cores, cores)),
+    }
+    names = list(ways)
+    curves: dict[str, list[Curve]] = {name: [] for name in names}
+    speeds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(options.rounds):
-        for name in sorted(ways, reverse=bool(number % 2)):
-            speeds[name].append(ways[name](config, options))
-            console.print(f"round {number + 1}: {name} {speeds[name][-1]:,.0f} images/s")
-    table = Table("", "images/s, median", "to the plain loop", title=f"{options.recipe}, {platform.machine()}")
-    for name, found in speeds.items():
-        ratios = [mine / plain for mine, plain in zip(found, speeds["plain PyTorch"], strict=True)]
-        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        table.add_row(name, f"{statistics.median(found):,.0f}", spread)
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            curve, speed = ways[name](replace(config, seed=number))
+            curves[name].append(curve)
+            speeds[name].append(speed)
+            seconds, accuracy = curve[-1]
+            console.print(f"round {number + 1}: {name} {speed:,.0f} images/s, {accuracy:.2f} % after {seconds:.1f} s")
+    title = f"{options.recipe}, {config.optim.epochs} epochs, {platform.machine()}"
+    table = Table("", "images/s", f"to {plain}", "seconds", f"to {plain}", "top-1, %", title=title)
+    for name in names:
+        lasted, theirs = ([curve[-1][0] for curve in curves[way]] for way in (name, plain))
+        table.add_row(
+            name,
+            f"{statistics.median(speeds[name]):,.0f}",
+            ratios(speeds[name], speeds[plain]),
+            f"{statistics.median(lasted):.1f}",
+            ratios(lasted, theirs),
+            f"{statistics.mean(curve[-1][1] for curve in curves[name]):.2f}",
+        )
     console.print(table)
+    if options.plot:
+        draw(curves, lowest=50, scale="linear").savefig(options.plot, dpi=120)
+
+
+def ratios(ours: list[float], theirs: list[float]) -> str:
+    """Of the two in each round: median, least and most."""
+    found = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+    return f"{statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})"
 
 
 def config_of(options: Options) -> RunConfig:
-    """The run that both train."""
+    """The run that all train."""
     config = RECIPES[options.recipe]()
     augment, optim = config.augment, config.optim
     if augment.mixup or augment.cutmix or augment.repeats > 1 or optim.ema_decay or config.init.weights:
@@ -84,30 +126,28 @@ def config_of(options: Options) -> RunConfig:
             f"recipe must be without mixup, cutmix, repeats, ema_decay and init.weights, which the plain loop lacks; "
             f"got {options.recipe!r}: take another, such as 'sample'"
         )
+    epochs = options.epochs or optim.epochs
     return replace(
         config,
-        name="measured",
         data=replace(config.data, path=options.data_path or config.data.path),
-        optim=replace(optim, epochs=options.epochs, warmup_epochs=0.5, warmup_steps=None),
-        scale=replace(config.scale, workers=options.workers, gpu=False),
+        optim=replace(optim, epochs=epochs, warmup_epochs=min(optim.warmup_epochs, epochs / 2)),
+        scale=replace(config.scale, workers=options.cores, gpu=False),
     )
 
 
-def run_job(config: RunConfig, _: Options) -> float:
-    with TemporaryDirectory() as storage:
-        file = Path(storage) / "config.json"
-        file.write_text(to_json(replace(config, storage=storage)))
-        subprocess.run([sys.executable, str(JOB), "--config", str(file)], check=True, stdout=subprocess.DEVNULL)
-        results = json.loads((Path(storage) / "measured/results.json").read_text())
-    return float(results["images_per_second"])
+def train_by_job(config: RunConfig) -> tuple[Curve, float]:
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        file.write_text(to_json(config))
+        curve, results = run_job("--config", str(file))
+    return curve, float(results["images_per_second"])
 
 
 class Decoded(Dataset[tuple[Tensor, int]]):
-    """The training images as a `DataLoader` wants them."""
+    """The images of a split as a `DataLoader` wants them."""
 
-    def __init__(self, config: RunConfig, split: Split) -> None:
-        self._split, self._labels = split, split.labels
-        self._transform = train_transform(config.augment, config.model.image_size)
+    def __init__(self, config: RunConfig, split: Split, transform: Callable[[Tensor], Tensor]) -> None:
+        self._split, self._labels, self._transform = split, split.labels, transform
         self._channels, self._max_pixels = config.model.in_channels, config.data.max_pixels
 
     def __len__(self) -> int:
@@ -119,33 +159,65 @@ class Decoded(Dataset[tuple[Tensor, int]]):
         return self._transform(decode_image(encoded, self._channels, self._max_pixels)), int(self._labels[index])
 
 
-def run_plain_loop(config: RunConfig, options: Options) -> float:
-    torch.set_num_threads(options.workers)
+def train_plain(config: RunConfig, form: Plain) -> tuple[Curve, float]:
+    with TemporaryDirectory() as folder:
+        mp.spawn(_rank, (config, form, folder), nprocs=form.ranks)
+        curve, speed = json.loads((Path(folder) / "curve.json").read_text())
+    return [(seconds, accuracy) for seconds, accuracy in curve], speed
+
+
+def _rank(rank: int, config: RunConfig, form: Plain, folder: str) -> None:
+    """One process of the plain loop; rank 0 writes down what came of it."""
+    torch.set_num_threads(form.threads)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=form.ranks)
     dataset = open_dataset(config.data)
     config = resolve(config, dataset)
+    torch.manual_seed(config.seed)
     model = VisionTransformer(config.model)
-    loader = DataLoader(
-        Decoded(config, dataset.train),
-        batch_size=config.optim.batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=options.loaders,
-        persistent_workers=True,
+    replica = DistributedDataParallel(model) if form.ranks > 1 else model
+    train = Decoded(config, dataset.train, train_transform(config.augment, config.model.image_size))
+    val = Decoded(config, dataset.val, eval_transform(config.augment, config.model.image_size))
+    sampler: DistributedSampler[tuple[Tensor, int]] = DistributedSampler(
+        train, form.ranks, rank, seed=config.seed, drop_last=True
     )
+    batch_size = config.optim.batch_size // form.ranks
+    kept = {"num_workers": form.decoders, "persistent_workers": form.decoders > 0}
+    loader = DataLoader(train, batch_size, sampler=sampler, drop_last=True, **kept)
+    val_loader = DataLoader(Subset(val, range(rank, len(val), form.ranks)), EVAL_BATCH, **kept)
     optimizer = build_optimizer(model, config.optim)
     schedule = build_schedule(optimizer, config.optim, len(loader))
     loss_of = nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing)
-    for _ in range(config.optim.epochs):
+    curve, speed, began = [], 0.0, 0.0
+    for epoch in range(config.optim.epochs):
+        sampler.set_epoch(epoch)
         started = time.perf_counter()
         for images, labels in loader:
-            loss = loss_of(model(normalize(images, config.data.mean, config.data.std)), labels)
+            began = began or time.perf_counter()
+            loss = loss_of(replica(normalize(images, config.data.mean, config.data.std)), labels)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or float("inf"))
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-        seconds = time.perf_counter() - started
-    return len(loader) * config.optim.batch_size / seconds
+        now = time.perf_counter()
+        speed = len(loader) * config.optim.batch_size / (now - started)
+        curve.append((now - began, top1(model, val_loader, config)))
+    if rank == 0:
+        (Path(folder) / "curve.json").write_text(json.dumps([curve, speed]))
+    dist.destroy_process_group()
+
+
+@torch.no_grad()
+def top1(model: nn.Module, loader: DataLoader[tuple[Tensor, int]], config: RunConfig) -> float:
+    """In per cent, over the images of all ranks."""
+    model.eval()
+    sums = torch.zeros(2)
+    for images, labels in loader:
+        found = model(normalize(images, config.data.mean, config.data.std)).argmax(1)
+        sums += torch.tensor([(found == labels).sum(), len(labels)])
+    model.train()
+    dist.all_reduce(sums)
+    return 100 * float(sums[0] / sums[1])
 
 
 if __name__ == "__main__":

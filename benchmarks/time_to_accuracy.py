@@ -5,8 +5,8 @@ hyperparameters, in a plain loop below; its own loop decodes every image in ever
 a tensor and crops and flips batches, so that it waits for no data. Ours is `pretrain.py` as anyone would run it: Ray,
 two workers, images decoded again in every epoch, checkpoints and evaluations. Both have the same number of cores.
 
-Both evaluate all test images after every epoch. The clock runs from the first step to the end of the first epoch whose
-evaluation reaches the target: start-up is left out, that last evaluation too, and the earlier ones are in.
+Both evaluate all test images after every epoch; the seconds are those of `curves.py`, up to the end of the first epoch
+whose evaluation reaches the target.
 
     python ray_jobs/prepare.py --source torchvision:FashionMNIST --root DIR --out fashion-mnist
     python benchmarks/time_to_accuracy.py --data-path fashion-mnist --plot docs/time-to-accuracy.png
@@ -14,22 +14,16 @@ evaluation reaches the target: start-up is left out, that last evaluation too, a
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import matplotlib as mpl
 import torch
 import torch.nn.functional as F
 import tyro
-from matplotlib.figure import Figure
+from curves import Curve, draw, run_job
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -38,13 +32,9 @@ from diffvit.config import DataConfig
 from diffvit.data.images import decode_image
 from diffvit.data.sources import Split, open_dataset
 
-JOB = Path(__file__).parents[1] / "ray_jobs/pretrain.py"
 SIDE, PATCH, WIDTH, HEADS, DEPTH, DROPOUT = 28, 4, 64, 4, 6, 0.1
 EPOCHS, WARMUP_EPOCHS, BATCH, FIRST_LR, LR, LAST_LR, WEIGHT_DECAY = 200, 10, 128, 5e-5, 5e-4, 1e-5, 1e-3
 """s-chh's."""
-
-Curve = list[tuple[float, float]]
-"""(seconds, top-1 in per cent) of every epoch."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +69,12 @@ def main() -> None:
             console.print(*[f"{accuracy:.2f}" for _, accuracy in curves[name][-1]])
     console.print(table(curves, options))
     if options.plot:
-        draw(curves, options).savefig(options.plot, dpi=120)
+        draw(curves, lowest=70, target=options.target).savefig(options.plot, dpi=120)
 
 
 def train_ours(options: Options, seed: int) -> Curve:
-    """Read from the checkpoints, one an epoch; their seconds end before the epoch's evaluation."""
-    with TemporaryDirectory() as storage:
-        command = [sys.executable, str(JOB), options.recipe, "--data.path", options.data_path, "--seed", str(seed)]
-        command += ["--storage", storage, "--name", "run", "--scale.workers", str(options.cores)]
-        subprocess.run([*command, "--checkpoint.keep-every-epochs", "1"], check=True, stdout=subprocess.DEVNULL)
-        manifests = sorted(Path(storage).glob("run/checkpoint_step_*/checkpoint.json"))
-        metrics = [json.loads(manifest.read_text())["metrics"] for manifest in manifests]
-    return [(epoch["train_seconds"], epoch["top1"]) for epoch in metrics]
+    where = ("--data.path", options.data_path, "--seed", str(seed), "--scale.workers", str(options.cores))
+    return run_job(options.recipe, *where)[0]
 
 
 def train_peer(options: Options, seed: int) -> Curve:
@@ -235,20 +219,6 @@ def table(curves: dict[str, list[Curve]], options: Options) -> Table:
             name, *by_seed, f"{bound}{statistics.mean(lasted):.1f}", sd, "-" if any(bounds["diffvit"]) else ratio
         )
     return shown
-
-
-def draw(curves: dict[str, list[Curve]], options: Options) -> Figure:
-    """Top-1 by seconds of training, a line for each seed."""
-    with mpl.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(6, 3.5), layout="constrained")
-        axes = figure.subplots()
-        for name, colour in zip(curves, ("tab:red", "tab:gray"), strict=True):
-            for number, curve in enumerate(curves[name]):
-                axes.plot(*zip(*curve, strict=True), color=colour, marker=".", label=None if number else name)
-        axes.axhline(options.target, color="black", linewidth=0.8, linestyle="--")
-        axes.set(xscale="log", ylim=(70, None), xlabel="seconds of training", ylabel="test top-1, %")
-        axes.legend(frameon=False)
-    return figure
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from diffvit.cluster.packages import require_packages
 from diffvit.cluster.waiting import can_grow, wait_for_nodes
-from diffvit.config import ModelConfig, RunConfig, from_json, to_json
+from diffvit.config import ModelConfig, RunConfig, as_variant, from_json, to_json
 from diffvit.data.sources import Dataset, open_dataset
 from diffvit.data.tasks import Report
 from diffvit.storage import StorageError
@@ -51,9 +51,9 @@ def arm_configs(recipe: RunConfig) -> dict[str, RunConfig]:
     if heads % 2:
         raise ValueError(f"V1 takes half the plain model's heads, so model.num_heads must be even, got {heads}")
     shapes: dict[str, ModelConfig] = {
-        "plain": dataclasses.replace(model, variant="softmax", num_heads=heads),
-        "v1": dataclasses.replace(model, variant="diff", num_heads=heads // 2),
-        "v2": dataclasses.replace(model, variant="diff_v2", num_heads=heads, mlp_ratio=model.mlp_ratio - 0.5),
+        "plain": as_variant(model, "softmax", heads),
+        "v1": as_variant(model, "diff", heads // 2),
+        "v2": as_variant(model, "diff_v2", heads, mlp_ratio=model.mlp_ratio - 0.5),
     }
     scale = dataclasses.replace(recipe.scale, workers=1)
     return {arm: dataclasses.replace(recipe, model=shape, scale=scale) for arm, shape in shapes.items()}

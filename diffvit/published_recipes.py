@@ -1,10 +1,10 @@
 """Recipes that carry the hyperparameters of published plain-ViT baselines, each also for V1 and V2.
 
 A function gives the plain ViT as published, as far as its docstring does not say otherwise; `in_variants` adds the
-differential ones: `-v1` (half the heads, so that its maps are as wide as the plain model's), `-v1-heads` (the same
-number of heads, maps half as wide, as timm's Diff-ViTs) and `-v2` (the plain model's heads). V1 has the plain model's
-parameters within 0.3 %. V2 has 7 to 13 % more (DeiT-S: 23.85 million to 22.05), because its queries are twice as wide;
-only `fashion-mnist-v2`, as `compare` does, takes them from its MLP.
+differential ones: `-v1` (half the heads, so that its maps are as wide as the plain model's; DeiT-Ti's three become two,
+with narrower maps), `-v1-heads` (the same number of heads, maps half as wide, as timm's Diff-ViTs) and `-v2` (the plain
+model's heads). V1 has the plain model's parameters within 0.3 %; V2 has 7 to 13 % more (DeiT-S: 23.85 million to
+22.05), because its queries are twice as wide; only `fashion-mnist-v2`, as `compare` does, takes them from its MLP.
 
 Scores, hardware and times are the papers', for the plain ViT; none of the ImageNet recipes was run here. What one
 would take on your machines says `pretrain.py RECIPE --rehearse`.
@@ -13,6 +13,7 @@ would take on your machines says `pretrain.py RECIPE --rehearse`.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -29,11 +30,13 @@ def imagenet_s16(epochs: Literal[90, 150, 300]) -> RunConfig:
 
     Source: arXiv 2205.01580, table 1: 90 epochs in under seven hours, 300 in less than a day, on a TPUv3-8. Its weight
     decay of 1e-4 is multiplied by the schedule alone, ours by schedule and peak rate, so 1e-4 there is 0.1 here. It
-    trains on 99 % of the training set, which for shards is prepare's to decide, and for a folder `data.val_fraction`;
-    its scores are those of the official validation set (`predict.py`).
+    trains on 99 % of the training set: for shards that is prepare's to decide, for a folder `data.val_fraction`, which
+    a folder with a validation set of its own does not ask; its scores are those of the official one (`predict.py`).
 
-    What differs: its RandAugment also has Cutout, Invert and SolarizeAdd; it normalises tokens before their mean, and
-    its head is a tanh layer and one that starts from 0; its matrices start from Xavier's distribution.
+    What differs: its RandAugment also has Cutout, Invert and SolarizeAdd, and no Identity; at its strength it always
+    raises colour, contrast, brightness and sharpness by 0.9 (here raises or lowers) and solarises nothing (here all);
+    it normalises tokens before their mean, and its head is a tanh layer and one that starts from 0; its matrices start
+    from Xavier's distribution.
     """
     return RunConfig(
         name=f"imagenet-s16-{epochs}ep",
@@ -70,9 +73,9 @@ def deit(size: Literal["tiny", "small", "base"]) -> RunConfig:
     As in its sampler, an epoch of 3 copies of each image shows a third of them. timm's rand-m9-mstd0.5-inc1 counts
     strength to 10 and applies an operation with probability 0.5.
 
-    What differs: its RandAugment also has Invert and SolarizeAdd, turns with either interpolation and leaves ImageNet's
-    mean colour where an image was (here nearest, and grey), and posterises further; its mixup pairs a batch with its
-    reverse; its learning rate changes by the epoch.
+    What differs: its RandAugment also has Invert and SolarizeAdd, and no Identity; it turns with either interpolation
+    and leaves ImageNet's mean colour where an image was (here nearest, and grey), and posterises further; its mixup
+    pairs a batch with its reverse; its learning rate changes by the epoch.
     """
     return RunConfig(
         name=f"deit-{'ti' if size == 'tiny' else size[0]}16",
@@ -160,6 +163,11 @@ def cifar(classes: Literal[10, 100]) -> RunConfig:
     )
 
 
+def _of(name: str, text: str | None) -> str:
+    """The docstring with the recipe's own name in its command."""
+    return re.sub(r"pretrain\.py \S+", f"pretrain.py {name}", text or "")
+
+
 def in_variants(name: str, plain: Recipe, **v2_shape: Any) -> dict[str, Recipe]:
     """The plain recipe and its differential forms, by name; `v2_shape` are fields of V2's model that differ."""
     summary, _, details = (plain.__doc__ or "").strip().partition("\n")
@@ -170,7 +178,7 @@ def in_variants(name: str, plain: Recipe, **v2_shape: Any) -> dict[str, Recipe]:
             model = dataclasses.replace(base.model, **shape)
             return dataclasses.replace(base, name=f"{base.name}{suffix}", model=model)
 
-        build.__doc__ = f"{text} of: {summary}\n{details}"
+        build.__doc__ = _of(f"{name}{suffix}", f"{text} of: {summary}\n{details}")
         return build
 
     heads = plain().model.num_heads
@@ -186,7 +194,7 @@ def _named(recipe: Callable[..., RunConfig], argument: object) -> Recipe:
     def build() -> RunConfig:
         return recipe(argument)
 
-    build.__doc__ = recipe.__doc__
+    build.__doc__ = _of(recipe(argument).name, recipe.__doc__)
     return build
 
 

@@ -64,8 +64,8 @@ def folder() -> RunConfig:
     """Diff-ViT V1, small, on your own image folder (--data.path), with Big Vision's ViT-S/16 hyperparameters.
 
     Source: arXiv 2205.01580, "Better plain ViT baselines for ImageNet-1k": batch 1024, lr 1e-3, weight decay 0.1,
-    RandAugment(2, 10) (its 10 is torchvision's 30), mean pooling, fixed sin-cos positions; without its mixup and 10,000
-    warm-up steps, which suit data of ImageNet's size.
+    RandAugment(2, 10) (its 10 is torchvision's 30), mean pooling, fixed sin-cos positions; without its mixup, 10,000
+    warm-up steps and crops down to 5 % of an image (here 8 %), which suit data of ImageNet's size.
     """
     return RunConfig(
         name="folder",
@@ -82,7 +82,7 @@ def finetune() -> RunConfig:
 
     Source: MAE's fine-tuning of ViT-B (arXiv 2111.06377, table 9): AdamW, layer-wise decay 0.75, weight decay 0.05,
     smoothing 0.1; without its RandAugment, mixup, CutMix and drop path of 0.1, and in fewer epochs, for smaller data.
-    Its rate of 1e-3 is for batches of 1024, this one for 128.
+    Its base rate of 1e-3 is for batches of 256, this one for 128.
     """
     return RunConfig(
         name="finetune",

@@ -132,7 +132,7 @@ def table(
     peak = PEAK_BF16_FLOPS.get(measured.device)
     share = f", {100 * rate / (peak * measured.workers):.1f} % of the bf16 peak" if peak else ""
     compute = measured.step_seconds - measured.wait_seconds - measured.communication_seconds
-    workers = f"{measured.workers} worker{'s' * (measured.workers > 1)} on {measured.device}"
+    workers = f"{measured.workers} worker{'s' * (measured.workers > 1)} on {measured.device}, in {measured.precision}"
     averaged = _part(measured.communication_seconds, measured) if measured.workers > 1 else "none, one worker"
     what, why = bottleneck(measured)
     rows = [

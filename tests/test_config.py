@@ -25,6 +25,11 @@ def test_recipes_are_valid_and_round_trip(recipe: str) -> None:
         ({"model": {"pool": "token"}}, "must be 'avg' when model.class_token is off"),
         ({"model": {"lambda_init": 1.0}}, r"lambda_init must be 'depth' or a constant in \[0, 1\), got 1.0"),
         ({"model": {"lambda_max": -0.5}}, "lambda_max must be positive, got -0.5"),
+        (
+            {"model": {"variant": "softmax", "lambda_max": 0.5}},
+            "lambda_max is for V1 alone, got 0.5",
+        ),
+        ({"model": {"variant": "diff_v2", "head_norm": "layer"}}, "got 'layer' for model.variant = 'diff_v2'"),
         ({"augment": {"repeats": 0}}, "repeats must be at least 1, got 0"),
         ({"model": {"drop_path": 1.0}}, r"drop_path must be in \[0, 1\)"),
         ({"model": {"depth": 0}}, "depth must be at least 1"),

@@ -14,8 +14,9 @@ from diffvit.training.forecast import Forecast, bottleneck, predict
 from diffvit.training.rehearsal import Measured
 
 MEASURED = Measured(
-    workers=2, device="cpu", steps=40, step_seconds=0.5, wait_seconds=0.04, communication_seconds=0.03,
-    filling_seconds=7.0, evaluation_images=500, evaluation_seconds=3.0, drawing_seconds=1.5, snapshot_seconds=0.25,
+    workers=2, device="cpu", precision="fp32", steps=40,
+    step_seconds=0.5, wait_seconds=0.04, communication_seconds=0.03, filling_seconds=7.0,
+    evaluation_images=500, evaluation_seconds=3.0, drawing_seconds=1.5, snapshot_seconds=0.25,
     writing_seconds=2.0, peak_bytes=3 * 2**29, seconds=60.0,
 )  # fmt: skip
 PLAN = TrainPlan(num_samples=130, seed=0, epochs=11, batch_size=12, workers=2)  # 10 steps an epoch
@@ -23,7 +24,13 @@ PLAN = TrainPlan(num_samples=130, seed=0, epochs=11, batch_size=12, workers=2)  
 
 @pytest.mark.parametrize(
     ("checkpoint", "checkpoints"),
-    [({}, 11), ({"every_steps": 15}, 11 + 7), ({"every_minutes": 0.25}, 11 + 3)],  # of 110 steps, and of 55 seconds
+    [  # of 110 steps, and 11 epochs of 5 seconds
+        ({}, 11),
+        ({"every_steps": 15}, 11 + 7),
+        ({"every_minutes": 0.1}, 11),
+        ({"every_minutes": 0.04}, 11 * 3),
+        ({"every_minutes": 0.04, "every_steps": 15}, 18 * 2),
+    ],
 )
 def test_whole_run_by_hand(tiny_config: RunConfig, checkpoint: dict[str, object], checkpoints: int) -> None:
     forecast = predict(with_fields(tiny_config, checkpoint=checkpoint), PLAN, 2000, MEASURED, startup_seconds=13.0)

@@ -15,15 +15,18 @@ def test_learning_rate_by_hand() -> None:
     assert ratios[8] == pytest.approx(0.2)
 
 
-def test_schedule_follows_it_and_fractions_of_an_epoch_count() -> None:
+@pytest.mark.parametrize(
+    ("warmup", "steps"), [({"warmup_epochs": 0.5}, 2), ({"warmup_epochs": 0, "warmup_steps": 3}, 3)]
+)
+def test_schedule_follows_it_and_fractions_of_an_epoch_count(warmup: dict[str, float], steps: int) -> None:
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = build_schedule(optimizer, OptimConfig(epochs=2, lr=2.0, warmup_epochs=0.5), steps_per_epoch=4)
+    schedule = build_schedule(optimizer, OptimConfig(epochs=2, lr=2.0, **warmup), steps_per_epoch=4)
     rates = []
     for _ in range(8):
         rates.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    assert rates == pytest.approx([2 * lr_ratio(step, 8, 2, 0.0) for step in range(8)])
+    assert rates == pytest.approx([2 * lr_ratio(step, 8, steps, 0.0) for step in range(8)])
 
 
 @pytest.mark.parametrize("variant", ["softmax", "diff", "diff_v2"])

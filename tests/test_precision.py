@@ -17,7 +17,7 @@ from diffvit.models.vit import VisionTransformer
 from diffvit.training.alone import train_alone
 from diffvit.training.compilation import require_compiler
 from diffvit.training.launch import train
-from diffvit.training.precision import autocast, has_bf16, precision_warning, set_float32_products
+from diffvit.training.precision import autocast, has_bf16, numbers, precision_warning, set_float32_products
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -42,8 +42,9 @@ def _restored() -> Iterator[None]:
     ],
 )
 def test_tf32_is_for_gpus_that_are_not_asked_for_fp32(
-    device: torch.device, precision: str, products: str, convolutions: bool
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, precision: str, products: str, convolutions: bool
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = True
     set_float32_products(ScaleConfig(precision=precision), device)
@@ -60,11 +61,13 @@ def test_an_emulated_bf16_is_not_taken_by_itself(
     )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
     assert has_bf16(CUDA) is native
-    bf16 = ScaleConfig(precision="bf16")
-    warning = precision_warning(bf16, CUDA)
-    assert (warning is None) is native
-    assert native or "on Old GPU, which must emulate it" in (warning or "")
-    assert precision_warning(ScaleConfig(), CUDA) is None
+    for asked in ("bf16", "auto"):
+        scale = ScaleConfig(precision=asked)
+        warning = precision_warning(scale, CUDA)
+        assert (warning is None) is native
+        assert native or f"{asked!r}, but Old GPU would emulate bf16" in (warning or "")
+        assert numbers(scale, CUDA) == ("bf16" if native else "tf32")
+    assert precision_warning(ScaleConfig(precision="tf32"), CUDA) is None
 
 
 @pytest.mark.parametrize(("found", "native"), [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({}, False)])
@@ -75,10 +78,12 @@ def test_a_cpu_with_bf16_of_its_own_is_not_warned_of(
     assert has_bf16(CPU) is native
     warning = precision_warning(ScaleConfig(precision="bf16"), CPU)
     assert (warning is None) is native
-    assert native or "on this CPU, which must emulate it" in (warning or "")
+    assert native or "this CPU would emulate bf16, slower than float32: the run computes in fp32" in (warning or "")
 
 
-def test_bf16_on_a_cpu_is_done_and_said(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_on_a_cpu_where_it_has_it_else_float32_and_said(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     dataset = open_dataset(tiny_config.data)
     config = with_fields(
@@ -89,27 +94,47 @@ def test_bf16_on_a_cpu_is_done_and_said(tiny_config: RunConfig, monkeypatch: pyt
         optim={"epochs": 1},
     )
     heard: list[tuple[str, dict[str, object]]] = []
-    train_alone(config, dataset, lambda kind, fields: heard.append((kind, fields)))
+    results = train_alone(config, dataset, lambda kind, fields: heard.append((kind, fields)))
     (warning,) = [fields["message"] for kind, fields in heard if kind == "warning"]
-    assert "scale.precision = 'bf16' on this CPU" in str(warning)
-    with autocast(config, CPU):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    assert "scale.precision = 'bf16', but this CPU" in str(warning)
+    assert results["precision"] == "fp32"
+    assert product_type(config) == torch.float32
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    with autocast(tiny_config, CPU):  # by itself training on a CPU stays in float32
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    assert product_type(config) == torch.bfloat16
+    assert product_type(tiny_config) == torch.float32  # by itself training on a CPU stays in float32
+
+
+def product_type(config: RunConfig) -> torch.dtype:
+    with autocast(config, CPU):
+        return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+
+
+def test_images_lie_channels_last_to_no_effect_on_the_scores(tiny_config: RunConfig) -> None:
+    """As they do on a GPU."""
+    model = VisionTransformer(with_fields(tiny_config, model={"num_classes": 3, "in_channels": 3}).model).double()
+    images = torch.randn(2, 3, *[tiny_config.model.image_size] * 2, dtype=torch.float64)
+    last = images.contiguous(memory_format=torch.channels_last)
+    assert last.stride() != images.stride()
+    torch.testing.assert_close(model(last), model(images))
 
 
 def test_compile_without_a_compiler_is_refused_before_anything(
     tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
     config = with_fields(tiny_config, scale={"compile": True}, data={"path": "/nowhere"})
-    with pytest.raises(ValueError, match=r"scale\.compile needs a C\+\+ compiler, and 'no-such-compiler' is not found"):
+    with pytest.raises(ValueError, match=r"scale\.compile needs a C\+\+ compiler, and no-such-compiler is not found"):
         train(config)
     with pytest.raises(ValueError, match="no-such-compiler"):
         train_alone(config, open_dataset(tiny_config.data))
     assert not config.folder.exists()
     require_compiler(ScaleConfig())
+    monkeypatch.setenv("CXX", "env g++")
+    require_compiler(ScaleConfig(compile=True))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ValueError, match="needs a C compiler, and gcc or clang is not found"):
+        require_compiler(ScaleConfig(compile=True, gpu=True))
 
 
 @pytest.mark.slow

@@ -90,6 +90,7 @@ def test_parts_of_a_step(tiny_config: RunConfig, clock: Clock) -> None:
     assert dataclasses.replace(measured, peak_bytes=0, writing_seconds=0.0) == Measured(  # a thread's, by this clock
         workers=1,
         device="cpu",
+        precision="fp32",
         steps=3,
         step_seconds=1.5,
         wait_seconds=0.5,

@@ -43,12 +43,15 @@ def test_seconds_to_the_target(benchmark: Any) -> None:
     assert benchmark.seconds_to(curve, 90.0) == 20.0
     assert benchmark.seconds_to(curve, 90.1) is None
     curves = {"diffvit": [curve, [(30.0, 91.0)]], "s-chh's ViT": [[(50.0, 90.0)], [(100.0, 90.5)]]}
-    shown = benchmark.table(curves, benchmark.Options(data_path="x", seeds=2))
-    assert [list(column.cells)[1] for column in shown.columns] == [
-        "s-chh's ViT",
-        "50.0",
-        "100.0",
-        "75.0",
-        "35.4",
-        "3.00",
-    ]
+    options = benchmark.Options(data_path="x", seeds=(3, 5))
+    assert peer_row(benchmark.table(curves, options)) == ["50.0", "100.0", "75.0", "35.4", "3.00"]
+    curves["s-chh's ViT"][0] = [(60.0, 89.0), (120.0, 89.9)]  # gave up
+    assert peer_row(benchmark.table(curves, options)) == [">120.0", "100.0", ">110.0", "-", ">4.40"]
+    curves["diffvit"][0] = [(10.0, 80.0)]
+    assert peer_row(benchmark.table(curves, options))[-1] == "-"
+
+
+def peer_row(shown: Any) -> list[str]:
+    header, *cells = [list(column.cells)[1] for column in shown.columns]
+    assert header == "s-chh's ViT"
+    return cells

@@ -8,7 +8,7 @@ costs a second and not a cluster start.
 from diffvit.config.data import AugmentConfig, DataConfig
 from diffvit.config.export import ExportConfig
 from diffvit.config.init import InitConfig
-from diffvit.config.model import MODEL_SIZES, ModelConfig, Variant, model_preset, valid_num_heads
+from diffvit.config.model import MODEL_SIZES, ModelConfig, Variant, as_variant, model_preset, valid_num_heads
 from diffvit.config.rehearsal import RehearsalOptions
 from diffvit.config.run import RunConfig, differing_fields, from_json, to_json
 from diffvit.config.source import PredictConfig, PrepareConfig, SourceOptions
@@ -30,6 +30,7 @@ __all__ = [
     "ScaleConfig",
     "SourceOptions",
     "Variant",
+    "as_variant",
     "differing_fields",
     "from_json",
     "model_preset",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,6 +10,9 @@ from typing import Any, Literal
 from diffvit.config.checks import STRICT, require, require_fraction
 
 Variant = Literal["softmax", "diff", "diff_v2"]
+
+_OF_V1_ALONE: dict[str, Any] = {"lambda_init": "depth", "lambda_max": None, "head_norm": "rms"}
+"""Fields that the other variants do not read, with their defaults."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +107,23 @@ class ModelConfig:
                 0.0 <= self.lambda_init < 1.0,
                 f"model.lambda_init must be 'depth' or a constant in [0, 1), got {self.lambda_init}",
             )
+        if self.variant != "diff":
+            for name, default in _OF_V1_ALONE.items():
+                require(
+                    getattr(self, name) == default,
+                    f"model.{name} is for V1 alone, got {getattr(self, name)!r} for model.variant = {self.variant!r}",
+                )
 
     @property
     def grid(self) -> int:
         """Patches of a side of an image of the model's size."""
         return self.image_size // self.patch_size
+
+
+def as_variant(model: ModelConfig, variant: Variant, num_heads: int, **fields: Any) -> ModelConfig:
+    """The model with the attention of another variant; what V1 alone has is left out elsewhere. `fields` override."""
+    left_out = {} if variant == "diff" else _OF_V1_ALONE
+    return dataclasses.replace(model, variant=variant, num_heads=num_heads, **left_out, **fields)
 
 
 def valid_num_heads(embed_dim: int, variant: Variant) -> list[int]:

@@ -93,8 +93,8 @@ class ScaleConfig:
     """Samples that a worker takes through the model at once, or a few less where that does not divide its share; the
     rest is accumulated. None: the whole share, that of the most workers where their number is left open."""
     precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
-    """auto: bf16 autocast on a GPU that has it, else tf32; tf32: float32, but a GPU from Ampere on multiplies with 10
-    bits of mantissa; fp32: float32 throughout. On a CPU tf32 is fp32."""
+    """auto: bf16 autocast on a GPU that has it, else tf32; bf16: on a CPU that has it too; tf32: float32, but a GPU
+    from Ampere on multiplies with 10 bits of mantissa; fp32: float32 throughout. On a CPU tf32 is fp32."""
     sharding: Literal["none", "fsdp"] = "none"
     """fsdp: parameters, their average and AdamW's moments are spread over the workers (PyTorch's FSDP2), for models
     that do not fit one GPU; slower where they do. Checkpoints are the same with and without."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Protocol
 
-from diffvit.config import RunConfig, Variant, valid_num_heads
+from diffvit.config import RunConfig, Variant, as_variant, valid_num_heads
 from diffvit.config.checks import STRICT, require
 
 MAX_LAMBDA = 0.95
@@ -119,7 +119,7 @@ class Space:
             ):
                 shape: dict[str, Any] = {"variant": variant, "num_heads": heads, "patch_size": patch_size}
                 try:
-                    yield dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **shape))
+                    yield dataclasses.replace(recipe, model=as_variant(recipe.model, **shape))
                 except ValueError as error:
                     raise ValueError(f"the space holds a trial that cannot be trained, {shape}: {error}") from None
 
@@ -156,7 +156,7 @@ class Space:
             optim["weight_decay"] = trial.suggest_float("weight_decay", *self.weight_decay, log=True)
         return dataclasses.replace(
             recipe,
-            model=dataclasses.replace(recipe.model, **model),
+            model=as_variant(recipe.model, **model),
             optim=dataclasses.replace(recipe.optim, **optim),
         )
 

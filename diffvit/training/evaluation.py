@@ -18,12 +18,17 @@ from diffvit.training.sharding import is_sharded
 
 
 def to_device(batch: Batch, config: DataConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Normalised images (B, C, S, S) and labels (B,) on `device`, copied while the host goes on where it can."""
+    """Normalised images (B, C, S, S) and labels (B,) on `device`. To a GPU they are copied while the host goes on.
+
+    There the images lie channels-last, as its convolutions read them.
+    """
     # a copy, because the arrays lie read-only in Ray's object store
     images, labels = torch.from_numpy(np.array(batch.images)), torch.from_numpy(np.array(batch.labels))
     if device.type == "cuda":
         images, labels = images.pin_memory(), labels.pin_memory()
     images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    if device.type == "cuda":
+        images = images.contiguous(memory_format=torch.channels_last)
     return normalize(images, config.mean, config.std), labels
 
 

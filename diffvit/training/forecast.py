@@ -45,8 +45,8 @@ def predict(
     checkpoints = float(plan.epochs)
     if config.checkpoint.every_steps:
         checkpoints += plan.total_steps // config.checkpoint.every_steps
-    if config.checkpoint.every_minutes:
-        checkpoints += training / 60 // config.checkpoint.every_minutes
+    if config.checkpoint.every_minutes:  # since the last one, whatever that was for
+        checkpoints *= 1 + training / checkpoints // (60 * config.checkpoint.every_minutes)
     return Forecast(
         startup_seconds=startup_seconds + measured.filling_seconds,
         training_seconds=training,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from diffvit.config import RunConfig, ScaleConfig
@@ -9,10 +11,16 @@ from diffvit.training.utilisation import device_name
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """bf16 autocast where the config asks for it, or leaves it open and the GPU has it; else none."""
-    precision = config.scale.precision
-    on_gpu = precision == "auto" and device.type == "cuda" and has_bf16(device)
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or on_gpu)
+    """bf16 autocast where `numbers` says so; else none."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=numbers(config.scale, device) == "bf16")
+
+
+def numbers(scale: ScaleConfig, device: torch.device) -> Literal["bf16", "tf32", "fp32"]:
+    """What `scale.precision` comes to on the device: bf16 only where that has it, and on a CPU only if asked for."""
+    wants_bf16 = scale.precision == "bf16" or (scale.precision == "auto" and device.type == "cuda")
+    if wants_bf16 and has_bf16(device):
+        return "bf16"
+    return "fp32" if scale.precision == "fp32" or device.type == "cpu" else "tf32"
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -29,17 +37,18 @@ def set_float32_products(scale: ScaleConfig, device: torch.device) -> None:
     In bf16 these are what autocast leaves in float32.
     """
     if device.type == "cuda":
-        rounds = scale.precision != "fp32"
+        rounds = numbers(scale, device) != "fp32"
         torch.set_float32_matmul_precision("high" if rounds else "highest")
         torch.backends.cudnn.allow_tf32 = rounds
 
 
 def precision_warning(scale: ScaleConfig, device: torch.device) -> str | None:
-    """What to say where the precision asked for is slow on the device; None where it is not."""
-    if scale.precision != "bf16" or has_bf16(device):
+    """What to say where a run falls back from bf16; None where it does not."""
+    falls_back = scale.precision == "bf16" or (scale.precision == "auto" and device.type == "cuda")
+    if not falls_back or has_bf16(device):
         return None
     what = "this CPU" if device.type == "cpu" else device_name(device)
     return (
-        f"scale.precision = 'bf16' on {what}, which must emulate it, slower than float32; the run goes on with it: "
-        "'auto' takes bf16 only where the device has it"
+        f"scale.precision = {scale.precision!r}, but {what} would emulate bf16, slower than float32: "
+        f"the run computes in {numbers(scale, device)}"
     )

@@ -24,6 +24,7 @@ from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.evaluation import evaluate
 from diffvit.training.loop import fit, start_state
 from diffvit.training.metrics import Sums
+from diffvit.training.precision import numbers
 from diffvit.training.step import replicate, take_step
 from diffvit.training.utilisation import device_name, peak_bytes
 from diffvit.training.worker import Worker
@@ -39,6 +40,8 @@ class Measured:
 
     workers: int
     device: str
+    precision: str
+    """That it computed in: bf16, tf32 or fp32."""
     steps: int
     """Steps that were timed, after those that warm up."""
     step_seconds: float
@@ -137,6 +140,7 @@ def rehearse_steps(
     return Measured(
         workers=worker.workers,
         device=device_name(worker.device),
+        precision=numbers(config.scale, worker.device),
         steps=steps - warmup,
         step_seconds=step_seconds,
         wait_seconds=sum(waits) / (steps - warmup),

@@ -161,6 +161,7 @@ def summarise(checkpoints: Sequence[Entry]) -> dict[str, Any]:
         "skipped_images",
         "world_sizes",
         "device",
+        "precision",
         "poisoned_steps",
         "rollbacks",
         "peak_bytes",

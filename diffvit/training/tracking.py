@@ -13,6 +13,7 @@ from diffvit.data.batches import Batch, Stream
 from diffvit.data.order import TrainPlan
 from diffvit.training.checkpoint import TrainState
 from diffvit.training.event_log import TENSORBOARD_FOLDER, EventLog
+from diffvit.training.precision import numbers
 from diffvit.training.sharding import is_sharded, whole_copy
 from diffvit.training.utilisation import device_name, peak_bytes
 
@@ -152,6 +153,7 @@ class Tracker:
             "skipped_images": len(self._state.skipped_samples),
             "world_sizes": list(self._state.world_sizes),
             "device": device_name(device),
+            "precision": numbers(self._config.scale, device),
             "peak_bytes": peak_bytes(device),  # of rank 0, which also holds the checkpoints that are being written
             "first_step_at": self._first_step_at,
             "poisoned_steps": self._state.poisoned_steps,

@@ -1,0 +1,48 @@
+"""Accuracy against seconds of training: a run of `pretrain.py` as a curve, and several curves as a picture."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+JOB = Path(__file__).parents[1] / "ray_jobs/pretrain.py"
+
+Curve = list[tuple[float, float]]
+"""(seconds, top-1 in per cent) of every epoch. The seconds begin with the first step and end before the epoch's own
+evaluation: start-up is left out, that evaluation too, and the earlier ones are in."""
+
+
+def run_job(*options: str) -> tuple[Curve, dict[str, Any]]:
+    """Train by `pretrain.py`, as anyone would, into a folder that is then deleted; the curve, and `results.json`."""
+    with TemporaryDirectory() as storage:
+        command = [sys.executable, str(JOB), *options, "--storage", storage, "--name", "run"]
+        subprocess.run([*command, "--checkpoint.keep-every-epochs", "1"], check=True, stdout=subprocess.DEVNULL)
+        manifests = sorted(Path(storage).glob("run/checkpoint_step_*/checkpoint.json"))
+        metrics = [json.loads(manifest.read_text())["metrics"] for manifest in manifests]
+        results = json.loads((Path(storage) / "run/results.json").read_text())
+    return [(epoch["train_seconds"], epoch["top1"]) for epoch in metrics], results
+
+
+def draw(
+    curves: Mapping[str, Sequence[Curve]], lowest: float, target: float | None = None, scale: str = "log"
+) -> Figure:
+    """Top-1 by seconds of training, a line for each curve and a colour for each name; from `lowest` per cent on."""
+    with mpl.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(6, 3.5), layout="constrained")
+        axes = figure.subplots()
+        for name, colour in zip(curves, ("tab:red", "tab:gray", "tab:blue"), strict=False):
+            for number, curve in enumerate(curves[name]):
+                axes.plot(*zip(*curve, strict=True), color=colour, marker=".", label=None if number else name)
+        if target is not None:
+            axes.axhline(target, color="black", linewidth=0.8, linestyle="--")
+        axes.set(xscale=scale, ylim=(lowest, None), xlabel="seconds of training", ylabel="test top-1, %")
+        axes.legend(frameon=False)
+    return figure
