@@ -21,16 +21,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import tyro
 from curves import Curve, draw, run_job
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
@@ -161,7 +162,7 @@ class Decoded(Dataset[tuple[Tensor, int]]):
 
 def train_plain(config: RunConfig, form: Plain) -> tuple[Curve, float]:
     with TemporaryDirectory() as folder:
-        mp.spawn(_rank, (config, form, folder), nprocs=form.ranks)
+        start_processes(_rank, (config, form, folder), nprocs=form.ranks)  # type: ignore[no-untyped-call]
         curve, speed = json.loads((Path(folder) / "curve.json").read_text())
     return [(seconds, accuracy) for seconds, accuracy in curve], speed
 
@@ -181,7 +182,7 @@ def _rank(rank: int, config: RunConfig, form: Plain, folder: str) -> None:
         train, form.ranks, rank, seed=config.seed, drop_last=True
     )
     batch_size = config.optim.batch_size // form.ranks
-    kept = {"num_workers": form.decoders, "persistent_workers": form.decoders > 0}
+    kept: dict[str, Any] = {"num_workers": form.decoders, "persistent_workers": form.decoders > 0}
     loader = DataLoader(train, batch_size, sampler=sampler, drop_last=True, **kept)
     val_loader = DataLoader(Subset(val, range(rank, len(val), form.ranks)), EVAL_BATCH, **kept)
     optimizer = build_optimizer(model, config.optim)
