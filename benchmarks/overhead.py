@@ -162,7 +162,7 @@ class Decoded(Dataset[tuple[Tensor, int]]):
 
 def train_plain(config: RunConfig, form: Plain) -> tuple[Curve, float]:
     with TemporaryDirectory() as folder:
-        start_processes(_rank, (config, form, folder), nprocs=form.ranks)  # type: ignore[no-untyped-call]
+        start_processes(_rank, (config, form, folder), nprocs=form.ranks)
         curve, speed = json.loads((Path(folder) / "curve.json").read_text())
     return [(seconds, accuracy) for seconds, accuracy in curve], speed
 
