@@ -22,6 +22,7 @@ import torch
 from conftest import ObjectStore, make_folder, with_fields
 
 from diffvit.config import PrepareConfig, RunConfig
+from diffvit.data import loader as loader_module
 from diffvit.data import stream as stream_module
 from diffvit.data.batches import Batch, Stream
 from diffvit.data.loader import BatchLoader, LocalStream
@@ -42,6 +43,7 @@ def one_batch_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     Ranks are processes, and threads here: they would draw from the same generator if they made theirs at once.
     """
     monkeypatch.setattr(stream_module, "_OWN_IMAGES", 1)
+    monkeypatch.setattr(loader_module, "_KEPT_BYTES", 0)
     load, lock = BatchLoader._load, threading.Lock()
 
     def one_at_a_time(*arguments: Any) -> Batch:
@@ -155,6 +157,29 @@ def test_a_small_plan_needs_no_ray(tiny_config: RunConfig, monkeypatch: pytest.M
         assert_same(list(stream.evaluate()), LocalStream(train, val, rank, 2).evaluate())
 
 
+def test_few_evaluation_images_are_made_once_by_the_ranks(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many in memory as the rank with the most has; one byte less, and Ray makes them."""
+    config = with_fields(tiny_config, optim={"batch_size": 30})
+    train, val = loaders(config, 2)  # 15 images in rows of 4, so two of each rank
+    expected = [list(LocalStream(train, val, rank, 2).evaluate()) for rank in range(2)]
+    size = 2 * 4 * val.channels * val.image_size**2
+    made: list[int] = []
+    monkeypatch.setattr(stream_module, "_split_chunks", lambda *_: pytest.fail("Ray was asked"))
+    monkeypatch.setattr(loader_module, "_KEPT_BYTES", size)
+    load = BatchLoader._load
+    monkeypatch.setattr(BatchLoader, "_load", lambda self, row, *rest: made.append(row) or load(self, row, *rest))
+    for rank in range(2):
+        stream = RayStream(train, val, rank, 2, lambda value: pytest.fail(f"asked the other ranks for {value}"))
+        for _ in range(2):
+            assert_same(list(stream.evaluate()), iter(expected[rank]))
+    assert made == [0, 2, 1, 3]
+    monkeypatch.setattr(loader_module, "_KEPT_BYTES", size - 1)
+    assert not val.own_evaluation(0, 2).is_small
+    assert not val.own_evaluation(1, 2).is_small
+
+
 def test_making_a_batch_draws_no_random_numbers_of_the_caller(tiny_config: RunConfig) -> None:
     """A rank makes some of its batches itself, in the middle of a step that drops paths."""
     train, _ = loaders(tiny_config, 1)
@@ -166,9 +191,9 @@ def test_making_a_batch_draws_no_random_numbers_of_the_caller(tiny_config: RunCo
 
 
 def test_chunks_grow_shrink_and_cover() -> None:
-    assert stream_module._chunk_ends(20, 6) == [0, 1, 3, 7, 13, 17, 19, 20]
-    assert stream_module._chunk_ends(3, 1) == [0, 1, 2, 3]
-    assert stream_module._chunk_ends(1, 9) == [0, 1]
+    assert stream_module._ramped(20, 6) == [0, 1, 3, 7, 13, 17, 19, 20]
+    assert stream_module._ramped(3, 1) == [0, 1, 2, 3]
+    assert stream_module._ramped(1, 9) == [0, 1]
 
 
 def test_bad_images_keep_their_place(tiny_config: RunConfig) -> None:
@@ -295,7 +320,7 @@ def test_closing_early_leaves_no_stream_behind(tiny_config: RunConfig) -> None:
     assert next(stream.train(3)).row == 3
 
 
-@pytest.mark.parametrize(("workers", "cpus", "mib"), [(1, 2, 768), (8, 2, 4096), (1, 12, 4608), (2, 8, 3072)])
+@pytest.mark.parametrize(("workers", "cpus", "mib"), [(1, 2, 1536), (8, 2, 4096), (1, 12, 9216), (2, 8, 6144)])
 def test_no_rank_and_no_cpu_waits_for_room(workers: int, cpus: int, mib: int) -> None:
     """Ray Data counts what ranks hold too: one limit for all let four ranks have one decoding task at a time."""
     assert stream_module._ready_bytes(workers, cpus) == mib * 2**20

@@ -23,7 +23,7 @@ Images = npt.NDArray[np.uint8]
 
 _EVAL_ROW_SIZE = 250
 _KEPT_BYTES = 256 * 2**20
-"""Validation images that a run in one process keeps decoded."""
+"""Validation images that a rank keeps decoded."""
 
 
 def plan_run(config: RunConfig, dataset: Dataset, workers: int = 1) -> tuple[TrainPlan, EvalPlan]:
@@ -80,6 +80,10 @@ class BatchLoader:
         """`count` samples spread evenly over the split."""
         return self._load(-1, np.linspace(0, len(self.split) - 1, count).astype(np.int64), None)
 
+    def own_evaluation(self, rank: int, workers: int) -> OwnEvaluation:
+        """Of an evaluation plan, what a rank can make for itself."""
+        return OwnEvaluation(self, rank, workers)
+
     def _load(self, row: int, samples: Indices, seeds: list[int] | None, into: Images | None = None) -> Batch:
         shape = (len(samples), self.channels, self.image_size, self.image_size)
         images = np.empty(shape, np.uint8) if into is None else into[: len(samples)]
@@ -104,6 +108,29 @@ class BatchLoader:
         return image
 
 
+class OwnEvaluation:
+    """The evaluation batches of one rank, made by itself when they are first asked for, and kept."""
+
+    def __init__(self, loader: BatchLoader, rank: int, workers: int) -> None:
+        assert isinstance(loader.plan, EvalPlan)
+        self._loader, self._rows = loader, range(rank, loader.plan.num_rows, workers)
+        self._most = -(-loader.plan.num_rows // workers)
+        self._kept: list[Batch] | None = None
+
+    @property
+    def is_small(self) -> bool:
+        """Whether memory is no matter; the same for every rank."""
+        image_bytes = self._loader.channels * self._loader.image_size**2
+        return self._most * self._loader.plan.row_size * image_bytes <= _KEPT_BYTES
+
+    def batches(self) -> Iterator[Batch]:
+        if not self.is_small:
+            return map(self._loader, self._rows)
+        if self._kept is None:
+            self._kept = list(map(self._loader, self._rows))
+        return iter(self._kept)
+
+
 class LocalStream:
     """The batches of one rank made on this machine: the stream of a run without Ray, and the reference for Ray's.
 
@@ -119,7 +146,7 @@ class LocalStream:
         self, train: BatchLoader, val: BatchLoader, rank: int = 0, workers: int = 1, *, decoders: int = 0
     ) -> None:
         self._train, self._val, self._rank, self._workers, self._decoders = train, val, rank, workers, decoders
-        self._kept: list[Batch] | None = None
+        self._evaluation = val.own_evaluation(rank, workers)
 
     def train(self, first_step: int) -> Iterator[Batch]:
         plan = self._train.plan
@@ -129,15 +156,7 @@ class LocalStream:
         return self._made_ahead(rows) if self._decoders else map(self._train, rows)
 
     def evaluate(self) -> Iterator[Batch]:
-        plan = self._val.plan
-        assert isinstance(plan, EvalPlan)
-        rows = range(self._rank, plan.num_rows, self._workers)
-        image_bytes = self._val.channels * self._val.image_size**2
-        if len(rows) * plan.row_size * image_bytes > _KEPT_BYTES:
-            return map(self._val, rows)
-        if self._kept is None:
-            self._kept = [self._val(row) for row in rows]
-        return iter(self._kept)
+        return self._evaluation.batches()
 
     def preview(self, count: int) -> Batch:
         return self._val.preview(count)

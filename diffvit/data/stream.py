@@ -1,16 +1,17 @@
 """Batches on every rank, made by Ray Data tasks anywhere in the cluster and delivered in the order of the plan.
 
-One row, one block and one task of the Ray data set are a *chunk*: consecutive micro-batches of one rank. Rank 0
-builds the data set from the step where the run starts (Ray Train's own `datasets=` can neither start in the middle
-nor follow a new number of workers), splits it and hands the other ranks their part. With `preserve_order` and one row
-a block, Ray's output splitter deals blocks to the ranks in turn, so chunk i reaches rank i mod W; `_receive` checks
-that every micro-batch came, once, in its place.
+One row and one block of the Ray data set are a *chunk*: consecutive micro-batches of one rank. Rank 0 builds the data
+set from the step where the run starts (Ray Train's own `datasets=` can neither start in the middle nor follow a new
+number of workers), splits it and hands the other ranks their part. With `preserve_order` and one row a block, Ray's
+output splitter deals blocks to the ranks in turn, so chunk i reaches rank i mod W; `_receive` checks that every
+micro-batch came, once, in its place.
 
-What keeps the CPUs busy: Ray Data's scheduling loop sees about 0.15 s late that a task has ended, so a chunk holds two
-seconds of decoding, however small the micro-batches are. (More tasks than CPUs would fill the gaps, and lose more: each
-is a process that imports torch, and together they need half as much CPU time again.) Chunks grow at the start of a data
-set, so that its first batches come soon, and shrink at its end, so that all CPUs finish together. While Ray starts (two
-seconds), each rank makes its first micro-batches itself.
+What keeps the CPUs busy: Ray Data's scheduling loop sees about 0.15 s late that a task has ended, so a task holds four
+seconds of decoding, however small the micro-batches are: two chunks, each handed on when it is made. (More tasks than
+CPUs would fill the gaps, and lose more: each is a process that imports torch, and together they need half as much CPU
+time again.) Chunks and tasks grow at the start of a data set, so that its first batches come soon, and shrink at its
+end, so that all CPUs finish together. While Ray starts (two seconds), each rank makes its first micro-batches itself.
+A rank whose share of the evaluation images fits its memory makes them itself too, once.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ _CHUNK_BYTES = 128 * 2**20
 _CHUNK_IMAGES = 1024
 """A chunk grows to as many micro-batches as stay under both (at least one)."""
 
+_TASK_CHUNKS = 2
+"""And a task to so many chunks."""
+
 _SEGMENT_CHUNKS = 4096
 """Chunks planned in one Ray data set: bounds the memory of the plan, whatever the length of the run."""
 
@@ -62,6 +66,7 @@ class RayStream:
     def __init__(self, train: BatchLoader, val: BatchLoader, rank: int, workers: int, broadcast: Broadcast) -> None:
         self._train, self._val, self._rank, self._workers, self._broadcast = train, val, rank, workers, broadcast
         self._val_iterator: DataIterator | None = None
+        self._own_evaluation = val.own_evaluation(rank, workers)
 
     def train(self, first_step: int) -> Generator[Batch]:
         plan = self._train.plan
@@ -74,6 +79,9 @@ class RayStream:
             yield from self._serve(self._train, own, shared, self._share_out(self._train, shared))
 
     def evaluate(self) -> Iterator[Batch]:
+        if self._own_evaluation.is_small:  # to start Ray Data again takes seconds, each time
+            yield from self._own_evaluation.batches()
+            return
         plan = self._val.plan
         assert isinstance(plan, EvalPlan)
         own, shared = self._divide(self._val, range(plan.num_rows))
@@ -136,49 +144,58 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
     """Micro-batches `rows` of the loader's plan, made in Ray tasks; iterator r gives rows[r::workers]."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
+    context.target_max_block_size = 1  # byte: what a task yields is a block at once, and not put together with the next
     ready = _ready_bytes(workers, int(ray.cluster_resources().get("CPU", 0)))
     context.execution_options = ExecutionOptions(
         preserve_order=True, resource_limits=ExecutionResources(object_store_memory=ready)
     )
-    ends = _chunk_ends(len(rows[::workers]), _rows_per_chunk(loader))
+    ends = _ramped(len(rows[::workers]), _rows_per_chunk(loader))
     chunks = [rows[rank::workers][a:b] for a, b in pairwise(ends) for rank in range(workers)]
-    dataset = ray.data.read_datasource(_Chunks(ray.put(loader), chunks), override_num_blocks=len(chunks))
+    tasks = [chunks[a:b] for a, b in pairwise(_ramped(len(chunks), _TASK_CHUNKS))]
+    dataset = ray.data.read_datasource(_Tasks(ray.put(loader), tasks), override_num_blocks=len(tasks))
     splits: list[DataIterator] = dataset.streaming_split(workers, equal=False)
     return splits
 
 
-class _Chunks(Datasource):  # type: ignore[misc]  # to mypy all of Ray Data is Any
-    """A read task for each chunk."""
+class _Tasks(Datasource):  # type: ignore[misc]  # to mypy all of Ray Data is Any
+    """Read tasks, each of which makes its chunks one after the other."""
 
-    def __init__(self, loader: ray.ObjectRef[BatchLoader], chunks: list[range]) -> None:
-        self._loader, self._chunks = loader, chunks
+    def __init__(self, loader: ray.ObjectRef[BatchLoader], tasks: list[list[range]]) -> None:
+        self._loader, self._tasks = loader, tasks
 
     def estimate_inmemory_data_size(self) -> None:
         return None
 
     def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
-        metadata = BlockMetadata(num_rows=1, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(partial(_load_chunk, self._loader, rows), metadata) for rows in self._chunks]
+        return [
+            ReadTask(
+                partial(_load_chunks, self._loader, chunks),
+                BlockMetadata(num_rows=len(chunks), size_bytes=None, input_files=None, exec_stats=None),
+            )
+            for chunks in self._tasks
+        ]
 
 
-def _load_chunk(loader: ray.ObjectRef[BatchLoader], rows: range) -> Iterable[pa.Table]:
+def _load_chunks(loader: ray.ObjectRef[BatchLoader], chunks: list[range]) -> Iterable[pa.Table]:
     os.setpriority(os.PRIO_PROCESS, 0, 19)  # below training, which Ray runs at 15, where they share CPUs
-    yield _pack(fetch(loader), rows)
+    fetched: BatchLoader = fetch(loader)
+    for rows in chunks:
+        yield _pack(fetched, rows)
 
 
 def _ready_bytes(workers: int, cpus: int) -> int:
-    """Decoded images that may wait in the cluster; at least three chunks a CPU, or not all CPUs could decode.
+    """Decoded images that may wait in the cluster; at least three tasks' a CPU, or not all CPUs could decode.
 
     Ray Data lets what is being made take three quarters of it.
     """
-    return max(_READY_BYTES * workers, 3 * _CHUNK_BYTES * cpus)
+    return max(_READY_BYTES * workers, 3 * _TASK_CHUNKS * _CHUNK_BYTES * cpus)
 
 
-def _chunk_ends(rows: int, size: int) -> list[int]:
-    """0 and where each chunk ends, of `rows` micro-batches of a rank: 1, 2, 4, … up to `size`, … 2, 1."""
+def _ramped(count: int, size: int) -> list[int]:
+    """0 and where each part of `count` things ends, in parts of 1, 2, 4, … up to `size`, … 2, 1."""
     ends, step = [0], 1
-    while ends[-1] < rows:
-        half_of_the_rest = (rows - ends[-1] + 1) // 2
+    while ends[-1] < count:
+        half_of_the_rest = (count - ends[-1] + 1) // 2
         ends.append(ends[-1] + min(step, size, half_of_the_rest))
         step *= 2
     return ends
