@@ -152,12 +152,12 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
     ends = _ramped(len(rows[::workers]), _rows_per_chunk(loader))
     chunks = [rows[rank::workers][a:b] for a, b in pairwise(ends) for rank in range(workers)]
     tasks = [chunks[a:b] for a, b in pairwise(_ramped(len(chunks), _TASK_CHUNKS))]
-    dataset = ray.data.read_datasource(_Tasks(ray.put(loader), tasks), override_num_blocks=len(tasks))
+    dataset = ray.data.read_datasource(_Chunks(ray.put(loader), tasks), override_num_blocks=len(tasks))
     splits: list[DataIterator] = dataset.streaming_split(workers, equal=False)
     return splits
 
 
-class _Tasks(Datasource):  # type: ignore[misc]  # to mypy all of Ray Data is Any
+class _Chunks(Datasource):  # type: ignore[misc]  # to mypy all of Ray Data is Any
     """Read tasks, each of which makes its chunks one after the other."""
 
     def __init__(self, loader: ray.ObjectRef[BatchLoader], tasks: list[list[range]]) -> None:
