@@ -110,9 +110,9 @@ def test_valid_num_heads() -> None:
 
 
 def test_command_line_starts_from_a_recipe_and_applies_options() -> None:
-    arguments = ["sample-vit", "--optim.lr", "3e-4", "--model.lambda-init", "0.5", "--no-resume"]
+    arguments = ["sample-vit", "--optim.lr", "3e-4", "--model.reg-tokens", "2", "--no-resume"]
     config, _ = parse_pretrain_config("", arguments)
-    assert (config.model.variant, config.optim.lr, config.model.lambda_init) == ("softmax", 3e-4, 0.5)
+    assert (config.model.variant, config.optim.lr, config.model.reg_tokens) == ("softmax", 3e-4, 2)
     assert not config.resume
     assert parse_pretrain_config("", [])[0] == RECIPES["sample"]()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from conftest import ObjectStore
@@ -26,6 +27,7 @@ from diffvit.data.shards import (
     index_name,
     is_damaged,
     open_shards,
+    read_index,
     read_info,
     write_info,
     write_shard,
@@ -112,12 +114,17 @@ def test_damage_is_found(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     info = make_dataset(storage)
     shards = info.splits["train"].shards
-    assert [is_damaged(storage, s) for s in shards] == [False, False]
+    index = read_index(storage, "train")
+    parts = [index.filter(pc.equal(index["shard"], number)) for number in range(2)]
+    assert [is_damaged(storage, *pair) for pair in zip(shards, parts, strict=True)] == [False, False]
+    other = parts[0].set_column(3, "label", pc.add(parts[0]["label"], 1))
+    assert is_damaged(storage, shards[0], other)
+    assert is_damaged(storage, shards[0], parts[0].slice(1))
     shard = tmp_path / "train/00001.parquet"
     content = bytearray(shard.read_bytes())
     content[20] ^= 1
     shard.write_bytes(content)
-    assert [is_damaged(storage, s) for s in shards] == [False, True]
+    assert [is_damaged(storage, *pair) for pair in zip(shards, parts, strict=True)] == [False, True]
     shard.write_bytes(content[:-1])
     with pytest.raises(
         ValueError, match=r"1 of 2 shards of .* are missing or have another size .* train/00001.parquet"

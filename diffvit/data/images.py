@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -205,9 +205,9 @@ class _ResizeShortSide(v2.Resize):  # type: ignore[misc]  # torchvision ships no
             )
 
 
-def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 (B, C, S, S) -> float32 (B, C, S, S) on the same device: (x / 255 - mean) / std by channel."""
-    return (images.float() / 255 - _by_channel(mean, images.device)) / _by_channel(std, images.device)
+    return (images.float() / 255 - _by_channel(tuple(mean), images.device)) / _by_channel(tuple(std), images.device)
 
 
 @lru_cache
