@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 JOB = Path(__file__).parents[1] / "ray_jobs/pretrain.py"
 
 Curve = list[tuple[float, float]]
-"""(seconds, top-1 in per cent) of every epoch, start-up left out. Those of a plain loop begin with the first step and end
-before the epoch's own evaluation; those of `pretrain.py`, its own `train_seconds`, begin when the loop does, so that the
-wait for the first images is in, and end after that evaluation: they are a little too long."""
+"""(seconds, top-1 in per cent) of every epoch, start-up left out. Those of a plain loop begin with the first step and
+end before the epoch's own evaluation; those of `pretrain.py`, its own `train_seconds`, begin when the loop does, so that
+the wait for the first images is in, and end after that evaluation: they are a little too long."""
 
 
 def run_job(*options: str) -> tuple[Curve, dict[str, Any]]:
