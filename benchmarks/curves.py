@@ -17,7 +17,7 @@ JOB = Path(__file__).parents[1] / "ray_jobs/pretrain.py"
 
 Curve = list[tuple[float, float]]
 """(seconds, top-1 in per cent) of every epoch, start-up left out. Those of a plain loop begin with the first step and
-end before the epoch's own evaluation; those of `pretrain.py`, its own `train_seconds`, begin when the loop does, so that
+end before the epoch's own evaluation; those of `pretrain.py`, its `train_seconds`, begin when the loop does, so that
 the wait for the first images is in, and end after that evaluation: they are a little too long."""
 
 
