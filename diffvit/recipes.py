@@ -23,17 +23,33 @@ from diffvit.published_recipes import PUBLISHED, in_variants
 
 
 def sample() -> RunConfig:
-    """Diff-ViT V1 on the embedded Fashion-MNIST sample, two CPU workers, a few minutes."""
+    """Diff-ViT V1 on the embedded Fashion-MNIST sample, two CPU workers, a few minutes.
+
+        pretrain.py sample
+
+    85.05 % top-1 after the last epoch (seed 0), 3 minutes on two x86-64 cores. Our own recipe, which has no
+    published score. One seed does not tell the arms apart: RESULTS.md compares them.
+    """
     return _sample("sample", "diff", num_heads=2)
 
 
 def sample_vit() -> RunConfig:
-    """The plain ViT under the budget of `sample`, with the same number of maps."""
+    """The plain ViT under the budget of `sample`, with the same number of maps.
+
+        pretrain.py sample-vit
+
+    85.20 % top-1 after the last epoch (seed 0), two and a half minutes on two x86-64 cores.
+    """
     return _sample("sample-vit", "softmax", num_heads=4)
 
 
 def sample_v2() -> RunConfig:
-    """Diff-ViT V2 under the budget of `sample`."""
+    """Diff-ViT V2 under the budget of `sample`.
+
+        pretrain.py sample-v2
+
+    85.85 % top-1 after the last epoch (seed 0), under three minutes on two x86-64 cores.
+    """
     return _sample("sample-v2", "diff_v2", num_heads=4)
 
 
