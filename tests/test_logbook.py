@@ -88,7 +88,7 @@ def test_nobody_waits_for_a_store_that_is_away(object_store: ObjectStore, tmp_pa
 
 def test_nobody_writes_to_a_run_that_ended(tmp_path: Path) -> None:
     rank_0 = Logbook(tmp_path)
-    rank_0.begin(0, 0.0, 2)
+    rank_0.claim()
     rank_0.require_ours()
     Logbook(tmp_path).end()
     with pytest.raises(Superseded, match="another group of workers goes on"):

@@ -28,7 +28,7 @@ from diffvit.models.vit import VisionTransformer
 from diffvit.training import checkpoint_writer, loop, saver
 from diffvit.training import step as step_module
 from diffvit.training.checkpoint import Snapshot
-from diffvit.training.checkpoint_store import CheckpointStore
+from diffvit.training.checkpoint_store import CheckpointStore, Entry, Superseded, Warn
 from diffvit.training.checkpoint_writer import CheckpointWriter
 from diffvit.training.logbook import Logbook
 from diffvit.training.loop import RunStopped, Worker, fit
@@ -402,13 +402,31 @@ def test_workers_that_were_taken_for_lost_write_no_more(tiny_config: RunConfig, 
 
     def go_on_elsewhere(batch: Batch) -> Batch:
         if batch.row == 3:
-            Logbook(config.location).begin(2, 0.0, 1)
+            Logbook(config.location).claim()
         return batch
 
     with pytest.raises(RunStopped, match="another group of workers goes on with this run"):
         Run(config, tmp_path, source=go_on_elsewhere)
     assert CheckpointStore(tmp_path, config.checkpoint).entries()[-1].step == 3
     assert {row["step"] for row in audited(config)} == {1, 2, 3}
+
+
+def test_a_run_is_claimed_before_its_newest_checkpoint_is_looked_for(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken_for_lost, looks = Logbook(tiny_config.location), []
+    taken_for_lost.claim()
+    newest_whole = CheckpointStore.newest_whole
+
+    def look(store: CheckpointStore, warn: Warn, up_to: int | None = None) -> Entry | None:
+        with pytest.raises(Superseded):
+            taken_for_lost.require_ours()
+        looks.append(up_to)
+        return newest_whole(store, warn, up_to)
+
+    monkeypatch.setattr(CheckpointStore, "newest_whole", look)
+    Run(tiny_config, tmp_path)
+    assert looks == [None]
 
 
 def test_bad_images_are_skipped_counted_and_named(tiny_config: RunConfig, folder: Path, tmp_path: Path) -> None:

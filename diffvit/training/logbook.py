@@ -2,7 +2,7 @@
 
 alive.json          the last sign of life of rank 0: when, at which step; in an object store a few seconds old
 cut.json            why the run is being cut, from whoever knows; gone once it is written down
-sitting.json        the id of the sitting that may write to the run: the last that began
+sitting.json        the id of the sitting that may write to the run: the last that claimed it
 interruptions.json  one entry for each: when, why, steps_repeated, seconds_lost
 """
 
@@ -42,19 +42,26 @@ class Logbook:
         found: list[dict[str, Any]] = self._read(_INTERRUPTIONS) or []
         return found
 
+    def claim(self) -> None:
+        """From here on no other sitting writes to the run. For who then looks which checkpoint is the newest: one that
+        an earlier sitting still added would be gone on from later, without the audit that this one deletes.
+        """
+        sitting = uuid.uuid4().hex
+        with suppress(OSError, StorageError):  # checkpoints find a full disk too, and wait for room
+            _write(self._storage, _SITTING, {"id": sitting})
+            self._sitting = sitting
+
     def begin(self, step: int, train_seconds: float, workers: int) -> None:
-        """A sitting starts after `step` steps; if an earlier one was cut, that is written down.
+        """A sitting, which has claimed the run, starts after `step` steps; if one was cut, that is written down.
 
         `seconds_lost` is the time from its last sign of life until now, and that of training the repeated steps.
         """
-        last, sitting = self._read(_ALIVE), uuid.uuid4().hex
-        with suppress(OSError, StorageError):  # checkpoints find a full disk too, and wait for room
+        last = self._read(_ALIVE)
+        with suppress(OSError, StorageError):
             if last is not None:
                 self._write_interruption(last, step, train_seconds, workers)
             self._storage.delete(_CUT)
             _write(self._storage, _ALIVE, self._sign(step, train_seconds, workers))
-            _write(self._storage, _SITTING, {"id": sitting})
-            self._sitting = sitting
 
     def _write_interruption(self, last: dict[str, Any], step: int, train_seconds: float, workers: int) -> None:
         why = (self._read(_CUT) or {}).get("why")

@@ -26,6 +26,7 @@ from diffvit.training.checkpoint import TrainState, load_checkpoint
 from diffvit.training.evaluation import evaluate
 from diffvit.training.gather import gather_bytes
 from diffvit.training.health import Health
+from diffvit.training.logbook import Logbook
 from diffvit.training.metrics import Sums
 from diffvit.training.optim import build_ema, build_optimizer, build_schedule
 from diffvit.training.precision import precision_warning, set_float32_products
@@ -52,9 +53,12 @@ def fit(config: RunConfig, train_plan: TrainPlan, eval_plan: EvalPlan, stream: S
     warning = precision_warning(config.scale, worker.device)
     if warning and worker.rank == 0:
         worker.warn(warning)
+    logbook = Logbook(config.location)
+    if worker.rank == 0 and worker.store is not None:
+        logbook.claim()
     state = start_state(config, train_plan, worker)
     with (
-        closing(Saver(config, state, worker)) as saver,
+        closing(Saver(config, state, worker, logbook)) as saver,
         closing(Tracker(config, train_plan, state, worker.publish, enabled=worker.rank == 0)) as tracker,
     ):
         _train(config, train_plan, eval_plan, stream, worker, state, saver, tracker)

@@ -56,10 +56,9 @@ def newest_step(worker: Worker, store: CheckpointStore | None, up_to: int | None
 class Saver:
     """One sitting's checkpoints. Every method but `asks` is called by every rank at the same step."""
 
-    def __init__(self, config: RunConfig, state: TrainState, worker: Worker) -> None:
-        self._config, self._state, self._worker = config, state, worker
+    def __init__(self, config: RunConfig, state: TrainState, worker: Worker, logbook: Logbook) -> None:
+        self._config, self._state, self._worker, self._logbook = config, state, worker, logbook
         self._writer = None
-        self._logbook = Logbook(config.location)
         if worker.rank == 0 and worker.store is not None:
             self._logbook.begin(state.step, state.train_seconds, worker.workers)
             worker.store.sweep()
