@@ -9,9 +9,10 @@ micro-batch came, once, in its place.
 What keeps the CPUs busy: Ray Data's scheduling loop sees about 0.15 s late that a task has ended, so a task holds four
 seconds of decoding, however small the micro-batches are: two chunks, each handed on when it is made. (More tasks than
 CPUs would fill the gaps, and lose more: each is a process that imports torch, and together they need half as much CPU
-time again.) Chunks and tasks grow at the start of a data set, so that its first batches come soon, and shrink at its
-end, so that all CPUs finish together. While Ray starts (two seconds), each rank makes its first micro-batches itself.
-A rank whose share of the evaluation images fits its memory makes them itself too, once.
+time again.) Where some nodes have GPUs and others have none, tasks go to those without first, so that CPUs beside the
+GPUs decode only what the others cannot. Chunks and tasks grow at the start of a data set, so that its first batches
+come soon, and shrink at its end, so that all CPUs finish together. While Ray starts (two seconds), each rank makes its
+first micro-batches itself. A rank whose share of the evaluation images fits its memory makes them itself too, once.
 """
 
 from __future__ import annotations
@@ -152,7 +153,9 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
     ends = _ramped(len(rows[::workers]), _rows_per_chunk(loader))
     chunks = [rows[rank::workers][a:b] for a, b in pairwise(ends) for rank in range(workers)]
     tasks = [chunks[a:b] for a, b in pairwise(_ramped(len(chunks), _TASK_CHUNKS))]
-    dataset = ray.data.read_datasource(_Chunks(ray.put(loader), tasks), override_num_blocks=len(tasks))
+    dataset = ray.data.read_datasource(
+        _Chunks(ray.put(loader), tasks), override_num_blocks=len(tasks), ray_remote_args=_first_without_gpu(ray.nodes())
+    )
     splits: list[DataIterator] = dataset.streaming_split(workers, equal=False)
     return splits
 
@@ -181,6 +184,21 @@ def _load_chunks(loader: ray.ObjectRef[BatchLoader], chunks: list[range]) -> Ite
     fetched: BatchLoader = fetch(loader)
     for rows in chunks:
         yield _pack(fetched, rows)
+
+
+def _first_without_gpu(nodes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Options of a task that goes to a node without a GPU while one of `nodes` has room, and else to any node.
+
+    Nodes that come later, or are gone by then, count among the others.
+    """
+    alive = [node for node in nodes if node["Alive"] and node["Resources"].get("CPU")]
+    ids = [node["NodeID"] for node in alive if not node["Resources"].get("GPU")]
+    if not 0 < len(ids) < len(alive):
+        return {}
+    return {
+        "label_selector": {"ray.io/node-id": f"in({','.join(ids)})"},
+        "fallback_strategy": [{"label_selector": {}}],
+    }
 
 
 def _ready_bytes(workers: int, cpus: int) -> int:
