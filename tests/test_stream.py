@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -254,39 +255,84 @@ def audit_of(
     return pq.read_table(files).sort_by([("epoch", "ascending"), ("position", "ascending")]) if files else pa.table({})
 
 
+def at_first_read(split: Split, marker: Path, what: Callable[[Path], None]) -> Split:
+    """`split`, whose first reader, in whatever process, meets `what` with the path of `marker`."""
+
+    class FirstRead:  # in here, because Ray's workers cannot import this module
+        labels = split.labels
+
+        def __len__(self) -> int:
+            return len(split)
+
+        def key(self, index: int) -> str:
+            return split.key(index)
+
+        def read_many(self, indices: Any) -> Iterator[bytes | OSError]:
+            with suppress(FileExistsError):
+                marker.open("x").close()
+                what(marker)
+            return split.read_many(indices)
+
+    return FirstRead()
+
+
 def test_a_lost_reader_changes_nothing(tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process of a task is killed while it reads; Ray runs the task again."""
     monkeypatch.setattr(stream_module, "_OWN_IMAGES", 0)  # this process reads nothing
 
-    @dataclass(frozen=True)
-    class KillsItsReaderOnce:
-        split: Split
-        marker: str
-
-        @property
-        def labels(self) -> Any:
-            return self.split.labels
-
-        def __len__(self) -> int:
-            return len(self.split)
-
-        def key(self, index: int) -> str:
-            return self.split.key(index)
-
-        def read_many(self, indices: Any) -> Iterator[bytes | OSError]:
-            try:
-                Path(self.marker).open("x").close()
-            except FileExistsError:
-                return self.split.read_many(indices)
-            os.kill(os.getpid(), signal.SIGKILL)
-            raise AssertionError("unreachable")
+    def be_killed(_: Path) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
     train, val = loaders(tiny_config, 1)
     reference = list(LocalStream(train, val).train(0))
-    lethal = BatchLoader(tiny_config, KillsItsReaderOnce(train.split, str(tmp_path / "killed")), train.plan)
+    lethal = BatchLoader(tiny_config, at_first_read(train.split, tmp_path / "killed", be_killed), train.plan)
     stream = RayStream(lethal, val, 0, 1, lambda value: value)
     assert_same([copied(batch) for batch in stream.train(0)], iter(reference))
     assert (tmp_path / "killed").exists()
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_a_reader_that_hangs_is_overtaken(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: bool
+) -> None:
+    """What its task was to bring, and all that Ray delivers after it, the rank makes; what comes late is let go."""
+    config = with_fields(tiny_config, optim={"batch_size": 1})
+    monkeypatch.setattr(stream_module, "_PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr(stream_module, "_CHUNK_IMAGES", 4)
+    released = tmp_path / "released"
+
+    def hang(marker: Path) -> None:
+        while not marker.with_name("released").exists():
+            time.sleep(0.05)
+
+    train, val = loaders(config, 1)
+    reference = list(LocalStream(train, val).train(0))
+    hanging = BatchLoader(config, at_first_read(train.split, tmp_path / "hangs", hang), train.plan)
+    (tmp_path / "hangs").touch()  # the rank's own first batch is none of it
+    load, made = BatchLoader._load, []
+    monkeypatch.setattr(BatchLoader, "_load", lambda self, row, *rest: made.append(row) or load(self, row, *rest))
+    warnings: list[str] = []
+    batches = RayStream(hanging, val, 0, 1, lambda value: value, warnings.append).train(0)
+    received = [copied(next(batches))]
+    (tmp_path / "hangs").unlink()
+    try:
+        while not (tmp_path / "hangs").exists():  # a task of Ray's has met it
+            time.sleep(0.05)
+        for batch in batches:
+            received.append(copied(batch))
+            if warnings and comes_back and not released.exists():
+                released.touch()
+                time.sleep(1.0)
+        assert released.exists() == comes_back
+    finally:
+        released.touch()
+        for thread in threading.enumerate():
+            if thread.name == "chunks":
+                thread.join()
+    assert_same(received, iter(reference))
+    assert "no images have come for 2 s" in warnings[0]
+    assert len(made) == len(set(made))
+    assert comes_back == (len(made) < 72 - 4)
 
 
 def test_shards_in_a_bucket_with_an_outage(tiny_config: RunConfig, object_store: ObjectStore, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ CPUs would fill the gaps, and lose more: each is a process that imports torch, a
 time again.) Where some nodes have GPUs and others have none, tasks go to those without first, so that CPUs beside the
 GPUs decode only what the others cannot. Chunks and tasks grow at the start of a data set, so that its first batches
 come soon, and shrink at its end, so that all CPUs finish together. While Ray starts (two seconds), each rank makes its
-first micro-batches itself. A rank whose share of the evaluation images fits its memory makes them itself too, once.
+first micro-batches itself, and later those that do not come (a disk that hangs, a node that crawls), until Ray has
+caught up. A rank whose share of the evaluation images fits its memory makes them itself too, once.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from concurrent.futures import Future
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -57,15 +58,27 @@ _OWN_IMAGES = 512
 _READY_BYTES = 512 * 2**20
 """Decoded images that may lie in the object store for each rank, those that it holds included."""
 
+_PATIENCE_SECONDS = 60.0
+"""How long a rank waits for a chunk before it makes the next micro-batches itself."""
+
 Broadcast = Callable[[Any], Any]
 """Called by every rank; gives each of them what rank 0 passed."""
 
 
 class RayStream:
-    """`diffvit.data.batches.Stream` for one rank of a Ray Train run."""
+    """`diffvit.data.batches.Stream` for one rank of a Ray Train run; `warn` is told of chunks that do not come."""
 
-    def __init__(self, train: BatchLoader, val: BatchLoader, rank: int, workers: int, broadcast: Broadcast) -> None:
-        self._train, self._val, self._rank, self._workers, self._broadcast = train, val, rank, workers, broadcast
+    def __init__(
+        self,
+        train: BatchLoader,
+        val: BatchLoader,
+        rank: int,
+        workers: int,
+        broadcast: Broadcast,
+        warn: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._train, self._val, self._rank, self._workers = train, val, rank, workers
+        self._broadcast, self._warn = broadcast, warn
         self._val_iterator: DataIterator | None = None
         self._own_evaluation = val.own_evaluation(rank, workers)
 
@@ -115,25 +128,66 @@ class RayStream:
         if iterator is None:
             yield from mine
             return
-        received = self._receive(iterator, shared)
-        with closing(received), ThreadPoolExecutor(1) as background:
-            first = background.submit(next, received, None)  # Ray starts with the first that is asked for
-            yield from mine
-            if batch := first.result():
-                yield batch
-            yield from received
+        chunks = _chunks_of(iterator)
+        first = _next_of(chunks)  # Ray starts with the first that is asked for
+        yield from mine
+        yield from self._receive(loader, shared, chunks, first)
 
-    def _receive(self, iterator: DataIterator, rows: range) -> Generator[Batch]:
+    def _receive(
+        self, loader: BatchLoader, rows: range, chunks: Iterator[pa.Table], coming: Future[pa.Table | None]
+    ) -> Iterator[Batch]:
+        """What the rank gets of `rows`: what Ray made or, while a chunk is not `coming`, what it makes itself."""
         expected = iter(rows[self._rank :: self._workers])
-        for chunk in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):  # whole blocks
-            for batch in _unpack(chunk):
+        wanted = next(expected, None)
+        overtaken: set[int] = set()
+        while True:
+            try:
+                chunk = coming.result(0 if overtaken else _PATIENCE_SECONDS)
+            except TimeoutError:
+                if coming.done():  # it is Ray's own
+                    raise
+                if wanted is None:
+                    return
+                if not overtaken:
+                    self._warn(
+                        f"no images have come for {_PATIENCE_SECONDS:g} s (micro-batch {wanted}): rank {self._rank} "
+                        "makes them itself until they do"
+                    )
+                overtaken.add(wanted)
+                yield loader(wanted)
                 wanted = next(expected, None)
+                continue
+            if chunk is None:
+                break
+            for batch in _unpack(chunk):
+                if batch.row in overtaken:
+                    overtaken.remove(batch.row)
+                    continue
                 if batch.row != wanted:
                     raise RuntimeError(f"Ray Data gave rank {self._rank} micro-batch {batch.row} instead of {wanted}")
                 yield batch
-        wanted = next(expected, None)
+                wanted = next(expected, None)
+            coming = _next_of(chunks)
         if wanted is not None:
             raise RuntimeError(f"Ray Data ended before giving rank {self._rank} micro-batch {wanted}")
+
+
+def _chunks_of(iterator: DataIterator) -> Iterator[pa.Table]:
+    yield from iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)  # whole blocks
+
+
+def _next_of(chunks: Iterator[pa.Table]) -> Future[pa.Table | None]:
+    """What `chunks` gives next, None at its end; from a thread that a process which ends does not wait for."""
+    coming: Future[pa.Table | None] = Future()
+
+    def wait() -> None:
+        try:
+            coming.set_result(next(chunks, None))
+        except BaseException as error:
+            coming.set_exception(error)
+
+    threading.Thread(target=wait, name="chunks", daemon=True).start()
+    return coming
 
 
 def _rows_per_chunk(loader: BatchLoader) -> int:

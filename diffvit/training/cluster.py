@@ -136,7 +136,8 @@ def require_resources(scale: ScaleConfig) -> None:
     workers = scale.min_workers
     if places < workers:
         each = f"{scale.cpus_per_worker:g} CPUs" + (" and a GPU" if scale.gpu else "")
-        raise ValueError(f"scale.workers = {workers} workers need {each} each; {has}, room for {places}")
+        remedy = "lower scale.workers or add nodes" + (", or train on CPUs with --scale.no-gpu" if scale.gpu else "")
+        raise ValueError(f"scale.workers = {workers} workers need {each} each; {has}, room for {places}; {remedy}")
     if room_for(_bundles(scale)) <= workers:
         raise ValueError(
             f"scale.workers x scale.cpus_per_worker = {workers} x {scale.cpus_per_worker:g} leaves no CPU "

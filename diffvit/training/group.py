@@ -44,14 +44,6 @@ def join_group(job: dict[str, Any]) -> Member:
     rank, workers = context.get_world_rank(), context.get_world_size()
     if not config.scale.gpu:
         torch.set_num_threads(max(cpu_count() // context.get_local_world_size(), 1))
-    train_plan, eval_plan = plan_run(config, dataset, workers)
-    stream = RayStream(
-        BatchLoader(config, dataset.train, train_plan),
-        BatchLoader(config, dataset.val, eval_plan),
-        rank,
-        workers,
-        broadcast_from_rank_zero,
-    )
 
     def publish(kind: str, fields: dict[str, Any]) -> None:
         if progress is not None:
@@ -66,6 +58,15 @@ def join_group(job: dict[str, Any]) -> Member:
         store=CheckpointStore(config.location, config.checkpoint),
         agree=broadcast_from_rank_zero,
         preempted=lambda: ray.train.get_preemption_info() is not None,
+    )
+    train_plan, eval_plan = plan_run(config, dataset, workers)
+    stream = RayStream(
+        BatchLoader(config, dataset.train, train_plan),
+        BatchLoader(config, dataset.val, eval_plan),
+        rank,
+        workers,
+        broadcast_from_rank_zero,
+        worker.warn,
     )
     return Member(config, train_plan, eval_plan, stream, worker)
 
