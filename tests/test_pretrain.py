@@ -18,10 +18,11 @@ import torch
 from conftest import make_folder, with_fields
 from safetensors.torch import load_file
 
-from diffvit.config import RunConfig, from_json
+from diffvit.config import PrepareConfig, RunConfig, from_json
+from diffvit.data.prepare import prepare
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
-from diffvit.training.launch import RunStopped, train
+from diffvit.training.launch import RunStopped, TrainingFailedError, train
 from diffvit.training.run_lock import RunLock
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -135,6 +136,34 @@ def test_divergence_is_not_tried_again(config: RunConfig) -> None:
     results = json.loads((config.folder / "results.json").read_text())
     assert results["status"] == "stopped"
     assert "not finite" in results["reason"]
+
+
+def test_a_shard_that_is_lost_ends_the_run_with_its_name(config: RunConfig, tmp_path: Path) -> None:
+    images = make_folder(tmp_path / "more", images_per_class=160, val_per_class=5)
+    prepare(PrepareConfig(source=str(images), out=str(tmp_path / "shards"), shard_mib=0.01), lambda *_: None)
+    config = with_fields(
+        config,
+        data={"path": str(tmp_path / "shards")},
+        optim={"epochs": 100},
+        checkpoint={"every_steps": 5},
+        scale={"max_failures": 0},
+    )
+
+    def lose() -> None:
+        while not list(config.folder.glob("checkpoint_step_*/checkpoint.json")):
+            time.sleep(0.05)
+        for shard in (tmp_path / "shards/train").iterdir():
+            shard.unlink()
+
+    loser = threading.Thread(target=lose, daemon=True)
+    loser.start()
+    with pytest.raises(TrainingFailedError, match=r"^training failed: .*StorageError: shard \S+ of \S+ cannot be read"):
+        train(config)
+    loser.join()
+    results = json.loads((config.folder / "results.json").read_text())
+    assert results["status"] == "failed"
+    assert results["reason"].endswith("workers that fail are started again scale.max_failures = 0 times")
+    assert results["last"]["step"] >= 5
 
 
 def test_impossible_resources_are_refused_at_once(config: RunConfig) -> None:

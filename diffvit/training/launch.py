@@ -92,14 +92,22 @@ def _train(config: RunConfig, dataset: Dataset, train_plan: TrainPlan, started: 
         status, reason = "interrupted", "interrupted by the user"
         raise KeyboardInterrupt from None
     except TrainingFailedError as error:
-        reason = str(error)
-        raise
+        reason = _cause_first(str(error).strip(), config.scale.max_failures)
+        raise TrainingFailedError(reason) from error
     finally:
         progress.shutdown(force=True)
         results = close_run(config, status, reason, started)
     if reason is not None:
         raise RunStopped(reason)
     return results
+
+
+def _cause_first(account: str, max_failures: int) -> str:
+    """Ray's account of a failure ends with its cause, after the frames of every rank."""
+    return (
+        f"training failed: {account.splitlines()[-1]}\n{account}\nThe same command goes on from the last checkpoint; "
+        f"workers that fail are started again scale.max_failures = {max_failures} times"
+    )
 
 
 def train_group(config: RunConfig, dataset: Dataset, callbacks: list[UserCallback]) -> str | None:
