@@ -9,7 +9,7 @@ A search sees the best of many noisy readings, which flatters whoever takes more
 top-1 on images that no search looks at, after the last epoch, of the point that it would name at that moment.
 
     python benchmarks/sweep.py --plot docs/sweep-budget.png       # 126 trainings of 9 epochs
-    python benchmarks/sweep.py --overhead runs/sample             # of a sweep's trials beyond their training
+    python benchmarks/sweep.py --overhead runs/sample-sweep       # of a sweep's trials beyond their training
     python benchmarks/sweep.py --heads 1 2 --lambdas 2 --lrs 3 --epochs 3 --images 640 --table small.jsonl
 """
 

@@ -30,7 +30,7 @@ try:
     import timm
     from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 except ImportError:
-    raise SystemExit("this benchmark measures timm beside diffvit: pip install 'diffvit[timm]'") from None
+    raise SystemExit("this benchmark measures timm beside diffvit: pip install -e '.[timm]'") from None
 
 
 @dataclass(frozen=True)

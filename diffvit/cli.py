@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 import tyro
 
 from diffvit.config import RehearsalOptions, RunConfig, differing_fields, from_json
+from diffvit.published_recipes import VARIANTS
 from diffvit.recipes import DEFAULT_RECIPE, RECIPES
 from diffvit.search.config import SearchConfig, SweepConfig
 from diffvit.search.space import Space
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from diffvit.compare import CompareConfig
 
 T = TypeVar("T")
+
+_NO_WEIGHTS = "init.weights is missing: the run, checkpoint or .safetensors file to start from"
 
 
 def parse_pretrain_config(description: str, arguments: list[str] | None = None) -> tuple[RunConfig, RehearsalOptions]:
@@ -31,7 +35,7 @@ def parse_pretrain_config(description: str, arguments: list[str] | None = None) 
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        default = _take_default(arguments)
+        described, default = _described(description, arguments), _take_default(arguments)
 
         def pretrain(
             run: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
@@ -39,16 +43,21 @@ def parse_pretrain_config(description: str, arguments: list[str] | None = None) 
         ) -> tuple[RunConfig, RehearsalOptions]:
             return run, rehearsal
 
-        return tyro.cli(pretrain, args=arguments, description=_described(description))
+        return tyro.cli(pretrain, args=arguments, description=described)
     except ValueError as error:
         fail(str(error))
 
 
 def parse_sweep_config(description: str, arguments: list[str] | None = None) -> SweepConfig:
-    """The sweep that the command line asks for: a run, with the sections `search` and `space` too."""
+    """The sweep that the command line asks for: a run, with the sections `search` and `space` too.
+
+    That of a recipe is called `<recipe>-sweep`, so that it is not in the way of the recipe's run.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        default = _take_default(arguments)
+        suffix = "" if _names_config(arguments) else "-sweep"
+        described, default = _described(description, arguments), _take_default(arguments)
+        default = dataclasses.replace(default, name=default.name + suffix)
 
         def sweep(
             run: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
@@ -57,7 +66,7 @@ def parse_sweep_config(description: str, arguments: list[str] | None = None) -> 
         ) -> SweepConfig:
             return SweepConfig(run, search, space)
 
-        return tyro.cli(sweep, args=arguments, description=_described(description))
+        return tyro.cli(sweep, args=arguments, description=described)
     except ValueError as error:
         fail(str(error))
 
@@ -69,13 +78,13 @@ def parse_finetune_config(description: str, arguments: list[str] | None = None) 
         from_recipe = not _names_config(arguments)
         if from_recipe and not (arguments and arguments[0] in RECIPES):
             arguments.insert(0, "finetune")
-        default = _take_default(arguments)
+        described, default = _described(description, arguments), _take_default(arguments)
         weights = _value_of("--init.weights", arguments) or (default.init.weights if from_recipe else "")
         if weights:
             default = _starting_from(weights, default, _value_of("--model.variant", arguments))
-        elif not default.init.weights and not {"-h", "--help"} & set(arguments):
-            raise ValueError("init.weights is missing: the run, checkpoint or .safetensors file to start from")
-        return tyro.cli(RunConfig, default=default, args=arguments, description=description)
+        elif not default.init.weights and not _asks_for_help(arguments):
+            raise ValueError(_NO_WEIGHTS)
+        return tyro.cli(RunConfig, default=default, args=arguments, description=described)
     except ValueError as error:
         fail(str(error))
 
@@ -94,10 +103,9 @@ def parse_compare_config(description: str, arguments: list[str] | None = None) -
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        described = _described(description, arguments)
         recipe = dataclasses.replace(_take_default(arguments), storage=RunConfig.storage)
-        config = tyro.cli(
-            CompareConfig, default=CompareConfig(recipe), args=arguments, description=_described(description)
-        )
+        config = tyro.cli(CompareConfig, default=CompareConfig(recipe), args=arguments, description=described)
         _require_used(config, recipe)
         return config
     except ValueError as error:
@@ -193,7 +201,13 @@ def _take_default(arguments: list[str]) -> RunConfig:
         nearest = difflib.get_close_matches(recipe, RECIPES, n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"unknown recipe {recipe!r}{hint} (there are {', '.join(RECIPES)})")
+    if recipe == "finetune" and not _value_of("--init.weights", arguments) and not _asks_for_help(arguments):
+        raise ValueError(_NO_WEIGHTS)
     return RECIPES[recipe]()
+
+
+def _asks_for_help(arguments: list[str]) -> bool:
+    return not {"-h", "--help"}.isdisjoint(arguments)
 
 
 def _names_config(arguments: list[str]) -> bool:
@@ -208,12 +222,23 @@ def _value_of(option: str, arguments: list[str]) -> str:
     return ""
 
 
-def _described(description: str) -> str:
+def _described(description: str, arguments: list[str]) -> str:
+    """With what is said of the recipe that is named; else of all of them, in a line each."""
+    if arguments and arguments[0] in RECIPES:
+        return f"{description}\n\nThe recipe {arguments[0]}:\n\n{inspect.getdoc(RECIPES[arguments[0]])}"
     return (
-        f"{description}\n\nRecipes, the first argument:\n{_recipe_list()}\n"
+        f"{description}\n\nRecipes, the first argument (RECIPE --help says more of one):\n{_recipe_list()}\n"
         "\nOr --config FILE, the config.json of an earlier run."
     )
 
 
 def _recipe_list() -> str:
-    return "\n".join(f"  {name}: {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in RECIPES.items())
+    with_variants = [name for name in RECIPES if f"{name}-v1-heads" in RECIPES]
+    variants = {f"{name}{suffix}" for name in with_variants for suffix in VARIANTS}
+    lines = [
+        f"  {name}: {(recipe.__doc__ or '').strip().splitlines()[0]}"
+        for name, recipe in RECIPES.items()
+        if name not in variants
+    ]
+    suffixes = ", ".join(f"{suffix} ({text})" for suffix, text in VARIANTS.items())
+    return "\n".join([*lines, f"\nAlso with {suffixes} after the name: {', '.join(with_variants)}."])

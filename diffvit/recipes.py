@@ -1,4 +1,4 @@
-"""Named starting points: a recipe is a function that returns a `RunConfig`; its docstring is what `--help` shows.
+"""Named starting points: a recipe is a function that returns a `RunConfig`; `JOB.py RECIPE --help` shows its docstring.
 
 Any field can be changed on the command line: `pretrain.py sample --optim.lr 3e-4`.
 """
@@ -44,16 +44,16 @@ def sample_vit() -> RunConfig:
 
 
 def sample_v2() -> RunConfig:
-    """Diff-ViT V2 under the budget of `sample`.
+    """Diff-ViT V2 under the budget of `sample`, its MLP narrower by what its queries take.
 
         pretrain.py sample-v2
 
     85.85 % top-1 after the last epoch (seed 0), under three minutes on two x86-64 cores.
     """
-    return _sample("sample-v2", "diff_v2", num_heads=4)
+    return _sample("sample-v2", "diff_v2", num_heads=4, mlp_ratio=1.5)
 
 
-def _sample(name: str, variant: Variant, num_heads: int) -> RunConfig:
+def _sample(name: str, variant: Variant, num_heads: int, mlp_ratio: float = 2.0) -> RunConfig:
     return RunConfig(
         name=name,
         model=ModelConfig(
@@ -64,7 +64,7 @@ def _sample(name: str, variant: Variant, num_heads: int) -> RunConfig:
             embed_dim=96,
             depth=6,
             num_heads=num_heads,
-            mlp_ratio=2.0,
+            mlp_ratio=mlp_ratio,
             class_token=False,
             pool="avg",
             pos_embed="learned",
@@ -132,7 +132,8 @@ def flowers() -> RunConfig:
         finetune.py flowers --data.path flowers
 
     The training is that of `finetune`, with more passes over the 1,020 training images. Not run here: the weights come
-    from the Hugging Face hub; a file of them is named by --init.weights. No published score is known to us.
+    from the Hugging Face hub (which needs the extra `timm`; a file of them is named by --init.weights), the images from
+    Oxford (torchvision needs scipy for them). No published score is known to us.
     """
     base = finetune()
     model = ModelConfig(
@@ -161,9 +162,9 @@ def flowers() -> RunConfig:
 
 
 def fashion_mnist() -> RunConfig:
-    """A small ViT on the whole of Fashion-MNIST, 50 epochs, at the size of a public one: s-chh's, 92.3 %.
+    """A small ViT on the whole of Fashion-MNIST, 50 epochs, at the size of a public one, s-chh's.
 
-        prepare.py --source torchvision:FashionMNIST --root DIR --out fashion-mnist
+        prepare.py --source torchvision:FashionMNIST --root DIR --download --out fashion-mnist
         pretrain.py fashion-mnist --data.path fashion-mnist
 
     s-chh's plain ViT has 210,058 parameters and the same patches, width, blocks, heads and MLP; its 92.3 % is the best
@@ -202,7 +203,7 @@ def fashion_mnist() -> RunConfig:
 def fashion_mnist_fast() -> RunConfig:
     """A Diff-ViT (V1) of 196,030 parameters that is to reach 90 % on Fashion-MNIST as soon as possible, on two cores.
 
-        prepare.py --source torchvision:FashionMNIST --root DIR --out fashion-mnist
+        prepare.py --source torchvision:FashionMNIST --root DIR --download --out fashion-mnist
         pretrain.py fashion-mnist-fast --data.path fashion-mnist
 
     90 % after 436 s, start-up left out, and 90.71 % after the last epoch (means of three seeds; RESULTS.md). Large

@@ -16,7 +16,7 @@ from diffvit.config import CheckpointConfig
 from diffvit.storage import Storage
 from diffvit.training import checkpoint_writer
 from diffvit.training.checkpoint import Snapshot
-from diffvit.training.checkpoint_store import CheckpointStore, Entry, kept_steps, newest_written
+from diffvit.training.checkpoint_store import CheckpointStore, Entry, Superseded, kept_steps, newest_written
 from diffvit.training.checkpoint_writer import CheckpointWriter
 
 
@@ -61,6 +61,13 @@ def test_an_object_store(object_store: ObjectStore, tmp_path: Path) -> None:
     for step in (3, 5, 8):
         store.put(snapshot(step))
         store.drop_others(step)
+
+    def taken_over() -> None:
+        assert (Storage(uri).size("checkpoint_step_00000009/model.safetensors") or 0) > 0
+        raise Superseded("taken over")
+
+    with pytest.raises(Superseded):
+        store.put(snapshot(9), taken_over)
     Storage(uri).write("checkpoint_step_00000009/training.pt", b"on its way")
     assert newest_written(uri) == "checkpoint_step_00000008"
     store.sweep()

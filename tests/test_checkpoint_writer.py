@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from diffvit.config import CheckpointConfig
 from diffvit.training import checkpoint_writer
 from diffvit.training.checkpoint import Snapshot
-from diffvit.training.checkpoint_store import CheckpointStore
+from diffvit.training.checkpoint_store import CheckpointStore, Superseded
 from diffvit.training.checkpoint_writer import CheckpointWriter
 
 
@@ -30,13 +31,13 @@ class Gate(CheckpointStore):
         self.entered = threading.Event()
         self.failures = failures
 
-    def put(self, snapshot: Snapshot) -> None:
+    def put(self, snapshot: Snapshot, before_publishing: Callable[[], None] = lambda: None) -> None:
         self.entered.set()
         assert self.open.wait(10)
         if self.failures:
             self.failures -= 1
             raise OSError("the store is away")
-        super().put(snapshot)
+        super().put(snapshot, before_publishing)
 
     @property
     def steps(self) -> list[int]:
@@ -133,6 +134,27 @@ def test_a_reader_never_sees_half_of_one(tmp_path: Path, monkeypatch: pytest.Mon
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_step_00000003"]
     newest: Any = store.newest_whole(warnings.append)
     assert newest.step == 3
+
+
+def test_a_run_that_is_taken_over_while_a_checkpoint_is_written(tmp_path: Path, warnings: list[str]) -> None:
+    """It is not published: who took over has looked for the newest one already."""
+    store, asked = Gate(tmp_path), []
+    store.open.set()
+
+    def require_ours() -> None:
+        asked.append(list(tmp_path.glob(".partial*/model.safetensors")))
+        if len(asked) == 4:
+            raise Superseded("taken over")
+
+    writer = CheckpointWriter(store, 1, warnings.append, require_ours)
+    writer.submit(snapshot(1))
+    writer.wait()
+    writer.submit(snapshot(2))
+    writer.wait()
+    assert [len(written) for written in asked] == [0, 1, 0, 1]
+    assert writer.failure == "taken over"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_step_00000001"]
+    writer.close()
 
 
 def test_a_full_disk_that_is_made_room_on(small_disk: Path, warnings: list[str]) -> None:

@@ -1,10 +1,11 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from conftest import with_fields
 
-from diffvit.cli import job_ends, parse_pretrain_config
+from diffvit.cli import job_ends, parse_pretrain_config, parse_sweep_config
 from diffvit.config import ModelConfig, RunConfig, differing_fields, from_json, model_preset, to_json, valid_num_heads
 from diffvit.recipes import RECIPES
 from diffvit.storage import StorageError
@@ -189,3 +190,30 @@ def test_jobs_end_with_one_line_and_a_status(error: BaseException, status: int, 
 def test_a_defect_of_the_program_keeps_its_traceback() -> None:
     with pytest.raises(KeyError), job_ends("from here", RuntimeError):
         raise KeyError("bug")
+
+
+def test_help_of_a_recipe_says_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_pretrain_config("", ["cifar100-v2", "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "prepare.py --source torchvision:CIFAR100 --root DIR --download --out cifar100" in shown
+    assert "What differs" in shown
+    with pytest.raises(SystemExit):
+        parse_pretrain_config("", ["--help"])
+    shown = capsys.readouterr().out
+    assert "deit-s16: " in shown
+    assert "deit-s16-v1: " not in shown
+
+
+def test_the_recipe_for_fine_tuning_wants_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_pretrain_config("", ["finetune", "--data.path", "images"])
+    assert "init.weights is missing" in capsys.readouterr().err
+
+
+def test_a_sweep_is_not_in_the_way_of_its_recipes_run(tmp_path: Path) -> None:
+    assert parse_sweep_config("", ["sample"]).run.name == "sample-sweep"
+    assert parse_sweep_config("", ["sample", "--name", "mine"]).run.name == "mine"
+    (tmp_path / "config.json").write_text(to_json(RECIPES["sample"]()))
+    assert parse_sweep_config("", ["--config", str(tmp_path / "config.json")]).run.name == "sample"

@@ -212,7 +212,7 @@ def test_a_missing_package_is_named_before_anything_is_read(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     config = ExportConfig(checkpoint="nowhere", out=str(tmp_path / "out"), format=("onnx",))
-    with pytest.raises(ValueError, match=rf"needs the package {package}: pip install 'diffvit\[export\]'"):
+    with pytest.raises(ValueError, match=rf"needs the package {package}: pip install -e '\.\[export\]'"):
         export(config)
 
 

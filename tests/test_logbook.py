@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import ObjectStore
 
+from diffvit.storage import Storage, StorageError
 from diffvit.training import logbook
 from diffvit.training.checkpoint_store import Superseded
 from diffvit.training.logbook import Logbook
@@ -84,6 +86,23 @@ def test_nobody_waits_for_a_store_that_is_away(object_store: ObjectStore, tmp_pa
     Logbook(object_store.uri(f"log-{tmp_path.name}")).begin(5, 4.0, 1)
     assert book.interruptions[0]["steps_repeated"] == 3
     assert book.interruptions[0]["why"].startswith("ended without a word")
+
+
+def test_a_claim_that_failed_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = Logbook(tmp_path), Logbook(tmp_path)
+    before.claim()
+
+    def away(*_: Any, **__: Any) -> None:
+        raise StorageError("the store is away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "write", away)
+        after.claim()
+    before.require_ours()
+    after.begin(0, 0.0, 1)
+    after.require_ours()
+    with pytest.raises(Superseded):
+        before.require_ours()
 
 
 def test_nobody_writes_to_a_run_that_ended(tmp_path: Path) -> None:

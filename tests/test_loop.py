@@ -332,7 +332,7 @@ def test_a_node_about_to_go_is_answered_by_a_checkpoint(
 def test_a_store_that_stays_away_ends_the_run(
     tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(store: CheckpointStore, snapshot: Snapshot) -> None:
+    def refuse(store: CheckpointStore, snapshot: Snapshot, before_publishing: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(CheckpointStore, "put", refuse)

@@ -51,6 +51,8 @@ if __name__ == "__main__":
     try:
         one, many = decoded_by(1), decoded_by(6)
         cluster.remove_node(data_node)
+        while sum(node["Alive"] for node in ray.nodes()) > 1:
+            time.sleep(0.1)
         print(json.dumps({"data_node": data_node.node_id, "one": one, "many": many, "left": decoded_by(1)}))
     finally:
         ray.shutdown()

@@ -22,7 +22,7 @@ from diffvit.config import PrepareConfig, RunConfig, from_json
 from diffvit.data.prepare import prepare
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
-from diffvit.training.launch import RunStopped, TrainingFailedError, train
+from diffvit.training.launch import RunStopped, TrainingFailedError, _cause, train
 from diffvit.training.run_lock import RunLock
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -162,8 +162,19 @@ def test_a_shard_that_is_lost_ends_the_run_with_its_name(config: RunConfig, tmp_
     loser.join()
     results = json.loads((config.folder / "results.json").read_text())
     assert results["status"] == "failed"
-    assert results["reason"].endswith("workers that fail are started again scale.max_failures = 0 times")
+    assert "The same command goes on from the last checkpoint (scale.max_failures = 0, " in results["reason"]
     assert results["last"]["step"] >= 5
+
+
+def test_the_worker_that_failed_is_named_and_not_those_that_lost_it() -> None:
+    lost = RuntimeError("Traceback (most recent call last):\n  File ...\nRuntimeError: gloo: Connection closed by peer")
+    died = RuntimeError("The actor died unexpectedly\n\tclass_name: RayTrainWorker")
+    assert _cause({0: lost, 1: died}) == (1, "The actor died unexpectedly")
+    assert _cause({0: lost}) == (0, "RuntimeError: gloo: Connection closed by peer")
+    crashed = RuntimeError(
+        "Traceback ...\nRuntimeError: CUDA error: assert triggered\nCompile with `TORCH_USE_CUDA_DSA`."
+    )
+    assert _cause({0: lost, 3: crashed}) == (3, "RuntimeError: CUDA error: assert triggered")
 
 
 def test_impossible_resources_are_refused_at_once(config: RunConfig) -> None:

@@ -291,6 +291,14 @@ def test_a_lost_reader_changes_nothing(tiny_config: RunConfig, tmp_path: Path, m
     assert (tmp_path / "killed").exists()
 
 
+def join_chunk_threads() -> None:
+    """Let what was asked for come."""
+    for thread in threading.enumerate():
+        if thread.name == "chunks":
+            thread.join(30)
+            assert not thread.is_alive()
+
+
 @pytest.mark.parametrize("comes_back", [False, True])
 def test_a_reader_that_hangs_is_overtaken(
     tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: bool
@@ -322,17 +330,51 @@ def test_a_reader_that_hangs_is_overtaken(
             received.append(copied(batch))
             if warnings and comes_back and not released.exists():
                 released.touch()
-                time.sleep(1.0)
+                join_chunk_threads()
         assert released.exists() == comes_back
     finally:
         released.touch()
-        for thread in threading.enumerate():
-            if thread.name == "chunks":
-                thread.join()
+        join_chunk_threads()
     assert_same(received, iter(reference))
     assert "no images have come for 2 s" in warnings[0]
     assert len(made) == len(set(made))
     assert comes_back == (len(made) < 72 - 4)
+
+
+def test_an_evaluation_that_hangs_does_not_touch_the_next(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks go on alone, and both evaluate again while the reader still hangs."""
+    config = with_fields(tiny_config, optim={"batch_size": 30})
+    monkeypatch.setattr(stream_module, "_PATIENCE_SECONDS", 3.0)
+    monkeypatch.setattr(stream_module, "_OWN_IMAGES", 0)
+    train, val = loaders(config, 2)
+    expected = [list(LocalStream(train, val, rank, 2).evaluate()) for rank in range(2)]
+    rank_process = os.getpid()
+
+    def hang(marker: Path) -> None:
+        while os.getpid() != rank_process and not marker.with_name("released").exists():
+            time.sleep(0.05)
+
+    hanging = BatchLoader(config, at_first_read(val.split, tmp_path / "hangs", hang), val.plan)
+    broadcast = Broadcast(2)
+    warnings: list[str] = []
+
+    def evaluate(stream: RayStream) -> list[list[Batch]]:
+        return [[copied(batch) for batch in stream.evaluate()] for _ in range(2)]
+
+    streams = [RayStream(train, hanging, rank, 2, partial(broadcast, rank), warnings.append) for rank in range(2)]
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            first, second = pool.map(evaluate, streams)
+        assert not (tmp_path / "released").exists()
+    finally:
+        (tmp_path / "released").touch()
+        join_chunk_threads()
+    for rank, twice in enumerate((first, second)):
+        for batches in twice:
+            assert_same(batches, iter(expected[rank]))
+    assert warnings
 
 
 def test_shards_in_a_bucket_with_an_outage(tiny_config: RunConfig, object_store: ObjectStore, tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ import json
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -58,8 +59,9 @@ _OWN_IMAGES = 512
 _READY_BYTES = 512 * 2**20
 """Decoded images that may lie in the object store for each rank, those that it holds included."""
 
-_PATIENCE_SECONDS = 60.0
-"""How long a rank waits for a chunk before it makes the next micro-batches itself."""
+_PATIENCE_SECONDS, _PATIENT_GAPS = 60.0, 3
+"""How long a rank waits for a chunk before it makes the next micro-batches itself; and, where chunks are slow to come,
+how many times the longest that one has taken."""
 
 Broadcast = Callable[[Any], Any]
 """Called by every rank; gives each of them what rank 0 passed."""
@@ -79,7 +81,6 @@ class RayStream:
     ) -> None:
         self._train, self._val, self._rank, self._workers = train, val, rank, workers
         self._broadcast, self._warn = broadcast, warn
-        self._val_iterator: DataIterator | None = None
         self._own_evaluation = val.own_evaluation(rank, workers)
 
     def train(self, first_step: int) -> Generator[Batch]:
@@ -99,9 +100,7 @@ class RayStream:
         plan = self._val.plan
         assert isinstance(plan, EvalPlan)
         own, shared = self._divide(self._val, range(plan.num_rows))
-        if self._val_iterator is None:
-            self._val_iterator = self._share_out(self._val, shared)
-        yield from self._serve(self._val, own, shared, self._val_iterator)
+        yield from self._serve(self._val, own, shared, self._share_out(self._val, shared))
 
     def preview(self, count: int) -> Batch:
         return self._val.preview(count)
@@ -140,25 +139,23 @@ class RayStream:
         expected = iter(rows[self._rank :: self._workers])
         wanted = next(expected, None)
         overtaken: set[int] = set()
-        while True:
-            try:
-                chunk = coming.result(0 if overtaken else _PATIENCE_SECONDS)
-            except TimeoutError:
-                if coming.done():  # it is Ray's own
-                    raise
-                if wanted is None:
-                    return
+        asked, patience = time.monotonic(), _PATIENCE_SECONDS
+        while wanted is not None:
+            wait([coming], 0 if overtaken else patience)
+            if not coming.done():
                 if not overtaken:
                     self._warn(
-                        f"no images have come for {_PATIENCE_SECONDS:g} s (micro-batch {wanted}): rank {self._rank} "
-                        "makes them itself until they do"
+                        f"no images have come for {patience:.0f} s (micro-batch {wanted}): rank {self._rank} makes "
+                        "them itself until they do"
                     )
                 overtaken.add(wanted)
                 yield loader(wanted)
                 wanted = next(expected, None)
                 continue
+            chunk = coming.result()
+            patience = max(patience, _PATIENT_GAPS * (time.monotonic() - asked))
             if chunk is None:
-                break
+                raise RuntimeError(f"Ray Data ended before giving rank {self._rank} micro-batch {wanted}")
             for batch in _unpack(chunk):
                 if batch.row in overtaken:
                     overtaken.remove(batch.row)
@@ -167,9 +164,7 @@ class RayStream:
                     raise RuntimeError(f"Ray Data gave rank {self._rank} micro-batch {batch.row} instead of {wanted}")
                 yield batch
                 wanted = next(expected, None)
-            coming = _next_of(chunks)
-        if wanted is not None:
-            raise RuntimeError(f"Ray Data ended before giving rank {self._rank} micro-batch {wanted}")
+            coming, asked = _next_of(chunks), time.monotonic()
 
 
 def _chunks_of(iterator: DataIterator) -> Iterator[pa.Table]:
@@ -180,13 +175,13 @@ def _next_of(chunks: Iterator[pa.Table]) -> Future[pa.Table | None]:
     """What `chunks` gives next, None at its end; from a thread that a process which ends does not wait for."""
     coming: Future[pa.Table | None] = Future()
 
-    def wait() -> None:
+    def work() -> None:
         try:
             coming.set_result(next(chunks, None))
         except BaseException as error:
             coming.set_exception(error)
 
-    threading.Thread(target=wait, name="chunks", daemon=True).start()
+    threading.Thread(target=work, name="chunks", daemon=True).start()
     return coming
 
 

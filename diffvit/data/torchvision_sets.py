@@ -87,7 +87,9 @@ def _open(name: str, split: str, options: SourceOptions) -> Any:
             return kind(root, **arguments, **download)
         except ValueError as error:  # no such split
             refusals.append(str(error))
-        except (RuntimeError, OSError, ImportError) as error:
+        except ImportError as error:
+            raise ValueError(f"torchvision's {name} needs the package {error.name}: pip install {error.name}") from None
+        except (RuntimeError, OSError) as error:
             raise ValueError(
                 f"torchvision's {name} is not in {root}: {error}. Copy it there"
                 + ("" if options.download or "download" not in parameters else ", or add --download to fetch it")

@@ -239,9 +239,9 @@ def _require_divisible(embed_dim: int, parts: int, rule: str) -> None:
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k' / sqrt K) v, (B, H, N, K), by a fused kernel where that is the faster way.
 
-    It is not in bf16 on a CPU, where with its backward pass it takes two to nine times as long as plain operations.
+    It is not in bf16 on a CPU, where its backward pass takes two to nine times as long as that of plain operations.
     """
-    if q.is_cpu and q.dtype == torch.bfloat16:
+    if q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad:
         out: Tensor = softmax_map(q, k).to(v.dtype) @ v
         return out
     return F.scaled_dot_product_attention(q, k, v)

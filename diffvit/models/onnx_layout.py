@@ -50,7 +50,7 @@ def require_onnx() -> None:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"format onnx needs the package {error.name}: pip install 'diffvit[export]'") from None
+        raise ValueError(f"format onnx needs the package {error.name}: pip install -e '.[export]'") from None
 
 
 def write_onnx(saved: SavedModel, path: Path) -> None:

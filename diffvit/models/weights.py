@@ -180,7 +180,7 @@ def _download(name: str) -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise ValueError(f"{HUB}{name} needs huggingface_hub: pip install 'diffvit[timm]'") from None
+        raise ValueError(f"{HUB}{name} needs huggingface_hub: pip install -e '.[timm]'") from None
     try:
         return Path(hf_hub_download(name, WEIGHTS_NAME))
     except Exception as error:  # no network, no such model, no such file: each has a type of its own

@@ -114,14 +114,18 @@ class CheckpointStore:
             for name in found - {name.split("/")[0] for name in names if _MANIFEST.fullmatch(name)}:
                 self._hasty.delete_folder(name)
 
-    def put(self, snapshot: Snapshot) -> None:
+    def put(self, snapshot: Snapshot, before_publishing: Callable[[], None] = lambda: None) -> None:
         """Write a checkpoint, in the place of one of the same step if there is one.
+
+        Args:
+            snapshot: the checkpoint.
+            before_publishing: called when all of it is written, and no reader sees it yet; may raise.
 
         Raises:
             OSError, StorageError: the store is away or full; nothing of it is left where a reader looks.
         """
         if self._storage.is_remote:
-            self._upload(snapshot)
+            self._upload(snapshot, before_publishing)
             return
         target = Path(self._storage.path(checkpoint_name(snapshot.step)))
         partial = target.with_name(_PARTIAL + target.name)
@@ -131,6 +135,7 @@ class CheckpointStore:
             snapshot.write(partial)
             for path in (*partial.iterdir(), partial):
                 sync(path)
+            before_publishing()
             self._delete(target.name)
             partial.rename(target)
             sync(target.parent)
@@ -148,13 +153,15 @@ class CheckpointStore:
         manifest = json.loads(self._hasty.read(name)) | {"metrics": metrics}
         self._hasty.write(name, (json.dumps(manifest, indent=2) + "\n").encode())
 
-    def _upload(self, snapshot: Snapshot) -> None:
+    def _upload(self, snapshot: Snapshot, before_publishing: Callable[[], None]) -> None:
         name = checkpoint_name(snapshot.step)
         with scratch_folder() as folder:
             snapshot.write(folder)
             files = sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST_NAME)
             self._delete(name)
             for file in files:
+                if file.name == MANIFEST_NAME:
+                    before_publishing()
                 with pa.memory_map(str(file)) as mapped:
                     self._hasty.write(f"{name}/{file.name}", mapped.read_buffer())
 

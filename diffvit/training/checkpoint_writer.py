@@ -30,10 +30,13 @@ class _Waiting:
 
 
 class CheckpointWriter:
-    """A thread that writes to `store`."""
+    """A thread that writes to `store`, as long as `require_ours` raises no `Superseded`."""
 
-    def __init__(self, store: CheckpointStore, retry_minutes: float, warn: Warn) -> None:
+    def __init__(
+        self, store: CheckpointStore, retry_minutes: float, warn: Warn, require_ours: Callable[[], None] = lambda: None
+    ) -> None:
         self._store, self._retry_seconds, self._warn = store, 60 * retry_minutes, warn
+        self._require_ours = require_ours
         self._changed = threading.Condition()
         self._waiting: list[_Waiting] = []
         self._busy = self._closing = False
@@ -63,7 +66,7 @@ class CheckpointWriter:
         with self._changed:
             while self._waiting and not self._waiting[-1].stays and self._waiting[-1].step not in pinned:
                 before = (*self._waiting.pop().before, *before)
-            write = partial(self._store.put, snapshot)
+            write = partial(self._store.put, snapshot, self._require_ours)
             self._waiting.append(_Waiting(snapshot.step, write, pinned, before, stays))
             self._changed.notify_all()
 
@@ -112,6 +115,7 @@ class CheckpointWriter:
         deadline, delay = time.monotonic() + self._retry_seconds, _FIRST_DELAY_SECONDS
         while True:
             try:
+                self._require_ours()
                 for write in waiting.before:
                     write()
                 waiting.write()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -16,7 +17,7 @@ from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffvit.cluster.packages import require_packages
-from diffvit.config import RunConfig, to_json
+from diffvit.config import RunConfig, ScaleConfig, to_json
 from diffvit.console import Console
 from diffvit.data.loader import plan_run
 from diffvit.data.order import TrainPlan
@@ -48,6 +49,10 @@ __all__ = [
 Work = Callable[[dict[str, Any]], Any]
 """What each worker of a group calls, with what `join_group` takes."""
 
+_LOST_ANOTHER = ("connection", "gloo", "nccl", "peer")
+"""Words in the errors of those who wait for a worker that is gone."""
+_RAISED = re.compile(r"[\w.]*(Error|Exception)\b.*: ")
+"""The line of a traceback that names the error."""
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -92,7 +97,7 @@ def _train(config: RunConfig, dataset: Dataset, train_plan: TrainPlan, started: 
         status, reason = "interrupted", "interrupted by the user"
         raise KeyboardInterrupt from None
     except TrainingFailedError as error:
-        reason = _cause_first(str(error).strip(), config.scale.max_failures)
+        reason = _cause_first(error, config.scale)
         raise TrainingFailedError(reason) from error
     finally:
         progress.shutdown(force=True)
@@ -102,12 +107,22 @@ def _train(config: RunConfig, dataset: Dataset, train_plan: TrainPlan, started: 
     return results
 
 
-def _cause_first(account: str, max_failures: int) -> str:
-    """Ray's account of a failure ends with its cause, after the frames of every rank."""
+def _cause_first(error: TrainingFailedError, scale: ScaleConfig) -> str:
+    """Ray's account of a failure, with its cause before it."""
+    failures = getattr(error, "worker_failures", None)
+    cause = _cause(failures)[1] if failures else str(error).strip().splitlines()[-1]
     return (
-        f"training failed: {account.splitlines()[-1]}\n{account}\nThe same command goes on from the last checkpoint; "
-        f"workers that fail are started again scale.max_failures = {max_failures} times"
+        f"training failed: {cause}\n{str(error).strip()}\nThe same command goes on from the last checkpoint "
+        f"(scale.max_failures = {scale.max_failures}, scale.max_preemptions = {scale.max_preemptions})"
     )
+
+
+def _cause(failures: Mapping[int, Exception]) -> tuple[int, str]:
+    """Rank and error, in a line, of a worker that did more than lose another one, if there is such."""
+    told = {rank: str(failure).strip() or type(failure).__name__ for rank, failure in failures.items()}
+    rank = min(told, key=lambda rank: any(word in told[rank].lower() for word in _LOST_ANOTHER))
+    lines = told[rank].splitlines()
+    return rank, next((line for line in reversed(lines) if _RAISED.match(line)), lines[0])
 
 
 def train_group(config: RunConfig, dataset: Dataset, callbacks: list[UserCallback]) -> str | None:
@@ -239,9 +254,8 @@ class _SayWhy(ray.train.UserCallback):  # type: ignore[misc]
         self._run = run
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-        rank, error = next(iter(worker_exceptions.items()))
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        Logbook(self._run).cut(f"worker {rank} was lost: {lines[0]}")
+        rank, cause = _cause(worker_exceptions)
+        Logbook(self._run).cut(f"worker {rank} was lost: {cause}")
 
 
 def _train_worker(job: dict[str, Any]) -> str | None:

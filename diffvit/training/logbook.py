@@ -43,8 +43,8 @@ class Logbook:
         return found
 
     def claim(self) -> None:
-        """From here on no other sitting writes to the run. For who then looks which checkpoint is the newest: one that
-        an earlier sitting still added would be gone on from later, without the audit that this one deletes.
+        """From here on no other sitting publishes a checkpoint. For who then looks which is the newest: one that an
+        earlier sitting still added would be gone on from later, without the audit that this one deletes.
         """
         sitting = uuid.uuid4().hex
         with suppress(OSError, StorageError):  # checkpoints find a full disk too, and wait for room
@@ -52,10 +52,12 @@ class Logbook:
             self._sitting = sitting
 
     def begin(self, step: int, train_seconds: float, workers: int) -> None:
-        """A sitting, which has claimed the run, starts after `step` steps; if one was cut, that is written down.
+        """A sitting starts after `step` steps; if an earlier one was cut, that is written down.
 
         `seconds_lost` is the time from its last sign of life until now, and that of training the repeated steps.
         """
+        if self._sitting is None:  # the store was away
+            self.claim()
         last = self._read(_ALIVE)
         with suppress(OSError, StorageError):
             if last is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -104,9 +104,9 @@ class TimedStore(CheckpointStore):
 
     writing_seconds = 0.0
 
-    def put(self, snapshot: Snapshot) -> None:
+    def put(self, snapshot: Snapshot, before_publishing: Callable[[], None] = lambda: None) -> None:
         began = time.perf_counter()
-        super().put(snapshot)
+        super().put(snapshot, before_publishing)
         self.writing_seconds = time.perf_counter() - began
 
 

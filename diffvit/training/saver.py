@@ -62,7 +62,9 @@ class Saver:
         if worker.rank == 0 and worker.store is not None:
             self._logbook.begin(state.step, state.train_seconds, worker.workers)
             worker.store.sweep()
-            self._writer = CheckpointWriter(worker.store, config.checkpoint.retry_minutes, worker.warn)
+            self._writer = CheckpointWriter(
+                worker.store, config.checkpoint.retry_minutes, worker.warn, logbook.require_ours
+            )
         self._preempted = False
         self._polled_at = time.monotonic()
         self._every_minutes = config.checkpoint.every_minutes or math.inf
@@ -112,7 +114,7 @@ class Saver:
         if keeps or is_sharded(self._state.model):
             snapshot = take_snapshot(self._state, self._config, metrics, keeps=keeps)
         if self._writer is not None:
-            self._writer.submit(snapshot, self._pinned, (self._logbook.require_ours, *before), stays=ends_epoch)
+            self._writer.submit(snapshot, self._pinned, before, stays=ends_epoch)
         elif self._worker.rank == 0:
             for write in before:
                 write()
@@ -124,7 +126,7 @@ class Saver:
         if not state.health.counted:
             state.good_step = state.step
         if self._writer is not None:
-            self._writer.describe(state.step, metrics, self._pinned, (self._logbook.require_ours, *before))
+            self._writer.describe(state.step, metrics, self._pinned, before)
         elif self._worker.rank == 0:
             for write in before:
                 write()
