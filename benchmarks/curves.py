@@ -29,7 +29,7 @@ def run_job(*options: str) -> tuple[Curve, dict[str, Any]]:
         manifests = sorted(Path(storage).glob("run/checkpoint_step_*/checkpoint.json"))
         metrics = [json.loads(manifest.read_text())["metrics"] for manifest in manifests]
         results = json.loads((Path(storage) / "run/results.json").read_text())
-    return [(epoch["train_seconds"], epoch["top1"]) for epoch in metrics], results
+    return [(epoch["train_seconds"], epoch["top1"]) for epoch in metrics if "top1" in epoch], results
 
 
 def draw(

@@ -35,17 +35,20 @@ def parse_pretrain_config(description: str, arguments: list[str] | None = None) 
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        described, default = _described(description, arguments), _take_default(arguments)
-
-        def pretrain(
-            run: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
-            rehearsal: Annotated[RehearsalOptions, tyro.conf.arg(name="")] = RehearsalOptions(),  # noqa: B008 - frozen
-        ) -> tuple[RunConfig, RehearsalOptions]:
-            return run, rehearsal
-
-        return tyro.cli(pretrain, args=arguments, description=described)
+        described = _described(description, arguments)
+        return _run_or_rehearsal(_take_default(arguments), arguments, described)
     except ValueError as error:
         fail(str(error))
+
+
+def _run_or_rehearsal(default: RunConfig, arguments: list[str], description: str) -> tuple[RunConfig, RehearsalOptions]:
+    def job(
+        run: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
+        rehearsal: Annotated[RehearsalOptions, tyro.conf.arg(name="")] = RehearsalOptions(),  # noqa: B008 - frozen
+    ) -> tuple[RunConfig, RehearsalOptions]:
+        return run, rehearsal
+
+    return tyro.cli(job, args=arguments, description=description)
 
 
 def parse_sweep_config(description: str, arguments: list[str] | None = None) -> SweepConfig:
@@ -71,12 +74,12 @@ def parse_sweep_config(description: str, arguments: list[str] | None = None) -> 
         fail(str(error))
 
 
-def parse_finetune_config(description: str, arguments: list[str] | None = None) -> RunConfig:
+def parse_finetune_config(description: str, arguments: list[str] | None = None) -> tuple[RunConfig, RehearsalOptions]:
     """As `parse_pretrain_config`, from the recipe `finetune` where none is named, and the model of `--init.weights`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         from_recipe = not _names_config(arguments)
-        if from_recipe and not (arguments and arguments[0] in RECIPES):
+        if from_recipe and (not arguments or arguments[0].startswith("-")):
             arguments.insert(0, "finetune")
         described, default = _described(description, arguments), _take_default(arguments)
         weights = _value_of("--init.weights", arguments) or (default.init.weights if from_recipe else "")
@@ -84,7 +87,7 @@ def parse_finetune_config(description: str, arguments: list[str] | None = None) 
             default = _starting_from(weights, default, _value_of("--model.variant", arguments))
         elif not default.init.weights and not _asks_for_help(arguments):
             raise ValueError(_NO_WEIGHTS)
-        return tyro.cli(RunConfig, default=default, args=arguments, description=described)
+        return _run_or_rehearsal(default, arguments, described)
     except ValueError as error:
         fail(str(error))
 
@@ -127,8 +130,11 @@ def _require_used(config: CompareConfig, recipe: RunConfig) -> None:
             raise ValueError(f"compare takes no --{name}, got {now!r}: {remedy}")
 
 
-def run_training(config: RunConfig) -> None:
-    """Train, or continue, the run, say how it ended, and end the job."""
+def run_training(config: RunConfig, rehearsal: RehearsalOptions) -> None:
+    """Train, or continue, the run, or rehearse it; say how that ended, and end the job."""
+    if rehearsal.rehearse:
+        _run_rehearsal(config, rehearsal)
+        return
     from diffvit.console import print_results  # after the options are found good: these imports take seconds
     from diffvit.training.launch import RunStopped, TrainingFailedError, train
 
@@ -137,8 +143,7 @@ def run_training(config: RunConfig) -> None:
     print_results(config.location, results)
 
 
-def run_rehearsal(config: RunConfig, options: RehearsalOptions) -> None:
-    """Rehearse the run, print what it will take, and end the job."""
+def _run_rehearsal(config: RunConfig, options: RehearsalOptions) -> None:
     from diffvit.rehearse import rehearse  # as above
     from diffvit.training.launch import RunStopped, TrainingFailedError
 

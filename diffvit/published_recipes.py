@@ -50,8 +50,8 @@ def imagenet_s16(epochs: Literal[90, 150, 300]) -> RunConfig:
 
     What differs: its RandAugment also has Cutout, Invert and SolarizeAdd, and no Identity; at its strength it always
     raises colour, contrast, brightness and sharpness by 0.9 (here raises or lowers) and solarises nothing (here all);
-    it normalises tokens before their mean, and its head is a tanh layer and one that starts from 0; its matrices start
-    from Xavier's distribution.
+    it normalises tokens before their mean, and its head, with which it has these scores, is a tanh layer and one that
+    starts from 0; its matrices start from Xavier's distribution.
     """
     return RunConfig(
         name=f"imagenet-s16-{epochs}ep",
@@ -82,11 +82,12 @@ def imagenet_s16(epochs: Literal[90, 150, 300]) -> RunConfig:
 def deit(size: Literal["tiny", "small", "base"]) -> RunConfig:
     """DeiT-Ti, -S or -B on ImageNet-1k, 300 epochs.
 
-        pretrain.py deit-s16 --data.path IMAGENET
+        prepare.py --source FOLDER --out imagenet
+        pretrain.py deit-s16 --data.path imagenet
 
-    Source: arXiv 2012.12877, table 9, and the authors' code; B takes 53 hours on 8 V100 there. lr 5e-4 x batch / 512.
-    As in its sampler, an epoch of 3 copies of each image shows a third of them. timm's rand-m9-mstd0.5-inc1 counts
-    strength to 10 and applies an operation with probability 0.5.
+    Source: arXiv 2012.12877, table 9, and the authors' code; B takes 53 hours on 8 V100 there, Ti and S under three
+    days on 4 GPUs. lr 5e-4 x batch / 512. As in its sampler, an epoch of 3 copies of each image shows a third of them.
+    timm's rand-m9-mstd0.5-inc1 counts strength to 10 and applies an operation with probability 0.5.
 
     What differs: its RandAugment also has Invert and SolarizeAdd, and no Identity; it turns with either interpolation
     and leaves ImageNet's mean colour where an image was (here nearest, and grey), and posterises further; its mixup
@@ -136,8 +137,9 @@ def cifar(classes: Literal[10, 100]) -> RunConfig:
     is a sampler whose epochs are 3 passes with 1 copy of an image each: 100 epochs with 10 of warm-up are 300 and 30
     here, and `augment.repeats` is 1. Hardware and time are not given.
 
-    What differs: its drop path is 0.1 in every block, its AdamW decays every parameter, and it erases up to 40 % of an
-    image and fills that with the mean (here up to a third, and black).
+    What differs: its drop path is 0.1 in every block, its AdamW decays every parameter, it erases up to 40 % of an
+    image and fills that with the mean (here up to a third, and black), and its matrices start from Xavier's
+    distribution, class token and positions from N(0, 1).
     """
     return RunConfig(
         name=f"cifar{classes}",
@@ -153,7 +155,11 @@ def cifar(classes: Literal[10, 100]) -> RunConfig:
             qkv_bias=False,
             drop_path=0.1,
         ),
-        data=DataConfig(path=""),
+        data=DataConfig(
+            path="",
+            mean=(0.4914, 0.4822, 0.4465) if classes == 10 else (0.5070, 0.4865, 0.4409),
+            std=(0.2470, 0.2435, 0.2616) if classes == 10 else (0.2673, 0.2564, 0.2762),
+        ),
         augment=AugmentConfig(
             crop="pad",
             padding=4,

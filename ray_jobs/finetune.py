@@ -11,7 +11,7 @@ from diffvit.cli import parse_finetune_config, run_training
 
 
 def main() -> None:
-    run_training(parse_finetune_config(__doc__ or ""))
+    run_training(*parse_finetune_config(__doc__ or ""))
 
 
 if __name__ == "__main__":

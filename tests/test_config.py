@@ -5,8 +5,17 @@ from pathlib import Path
 import pytest
 from conftest import with_fields
 
-from diffvit.cli import job_ends, parse_pretrain_config, parse_sweep_config
-from diffvit.config import ModelConfig, RunConfig, differing_fields, from_json, model_preset, to_json, valid_num_heads
+from diffvit.cli import job_ends, parse_finetune_config, parse_pretrain_config, parse_sweep_config
+from diffvit.config import (
+    ModelConfig,
+    RehearsalOptions,
+    RunConfig,
+    differing_fields,
+    from_json,
+    model_preset,
+    to_json,
+    valid_num_heads,
+)
 from diffvit.recipes import RECIPES
 from diffvit.storage import StorageError
 
@@ -22,6 +31,8 @@ def test_recipes_are_valid_and_round_trip(recipe: str) -> None:
     [
         ({"model": {"num_heads": 5}}, r"divisible by 2 x model.num_heads .* num_heads that fit: \[1\]"),
         ({"model": {"patch_size": 5}}, "patch_size must divide model.image_size, got 5 and 16"),
+        ({"model": {"mlp_ratio": 0.01}}, "must be at least 1 and finite, got 0.01 x 16"),
+        ({"optim": {"lr": float("inf")}}, "optim.lr must be positive and finite, got inf"),
         ({"model": {"in_channels": 2}}, "in_channels must be 1 or 3, got 2"),
         ({"model": {"pool": "token"}}, "must be 'avg' when model.class_token is off"),
         ({"model": {"lambda_init": 1.0}}, r"lambda_init must be 'depth' or a constant in \[0, 1\), got 1.0"),
@@ -217,3 +228,14 @@ def test_a_sweep_is_not_in_the_way_of_its_recipes_run(tmp_path: Path) -> None:
     assert parse_sweep_config("", ["sample", "--name", "mine"]).run.name == "mine"
     (tmp_path / "config.json").write_text(to_json(RECIPES["sample"]()))
     assert parse_sweep_config("", ["--config", str(tmp_path / "config.json")]).run.name == "sample"
+
+
+def test_a_fine_tune_can_be_rehearsed_and_its_recipe_misspelt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_finetune_config("", ["flowres", "--data.path", "images"])
+    assert "unknown recipe 'flowres'; did you mean 'flowers'?" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(to_json(RECIPES["flowers"]()))
+    config, rehearsal = parse_finetune_config("", ["--config", str(tmp_path / "config.json"), "--rehearse"])
+    assert (config, rehearsal) == (RECIPES["flowers"](), RehearsalOptions(rehearse=True))

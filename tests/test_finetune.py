@@ -259,7 +259,7 @@ def test_a_plain_run_goes_on_as_v2_at_another_size(pretrained: RunConfig, tmp_pa
 
 
 def parse(*arguments: str) -> RunConfig:
-    return parse_finetune_config("", list(arguments))
+    return parse_finetune_config("", list(arguments))[0]
 
 
 def test_the_command_line_takes_the_model_from_the_weights(pretrained: RunConfig, tmp_path: Path) -> None:

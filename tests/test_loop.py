@@ -134,6 +134,13 @@ def scalars(config: RunConfig, name: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(name)]
 
 
+def test_the_learning_rates_of_adamw_and_of_muon_are_told_apart(tiny_config: RunConfig, tmp_path: Path) -> None:
+    config = with_fields(tiny_config, optim={"optimizer": "muon", "lr": 1e-3, "muon_lr": 0.05})
+    Run(config, tmp_path)
+    adamw, muon = (scalars(config, f"train/{name}") for name in ("lr", "muon_lr"))
+    assert [rate / 1e-3 for _, rate in adamw] == pytest.approx([rate / 0.05 for _, rate in muon])
+
+
 def test_learns_and_reports_each_epoch(tiny_config: RunConfig, tmp_path: Path) -> None:
     config = with_fields(tiny_config, optim={"epochs": 12})
     run = Run(config, tmp_path)

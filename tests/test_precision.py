@@ -45,6 +45,7 @@ def test_tf32_is_for_gpus_that_are_not_asked_for_fp32(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, precision: str, products: str, convolutions: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = True
     set_float32_products(ScaleConfig(precision=precision), device)
@@ -52,7 +53,7 @@ def test_tf32_is_for_gpus_that_are_not_asked_for_fp32(
     assert torch.backends.cudnn.allow_tf32 is convolutions
 
 
-@pytest.mark.parametrize(("emulates", "native"), [(True, False), (True, True)])
+@pytest.mark.parametrize(("emulates", "native"), [(True, False), (False, False), (True, True)])
 def test_an_emulated_bf16_is_not_taken_by_itself(
     tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, emulates: bool, native: bool
 ) -> None:
@@ -60,13 +61,15 @@ def test_an_emulated_bf16_is_not_taken_by_itself(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: emulates if including_emulation else native
     )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if native else (7, 5))
     assert has_bf16(CUDA) is native
     for asked in ("bf16", "auto"):
         scale = ScaleConfig(precision=asked)
         warning = precision_warning(scale, CUDA)
         assert (warning is None) is native
         assert native or f"{asked!r}, but Old GPU would emulate bf16" in (warning or "")
-        assert numbers(scale, CUDA) == ("bf16" if native else "tf32")
+        assert native or (warning or "").endswith("computes in fp32")  # what has no bf16 has no TF32 either
+        assert numbers(scale, CUDA) == ("bf16" if native else "fp32")
     assert precision_warning(ScaleConfig(precision="tf32"), CUDA) is None
 
 

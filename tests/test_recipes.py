@@ -54,6 +54,7 @@ DEIT = EVERYWHERE | {
     "data.mean": (0.485, 0.456, 0.406), "data.std": (0.229, 0.224, 0.225),
 }  # fmt: skip
 CIFAR = EVERYWHERE | {
+    "data.mean": (0.4914, 0.4822, 0.4465), "data.std": (0.2470, 0.2435, 0.2616),
     "model.image_size": 32, "model.patch_size": 4, "model.embed_dim": 192, "model.depth": 9, "model.num_heads": 12,
     "model.mlp_ratio": 2, "model.drop_path": 0.1, "optim.epochs": 3 * 100, "optim.batch_size": 128, "optim.lr": 1e-3,
     "optim.weight_decay": 0.05, "optim.warmup_epochs": 3 * 10, "optim.label_smoothing": 0.1,
@@ -72,7 +73,8 @@ PUBLISHED = {
     "deit-s16": DEIT | {"model.embed_dim": 384, "model.num_heads": 6},
     "deit-b16": DEIT | {"model.embed_dim": 768, "model.num_heads": 12},
     "cifar10": CIFAR | {"model.num_classes": 10},
-    "cifar100": CIFAR | {"model.num_classes": 100},
+    "cifar100": CIFAR
+    | {"model.num_classes": 100, "data.mean": (0.5070, 0.4865, 0.4409), "data.std": (0.2673, 0.2564, 0.2762)},
     "fashion-mnist": {  # the size of s-chh's model; the training is our own
         "model.image_size": 28,
         "model.patch_size": 4,

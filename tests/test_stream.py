@@ -95,7 +95,7 @@ def on_every_rank(config: RunConfig, workers: int, ask: Ask, accumulation_steps:
 
 
 def copied(batch: Batch) -> Batch:
-    return Batch(batch.row, batch.images.copy(), batch.labels.copy(), batch.skipped)
+    return Batch(batch.row, batch.images.copy(), batch.labels.copy(), batch.skipped, batch.samples.copy())
 
 
 def assert_same(ours: list[Batch], theirs: Iterator[Batch]) -> None:
@@ -115,6 +115,56 @@ def test_training_batches_match_the_local_stream(
     for rank, batches in enumerate(by_rank):
         assert len(batches) == (6 - first_step) * accumulation_steps
         assert_same(batches, LocalStream(train, val, rank, workers).train(first_step))
+
+
+def test_a_sample_looks_the_same_whatever_the_number_of_workers(tiny_config: RunConfig) -> None:
+    """Crop and flip are the sample's and the epoch's, not the rank's."""
+    seen: list[dict[tuple[int, int], Any]] = []
+    for workers in (1, 2, 3, 4):
+        by_rank = on_every_rank(tiny_config, workers, lambda stream: stream.train(3))
+        plan = loaders(tiny_config, workers)[0].plan
+        assert isinstance(plan, TrainPlan)
+        seen.append(
+            {
+                (plan.locate(batch.row)[0], int(sample)): image
+                for batches in by_rank
+                for batch in batches
+                for sample, image in zip(batch.samples, batch.images, strict=True)
+            }
+        )
+    assert len(seen[0]) == 36
+    for images in seen[1:]:
+        assert images.keys() == seen[0].keys()
+        assert all(np.array_equal(image, seen[0][place]) for place, image in images.items())
+
+
+def test_what_was_consumed_is_not_read_again(tiny_config: RunConfig, tmp_path: Path) -> None:
+    """A run that goes on after step 4 of 6 reads the images of two steps."""
+    train, val = loaders(tiny_config, 1)
+    reads = tmp_path / "reads"
+    reads.mkdir()
+
+    def note(split: Split) -> Split:
+        class Noting:  # in here, because Ray's workers cannot import this module
+            labels = split.labels
+
+            def __len__(self) -> int:
+                return len(split)
+
+            def key(self, index: int) -> str:
+                return split.key(index)
+
+            def read_many(self, indices: Any) -> Iterator[bytes | OSError]:
+                (reads / f"{time.monotonic_ns()}-{os.getpid()}").write_text(" ".join(map(str, indices.tolist())))
+                return split.read_many(indices)
+
+        return Noting()
+
+    noted = BatchLoader(tiny_config, note(train.split), train.plan)
+    batches = list(RayStream(noted, val, 0, 1, lambda value: value).train(4))
+    read = sorted(int(index) for file in reads.iterdir() for index in file.read_text().split())
+    assert len(read) == 2 * 12
+    assert read == sorted(sample for batch in batches for sample in batch.samples.tolist())
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
@@ -209,25 +259,28 @@ def test_bad_images_keep_their_place(tiny_config: RunConfig) -> None:
 
 def test_cut_anywhere_the_audit_is_that_of_an_uncut_run(tiny_config: RunConfig, tmp_path: Path) -> None:
     """Sittings of 1 to 4 workers end at random steps, each going on from the last saved one."""
-    total, saves_every = 6, 2
+    images = make_folder(tmp_path / "more", images_per_class=40, val_per_class=5)
+    tiny_config = with_fields(tiny_config, data={"path": str(images)})
+    total, saves_every = 20, 3
     local = loaders(tiny_config, 1)
     uncut = audit_of(tmp_path / "uncut", [(LocalStream(*local), local[0].plan)], 0, total, saves_every)
-    rng = np.random.default_rng(7)
-    step, sittings = 0, 0
+    rng = np.random.default_rng(9)
+    step, sittings = 0, list[tuple[int, int]]()
     while step < total:
-        workers, lost = int(rng.integers(1, 5)), int(rng.integers(step + 1, total + 1))
+        workers, lost = int(rng.integers(1, 5)), min(int(rng.integers(step + 1, step + 7)), total)
         train, val = loaders(tiny_config, workers)
         broadcast = Broadcast(workers)
         ranks = [(RayStream(train, val, r, workers, partial(broadcast, r)), train.plan) for r in range(workers)]
         rows = audit_of(tmp_path / "cut", ranks, step, lost, saves_every)
-        step = lost - lost % saves_every
-        sittings += 1
-    assert sittings > 1
+        step = total if lost == total else lost - lost % saves_every
+        sittings.append((workers, lost - step))
+    assert {workers for workers, _ in sittings} == {1, 2, 3, 4}
+    assert sum(repeated for _, repeated in sittings) >= 3
     columns = ["epoch", "step", "position", "key"]  # the ranks differ, of course
     assert rows.select(columns).equals(uncut.select(columns))
     for epoch in (1, 2):
         keys = rows.filter(pc.equal(rows["epoch"], epoch))["key"].to_pylist()
-        assert len(keys) == len(set(keys)) == 36
+        assert len(keys) == len(set(keys)) == 120
 
 
 def audit_of(
@@ -241,11 +294,13 @@ def audit_of(
         for name, content in audits[rank].parts(step, taken).items():
             Storage(str(folder)).write(name, content)
 
+    plan = ranks[0][1]
+
     def sit(rank: int) -> None:
         batches = audits[rank].watch(ranks[rank][0].train(first_step))
         for step in range(first_step + 1, end + 1):
             next(batches)
-            if step % saves_every == 0:
+            if step % saves_every == 0 or step == plan.total_steps:
                 write(rank, step)
         batches.close()
 

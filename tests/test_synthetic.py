@@ -14,6 +14,7 @@ from diffvit.config import RunConfig
 from diffvit.data.images import decode_image
 from diffvit.data.sources import open_dataset
 from diffvit.data.synthetic import ImageKind, encode_noise, rehearsal_data
+from diffvit.recipes import RECIPES
 
 
 @pytest.mark.parametrize(("length", "mode"), [(9_000, "RGB"), (20_000, "RGB"), (6_000, "L")])
@@ -69,3 +70,9 @@ def test_without_data_the_well_known_set_of_that_size(
     (encoded,) = dataset.train.read_many(np.array([train - 1]))
     assert (Image.open(io.BytesIO(encoded)).size, Image.open(io.BytesIO(encoded)).format) == (size, format)
     assert f"no data at data.path = {path!r}" in text
+
+
+def test_flowers_is_rehearsed_as_the_small_set_that_it_is() -> None:
+    dataset, text = rehearsal_data(RECIPES["flowers"]())
+    assert (len(dataset.train), len(dataset.classes)) == (1_020, 102)
+    assert "like Flowers102" in text

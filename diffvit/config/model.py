@@ -83,7 +83,10 @@ class ModelConfig:
             f"model.embed_dim must be divisible by {rule}, got {self.embed_dim} and num_heads={self.num_heads}; "
             f"num_heads that fit: {valid_num_heads(self.embed_dim, self.variant)}",
         )
-        require(self.mlp_ratio > 0, f"model.mlp_ratio must be positive, got {self.mlp_ratio}")
+        require(
+            1 <= self.mlp_ratio * self.embed_dim < math.inf,
+            f"model.mlp_ratio x model.embed_dim must be at least 1 and finite, got {self.mlp_ratio} x {self.embed_dim}",
+        )
         require(self.reg_tokens >= 0, f"model.reg_tokens must not be negative, got {self.reg_tokens}")
         require(
             self.class_token or self.pool == "avg",

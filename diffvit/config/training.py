@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,7 +59,8 @@ class OptimConfig:
         for name in ("epochs", "batch_size"):
             require(getattr(self, name) >= 1, f"optim.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "muon_lr"):
-            require(getattr(self, name) > 0, f"optim.{name} must be positive, got {getattr(self, name)}")
+            rate = getattr(self, name)
+            require(0 < rate < math.inf, f"optim.{name} must be positive and finite, got {rate}")
         require(
             0.0 <= self.warmup_epochs <= self.epochs,
             f"optim.warmup_epochs must be between 0 and optim.epochs = {self.epochs}, got {self.warmup_epochs}",
@@ -93,7 +95,7 @@ class ScaleConfig:
     """Samples that a worker takes through the model at once, or a few less where that does not divide its share; the
     rest is accumulated. None: the whole share, that of the most workers where their number is left open."""
     precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
-    """auto: bf16 autocast on a GPU that has it, else tf32; bf16: on a CPU that has it too; tf32: float32, but a GPU
+    """auto: bf16 autocast on a GPU that has it, else float32; bf16: on a CPU that has it too; tf32: float32, but a GPU
     from Ampere on multiplies with 10 bits of mantissa; fp32: float32 throughout. On a CPU tf32 is fp32."""
     sharding: Literal["none", "fsdp"] = "none"
     """fsdp: parameters, their average and AdamW's moments are spread over the workers (PyTorch's FSDP2), for models

@@ -1,7 +1,7 @@
 """Images of noise that stand in for a data set that is not there yet: as many, and as long to decode and to augment.
 
-It is taken to be the well-known set that has images of the model's size. Nothing is fetched. A few images are encoded
-once and shown over and over.
+It is taken to be the well-known set that has images of the model's size, or Flowers102 where there are as many classes.
+Nothing is fetched. A few images are encoded once and shown over and over.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from diffvit.config import RunConfig
+from diffvit.config import ModelConfig, RunConfig
 from diffvit.data.order import Indices
 from diffvit.data.sources import Dataset, open_dataset
 from diffvit.storage import Storage, absolute
@@ -49,6 +49,7 @@ class KnownSet:
 
 FASHION_MNIST = KnownSet("Fashion-MNIST", 60_000, 10_000, 10, ImageKind(28, 28, "PNG", "L", 500))
 CIFAR10 = KnownSet("CIFAR-10", 50_000, 10_000, 10, ImageKind(32, 32, "PNG", "RGB", 2_400))
+FLOWERS = KnownSet("Flowers102", 1_020, 1_020, 102, ImageKind(667, 500, "JPEG", "RGB", 42_000))
 IMAGENET = KnownSet("ImageNet-1k", 1_281_167, 50_000, 1000, ImageKind(500, 375, "JPEG", "RGB", 115_000))
 """500 x 375 is its commonest size; 115 kB are its training tar's 147,897,477,120 bytes by its number of images."""
 
@@ -80,7 +81,7 @@ def rehearsal_data(config: RunConfig) -> tuple[Dataset, str]:
     real = _find(config)
     if real is not None:
         return real, f"{len(real.train):,} and {len(real.val):,} of {config.data.path}"
-    known = _known_set(config.model.image_size)
+    known = _known_set(config.model)
     classes = config.data.classes or tuple(map(str, range(config.model.num_classes or known.classes)))
     images = tuple(encode_noise(known.kind, (config.seed, number)) for number in range(_DIFFERENT_IMAGES))
     train, val = (SyntheticSplit(np.arange(count) % len(classes), images) for count in (known.train, known.val))
@@ -103,7 +104,10 @@ def _find(config: RunConfig) -> Dataset | None:
         return None
 
 
-def _known_set(image_size: int) -> KnownSet:
+def _known_set(model: ModelConfig) -> KnownSet:
+    image_size = model.image_size
+    if model.num_classes == FLOWERS.classes:
+        return FLOWERS
     if image_size <= FASHION_MNIST.kind.width:
         return FASHION_MNIST
     return CIFAR10 if image_size <= 2 * CIFAR10.kind.width else IMAGENET

@@ -49,6 +49,7 @@ __all__ = [
 Work = Callable[[dict[str, Any]], Any]
 """What each worker of a group calls, with what `join_group` takes."""
 
+_RAYS_COPY = "/runtime_resources/working_dir_files/"
 _LOST_ANOTHER = ("connection", "gloo", "nccl", "peer")
 """Words in the errors of those who wait for a worker that is gone."""
 _RAISED = re.compile(r"[\w.]*(Error|Exception)\b.*: ")
@@ -73,6 +74,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     train_plan, _ = plan_run(config, dataset, config.worker_counts[-1])
     if not any(name.startswith("checkpoint_step_") for name in Storage(config.location).names()):
         require_weights(config)  # a run that goes on needs them no more
+    if _RAYS_COPY in config.location:
+        print(f"warning: Ray deletes {config.location}, in the job's copy of its folder; give --storage another place")
     with RunLock(config.location):
         earlier = open_run(config)
         if earlier is not None and earlier["status"] == "finished":

@@ -20,7 +20,11 @@ def numbers(scale: ScaleConfig, device: torch.device) -> Literal["bf16", "tf32",
     wants_bf16 = scale.precision == "bf16" or (scale.precision == "auto" and device.type == "cuda")
     if wants_bf16 and has_bf16(device):
         return "bf16"
-    return "fp32" if scale.precision == "fp32" or device.type == "cpu" else "tf32"
+    return "fp32" if scale.precision == "fp32" or not _has_tf32(device) else "tf32"
+
+
+def _has_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
 
 
 def has_bf16(device: torch.device) -> bool:

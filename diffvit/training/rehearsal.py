@@ -66,10 +66,13 @@ class Measured:
 
 
 class TimedStream:
-    """`stream`, with the moments at which something was asked of it and came."""
+    """`stream`, with the moments at which something was asked of it and came.
 
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
+    When micro-batch `first` is asked for, the device has done what it was given before.
+    """
+
+    def __init__(self, stream: Stream, first: int, device: torch.device) -> None:
+        self._stream, self._first, self._device = stream, first, device
         self.asked: list[float] = []
         self.came: list[float] = []
         self.trained_until = self.evaluation_seconds = 0.0
@@ -79,6 +82,8 @@ class TimedStream:
     def train(self, first_step: int) -> Iterator[Batch]:
         batches = self._stream.train(first_step)
         while True:
+            if len(self.asked) == self._first and self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
             self.asked.append(time.perf_counter())
             self.last = next(batches, None)
             self.came.append(time.perf_counter())
@@ -119,15 +124,15 @@ def rehearse_steps(
     look too fast.
     """
     began = time.perf_counter()
-    timed, reported = TimedStream(stream), []
+    warmup = min(_WARMUP_STEPS, steps // 2)
+    first = warmup * plan.accumulation_steps
+    timed, reported = TimedStream(stream, first, worker.device), []
     short = dataclasses.replace(plan, num_samples=steps * plan.batch_size, epochs=1)
     store = TimedStore(config.location, config.checkpoint)
     watched = dataclasses.replace(worker, store=store, report=lambda _: reported.append(time.perf_counter()))
     fit(config, short, eval_plan, timed, watched)
     peak = _peak_bytes(worker)
 
-    warmup = min(_WARMUP_STEPS, steps // 2)
-    first = warmup * plan.accumulation_steps
     waits = [came - asked for asked, came in zip(timed.asked[first:], timed.came[first:], strict=True)]
     assert timed.last is not None
     state = start_state(config, plan, dataclasses.replace(worker, store=None))

@@ -93,12 +93,12 @@ class Tracker:
         lambdas = self._state.model.lambdas() if self._events is not None or is_sharded(self._state.model) else []
         if self._events is None:
             return
-        step, lr = self._state.step, float(self._state.schedule.get_last_lr()[0])
+        step = self._state.step
         images = sums["images"] + sums["skipped"]
         scalars: dict[str, float] = {
             "train/loss": sums["loss"],
             "train/top1": sums["top1"],
-            "train/lr": lr,
+            **self._learning_rates(),
             "speed/images_per_second": images / seconds,
             "speed/data_wait_fraction": min(waited / seconds, 1.0),
         }
@@ -116,6 +116,13 @@ class Tracker:
                 "eta_seconds": self._eta_seconds(now),
             },
         )
+
+    def _learning_rates(self) -> dict[str, float]:
+        """Of AdamW and, where that is used, of Muon; of the topmost group, which `optim.layer_decay` slows least."""
+        state, rates = self._state, dict[str, float]()
+        for group, rate in zip(state.optimizer.param_groups, state.schedule.get_last_lr(), strict=True):
+            rates.setdefault("train/muon_lr" if group.get("muon") else "train/lr", float(rate))
+        return rates
 
     def log_epoch(self, evaluated: dict[str, float], stream: Stream) -> None:
         """Record an evaluation; `evaluated` from `evaluate`. Draws attention maps a few times a run."""
