@@ -33,14 +33,15 @@ from diffvit.storage import Storage, StorageError
 def index(source: Path | str, staging: Path, **options: object) -> dict[str, dict[str, object]]:
     """`{key: entry with its content}` of a whole source."""
     config = SourceOptions(**options)
+    parts = [
+        index_unit(unit, config, Staging(Storage(str(staging)), str(number)))
+        for number, unit in enumerate(find_units(str(source), config))
+    ]
+    table = label_entries(pa.concat_tables(parts), read_labels(config.labels))
     entries = {}
-    for number, unit in enumerate(find_units(str(source), config)):
-        table = index_unit(unit, config, Staging(Storage(str(staging)), str(number)))
-        table = label_entries(table, read_labels(config.labels))
-        contents = read_entries_content(table, 10**6)
-        for row, content in zip(table.to_pylist(), contents, strict=True):
-            assert row["key"] not in entries
-            entries[row["key"]] = {**row, "content": content}
+    for row, content in zip(table.to_pylist(), read_entries_content(table, 10**6), strict=True):
+        assert row["key"] not in entries
+        entries[row["key"]] = {**row, "content": content}
     return entries
 
 
@@ -192,6 +193,31 @@ def test_labels_of_several_words(tmp_path: Path) -> None:
     file = tmp_path / "labels.csv"
     file.write_text('1.jpg,great dane\nx/2.png," great white, shark"\n')
     assert read_labels(str(file)) == {"1": "great dane", "2": "great white, shark"}
+
+
+def test_labels_of_a_folder_whose_splits_have_no_class_folders(tmp_path: Path) -> None:
+    """As Kaggle gives many sets."""
+    for name in ("train/0.png", "train/1.png", "test/6.png"):
+        make_image(tmp_path / "in" / name, hue=0, seed=0)
+    labels = tmp_path / "labels.csv"
+    labels.write_text("0,cat\n1.png,dog\n6,cat\n")
+    entries = index(tmp_path / "in", tmp_path / "s", labels=str(labels))
+    assert {key: (e["split"], e["class_name"]) for key, e in entries.items()} == {
+        "train/0.png": ("train", "cat"),
+        "train/1.png": ("train", "dog"),
+        "test/6.png": ("test", "cat"),
+    }
+
+
+def test_labels_of_no_image_are_refused(tmp_path: Path) -> None:
+    labels = tmp_path / "labels.csv"
+    labels.write_text("0,cat\n1,dog\n")
+    make_image(tmp_path / "in/cat/0.png", hue=0, seed=0)
+    with pytest.raises(ValueError, match=r"--labels FILE.* none of its 2 names does, such as '0'; every image has one"):
+        index(tmp_path / "in", tmp_path / "s", labels=str(labels))
+    make_image(tmp_path / "in/img_7.png", hue=0, seed=0)
+    with pytest.raises(ValueError, match="such as '0'; such an image is 'img_7'"):
+        index(tmp_path / "in", tmp_path / "s", labels=str(labels))
 
 
 def test_webdataset(tmp_path: Path) -> None:

@@ -141,13 +141,14 @@ def _text(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _index_folder(unit: Unit, _: SourceOptions, __: Staging) -> Iterator[Entry]:
+def _index_folder(unit: Unit, options: SourceOptions, _: Staging) -> Iterator[Entry]:
     """`[<split>/]<class>/…/<image>`, as torchvision's ImageFolder reads it.
 
-    Where no split's folder has class folders, one called `train` is a class of railway pictures.
+    Where no split's folder has class folders and no file of labels says the classes, one called `train` is a class of
+    railway pictures.
     """
     places = [split_of_path(name) for name in unit.files]
-    has_splits = any(split and len(rest) > 1 for split, rest in places)
+    has_splits = any(split and (len(rest) > 1 or options.labels) for split, rest in places)
     for name, size, (split, rest) in zip(unit.files, unit.sizes, places, strict=True):
         folders = (rest if has_splits else PurePosixPath(name).parts)[:-1]
         class_name = folders[0] if folders else None

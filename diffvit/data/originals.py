@@ -175,13 +175,23 @@ def is_image(name: str) -> bool:
 
 
 def label_entries(entries: pa.Table, labels: dict[str, str]) -> pa.Table:
-    """The entries, with the class of `read_labels` where they have none."""
+    """The entries, with the class of `read_labels` where they have none.
+
+    Raises:
+        ValueError: no label is of an entry without a class.
+    """
     if not labels:
         return entries
-    names = [
-        found or labels.get(PurePosixPath(key).stem)
-        for key, found in zip(entries["key"].to_pylist(), entries["class_name"].to_pylist(), strict=True)
-    ]
+    stems = [PurePosixPath(key).stem for key in entries["key"].to_pylist()]
+    classes = entries["class_name"].to_pylist()
+    names = [found or labels.get(stem) for stem, found in zip(stems, classes, strict=True)]
+    if names == classes:
+        without = next((stem for stem, found in zip(stems, classes, strict=True) if found is None), None)
+        raise ValueError(
+            f"labels (--labels FILE) must name images that have no class of their own, none of its {len(labels)} names "
+            f"does, such as {next(iter(labels))!r}; "
+            + (f"such an image is {without!r}" if without else "every image has one: leave --labels out")
+        )
     place = entries.schema.get_field_index("class_name")
     return entries.set_column(place, ENTRY_SCHEMA.field("class_name"), pa.array(names, pa.string()))
 
