@@ -107,6 +107,16 @@ def test_a_class_called_train_is_no_split(tmp_path: Path) -> None:
     assert [(e["split"], e["class_name"]) for e in entries.values()] == [("test", None), ("train", "cat")]
 
 
+def test_what_lies_beside_the_splits_is_of_none(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "a", images_per_class=1, val_per_class=1)
+    make_image(root / "extra/a/9.png", hue=0, seed=0)
+    make_image(root / "8.png", hue=0, seed=0)
+    entries = index(root, tmp_path / "s")
+    reasons = {key: e["reason"] for key, e in entries.items() if e["split"] is None or e["reason"]}
+    assert reasons == dict.fromkeys(("8.png", "extra/a/9.png"), "outside of the folders train, val and test")
+    assert {e["class_name"] for e in entries.values()} == {"blue", "green", "red", None}
+
+
 def test_files_of_other_kinds_are_counted(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "a", images_per_class=1)
     for name in ("a.txt", "red/b.TXT", "c.heic", "Makefile", ".hidden", "red/._1.jpg", ".thumbs/1.png"):

@@ -144,15 +144,18 @@ def _text(name: str) -> str:
 def _index_folder(unit: Unit, options: SourceOptions, _: Staging) -> Iterator[Entry]:
     """`[<split>/]<class>/…/<image>`, as torchvision's ImageFolder reads it.
 
-    Where no split's folder has class folders and no file of labels says the classes, one called `train` is a class of
+    Where there are splits, nothing beside them is used. Where no split's folder has class folders and no file of labels says the classes, one called `train` is a class of
     railway pictures.
     """
     places = [split_of_path(name) for name in unit.files]
     has_splits = any(split and (len(rest) > 1 or options.labels) for split, rest in places)
     for name, size, (split, rest) in zip(unit.files, unit.sizes, places, strict=True):
-        folders = (rest if has_splits else PurePosixPath(name).parts)[:-1]
-        class_name = folders[0] if folders else None
-        yield Entry(key=name, file=name, length=size, split=split if has_splits else None, class_name=class_name)
+        if not has_splits:
+            split, rest = None, PurePosixPath(name).parts
+        elif split is None:
+            yield Entry(key=name, file=name, reason="outside of the folders train, val and test")
+            continue
+        yield Entry(key=name, file=name, length=size, split=split, class_name=rest[0] if len(rest) > 1 else None)
 
 
 def _index_shards(unit: Unit, _: SourceOptions, __: Staging) -> Iterator[Entry]:
