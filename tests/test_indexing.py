@@ -165,6 +165,17 @@ def test_tar_in_place_and_through_staging(tmp_path: Path, mode: str) -> None:
     assert (tmp_path / "s").exists() == (mode != "w")
 
 
+def test_classes_of_a_tar_are_the_folders_below_a_split(tmp_path: Path) -> None:
+    names = ("train/cat/indoor/1.png", "tiny-imagenet-200/train/n01/images/x.JPEG", "photos/2020/dog/1.png")
+    path = make_tar(tmp_path / "x.tar", {name: picture(1) for name in names})
+    entries = index(path, tmp_path / "s")
+    assert [(e["split"], e["class_name"]) for e in entries.values()] == [
+        ("train", "cat"),
+        ("train", "n01"),
+        (None, "dog"),
+    ]
+
+
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_imagenets_tar_of_tars(tmp_path: Path, mode: str) -> None:
     """The synset is the name of the inner tar; validation has no classes but in a file of its own."""

@@ -116,7 +116,8 @@ class _Walk:
             self.sample(key).images.append(Entry(key, self.file_name, reason=f"{member.size} bytes, no image"))
         elif is_image(path.name):
             split, rest = split_of_path(_below_root(member.name))
-            class_name = rest[-2] if len(rest) > 1 else own_class
+            # below a split as in a folder; elsewhere folders may wrap the classes
+            class_name = rest[0 if split else -2] if len(rest) > 1 else own_class
             entry = Entry(key, self.file_name, start + member.offset_data, member.size, split, class_name)
             self.sample(sample_name).images.append(self._staged(entry, tar, member))
         elif path.suffix in (".cls", ".json") and member.size <= _MAX_LABEL_BYTES:
