@@ -197,6 +197,21 @@ def test_imagenets_tar_of_tars(tmp_path: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_tars_of_splits_in_a_tar(tmp_path: Path, mode: str) -> None:
+    inner = make_tar(tmp_path / "inner.tar", {"cat/0.png": picture(0), "1.png": picture(1)}).read_bytes()
+    names = ("data/train.tar", "Val.tar", "test/n01.tar")
+    entries = index(make_tar(tmp_path / "x.tar", dict.fromkeys(names, inner), mode), tmp_path / "s")
+    assert {key.removeprefix("x.tar/"): (e["split"], e["class_name"]) for key, e in entries.items()} == {
+        "data/train.tar/cat/0.png": ("train", "cat"),
+        "data/train.tar/1.png": ("train", None),
+        "Val.tar/cat/0.png": ("val", "cat"),
+        "Val.tar/1.png": ("val", None),
+        "test/n01.tar/cat/0.png": ("test", "cat"),
+        "test/n01.tar/1.png": ("test", "n01"),
+    }
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_what_is_too_large_for_an_image_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     """A header may say anything, and a small archive unpack to anything."""
     monkeypatch.setattr(tars, "_MAX_IMAGE_BYTES", 1000)

@@ -144,8 +144,8 @@ def _text(name: str) -> str:
 def _index_folder(unit: Unit, options: SourceOptions, _: Staging) -> Iterator[Entry]:
     """`[<split>/]<class>/…/<image>`, as torchvision's ImageFolder reads it.
 
-    Where there are splits, nothing beside them is used. Where no split's folder has class folders and no file of labels says the classes, one called `train` is a class of
-    railway pictures.
+    Where there are splits, nothing beside them is used. Where no split's folder has class folders and no file of labels
+    says the classes, one called `train` is a class of railway pictures.
     """
     places = [split_of_path(name) for name in unit.files]
     has_splits = any(split and (len(rest) > 1 or options.labels) for split, rest in places)

@@ -157,10 +157,14 @@ def open_original(unit: Unit) -> BinaryIO:
     return io.BufferedReader(_RemoteFile(storage, name, size), _READ_AHEAD_BYTES)
 
 
+def split_called(name: str) -> str | None:
+    return _SPLITS.get(name.lower())
+
+
 def split_of_path(name: str) -> tuple[str | None, tuple[str, ...]]:
     """The split that the first folder of `name` says, and the path below it."""
     parts = PurePosixPath(name).parts
-    split = _SPLITS.get(parts[0].lower()) if len(parts) > 1 else None
+    split = split_called(parts[0]) if len(parts) > 1 else None
     return split, parts[1:] if split else parts
 
 
