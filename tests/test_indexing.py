@@ -211,6 +211,25 @@ def test_tars_of_splits_in_a_tar(tmp_path: Path, mode: str) -> None:
     }
 
 
+def test_a_class_called_train_in_a_tar_is_no_split(tmp_path: Path) -> None:
+    def found(files: dict[str, bytes], **options: object) -> list[tuple[object, object]]:
+        entries = index(make_tar(tmp_path / "x.tar", files), tmp_path / "s", **options)
+        return [(e["split"], e["class_name"]) for e in entries.values()]
+
+    classes = [(None, "bus"), (None, "train"), (None, "car")]
+    bare = {"1.png": picture(1)}
+    inner = make_tar(tmp_path / "inner.tar", bare).read_bytes()
+    beside = dict.fromkeys(("bus/1.png", "train/2.png", "car/3.png"), picture(1))
+    assert found(beside) == classes
+    assert found(dict.fromkeys(("bus.tar", "train.tar", "car.tar"), inner)) == classes
+    # but where anything says the classes of its images, it is
+    assert found(beside | {"train/2.cls": b"7"}) == [(None, "bus"), ("train", "7"), (None, "car")]
+    assert found({"train/cat/1.png": picture(1), "test/2.png": picture(2)}) == [("train", "cat"), ("test", None)]
+    (tmp_path / "labels.csv").write_text("2,dog")
+    assert found(beside, labels=str(tmp_path / "labels.csv"))[1] == ("train", "dog")
+    assert found({"train/1.png": picture(1)}) == [("train", None)]
+
+
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_what_is_too_large_for_an_image_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     """A header may say anything, and a small archive unpack to anything."""

@@ -57,10 +57,14 @@ def index_tar(unit: Unit, options: SourceOptions, staging: Staging) -> Iterator[
         unpacked = _unpacked(file)
         walk = _Walk(name, staging if unpacked else None, unit.ignored)
         walk.tar(unpacked or file, name, 0, (None, own_class))
-    for sample in walk.samples.values():
-        for entry in sample.images:
-            found = sample.class_name or entry.class_name
-            yield replace(entry, class_name=found, split=entry.split or split_of_file(name))
+    entries = [(entry, sample.class_name) for sample in walk.samples.values() for entry in sample.images]
+    in_splits = any(entry.class_name or told for entry, told in entries if entry.split)
+    beside = any(entry.class_name for entry, _ in entries if not entry.split)
+    is_class = beside and not in_splits and not options.labels  # one called `train`, of railway pictures
+    for entry, told in entries:
+        if is_class and entry.split:
+            entry = replace(entry, split=None, class_name=PurePosixPath(entry.key).parent.stem)
+        yield replace(entry, class_name=told or entry.class_name, split=entry.split or split_of_file(name))
 
 
 @dataclass
