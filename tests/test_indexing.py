@@ -24,7 +24,16 @@ from diffvit.config import SourceOptions
 from diffvit.data import originals, tars
 from diffvit.data.images import FORMATS
 from diffvit.data.indexing import find_units, index_unit
-from diffvit.data.originals import Staging, ignored_in, label_entries, read_entries, read_labels, write_entries
+from diffvit.data.layout import plan_layout
+from diffvit.data.originals import (
+    Staging,
+    ignored_in,
+    join_entries,
+    label_entries,
+    read_entries,
+    read_labels,
+    write_entries,
+)
 from diffvit.data.packing import read_entries_content
 from diffvit.data.sources import IMAGE_EXTENSIONS
 from diffvit.storage import Storage, StorageError
@@ -33,11 +42,9 @@ from diffvit.storage import Storage, StorageError
 def index(source: Path | str, staging: Path, **options: object) -> dict[str, dict[str, object]]:
     """`{key: entry with its content}` of a whole source."""
     config = SourceOptions(**options)
-    parts = [
-        index_unit(unit, config, Staging(Storage(str(staging)), str(number)))
-        for number, unit in enumerate(find_units(str(source), config))
-    ]
-    table = label_entries(pa.concat_tables(parts), read_labels(config.labels))
+    units = find_units(str(source), config)
+    parts = [index_unit(unit, config, Staging(Storage(str(staging)), str(number))) for number, unit in enumerate(units)]
+    table = label_entries(join_entries(units, parts), read_labels(config.labels))
     entries = {}
     for row, content in zip(table.to_pylist(), read_entries_content(table, 10**6), strict=True):
         assert row["key"] not in entries
@@ -453,6 +460,24 @@ def test_plain_parquet_with_named_columns(tmp_path: Path) -> None:
         index(path, tmp_path / "s")
     with pytest.raises(ValueError, match=r"label_column must be a column of x\.parquet, got 'nope'"):
         index(path, tmp_path / "s", image_column="b", label_column="nope")
+
+
+def test_keys_that_start_anew_in_each_parquet_file(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    table = pa.table({"image": [picture(1)] * 4, "label": [0, 0, 1, 1], "key": ["0", "1", "2", "2"]})
+    for name in ("a", "b"):
+        pq.write_table(table, tmp_path / f"in/{name}.parquet")
+    units = find_units(str(tmp_path / "in"), SourceOptions())
+    parts = [index_unit(u, SourceOptions(), Staging(Storage(str(tmp_path)), u.files[0])) for u in units]
+    entries = join_entries(units, parts)
+    assert entries["key"].to_pylist() == [f"{name}.parquet/{key}" for name in "ab" for key in "0122"]
+    quarantined = plan_layout(entries, val_fraction=0.5, seed=0, shard_bytes=1000).quarantined
+    assert quarantined == tuple((f"{name}.parquet/2", "another image has the same key") for name in "ab")
+    # one file, and files whose keys do not overlap, keep them
+    assert join_entries(units[:1], parts[:1])["key"].to_pylist() == list("0122")
+    pq.write_table(table.set_column(2, "key", [list("3456")]), tmp_path / "in/b.parquet")
+    parts[1] = index_unit(units[1], SourceOptions(), Staging(Storage(str(tmp_path)), "b"))
+    assert join_entries(units, parts)["key"].to_pylist() == list("01223456")
 
 
 def make_fashion_mnist(root: Path, images: int = 3) -> None:

@@ -178,6 +178,17 @@ def is_image(name: str) -> bool:
     return extension_of(name) in IMAGE_EXTENSIONS and not is_hidden(name)
 
 
+def join_entries(units: Sequence[Unit], parts: Sequence[pa.Table]) -> pa.Table:
+    """The entries of all units; where the own keys of several Parquet files overlap, after each file's name."""
+    entries = pa.concat_tables(parts)
+    distinct = sum(pc.count_distinct(part["key"]).as_py() for part in parts)
+    if units[0].kind != "parquet" or pc.count_distinct(entries["key"]).as_py() == distinct:
+        return entries
+    files = pa.array([unit.files[0] for unit, part in zip(units, parts, strict=True) for _ in range(part.num_rows)])
+    keys = pc.binary_join_element_wise(files, entries["key"], "/")
+    return entries.set_column(entries.schema.get_field_index("key"), ENTRY_SCHEMA.field("key"), keys)
+
+
 def label_entries(entries: pa.Table, labels: dict[str, str]) -> pa.Table:
     """The entries, with the class of `read_labels` where they have none.
 

@@ -24,6 +24,7 @@ from diffvit.data.originals import (
     Staging,
     Unit,
     ignored_in,
+    join_entries,
     label_entries,
     places_of,
     read_entries,
@@ -160,7 +161,7 @@ def collect_entries(
         report("indexing", done, len(units))
     parts = [read_entries(staging, name) for name in names]
     ignored = sum((ignored_in(part) for part in parts), Counter[str]())
-    return with_ignored(label_entries(pa.concat_tables(parts), labels), ignored)
+    return with_ignored(label_entries(join_entries(units, parts), labels), ignored)
 
 
 def _pack_all(layout: Layout, target: Storage, limits: Limits, report: Report) -> list[PackedShard]:
