@@ -26,7 +26,7 @@ from ray.data import DataContext
 from diffvit.analysis.confusion import confusion_figure, per_class
 from diffvit.cluster.waiting import can_grow, room_for, wait_for_nodes
 from diffvit.config import AugmentConfig, PredictConfig, ScaleConfig
-from diffvit.data.claim import STAGING, claim, identity_of, release, require_same
+from diffvit.data.claim import STAGING, claim, identity_of, release, require_outside, require_same
 from diffvit.data.indexing import find_units, with_absolute_paths
 from diffvit.data.originals import read_labels
 from diffvit.data.prepare import collect_entries
@@ -46,10 +46,11 @@ def predict(config: PredictConfig, report: Report) -> dict[str, Any]:
     """Predict every image that `config` names, on the connected cluster; the content of `predictions.json`.
 
     Raises:
-        ValueError: no such checkpoint or images, or `out` holds something else.
+        ValueError: no such checkpoint or images, or `out` lies in these or holds something else.
         StorageError: a store stayed away; the same call goes on from there.
     """
     config = with_absolute_paths(config)
+    require_outside(config.out, config.images)
     target = Storage(config.out)
     with on_disk(config.checkpoint) as found:
         checkpoint = find_checkpoint(found)

@@ -22,6 +22,7 @@ from torchvision import datasets
 from diffvit import storage as storage_module
 from diffvit.config import SourceOptions
 from diffvit.data import originals, tars
+from diffvit.data.claim import require_outside
 from diffvit.data.images import FORMATS
 from diffvit.data.indexing import find_units, index_unit
 from diffvit.data.layout import plan_layout
@@ -580,6 +581,29 @@ def test_sources_that_are_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         find_units(options.pop("source"), SourceOptions(**options))
+
+
+def test_out_in_the_source_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "link").symlink_to("in")
+    root = str(tmp_path)
+    for out, source in (
+        (f"{root}/in", f"{root}/in"),
+        (f"{root}/link/out", f"{root}/in/"),
+        (f"{root}/x/../in/out", f"{root}/in"),
+        ("s3://b/in/out?region=x", "s3://b/in"),
+        ("s3://b/in", "s3://b/in/?region=x"),
+        ("gs://b/in", "gs://b"),
+    ):
+        with pytest.raises(ValueError, match=r"out must not lie in the folder that is read, .* choose another --out"):
+            require_outside(out, source)
+    for out, source in (
+        (f"{root}/in2", f"{root}/in"),
+        (root, f"{root}/in"),
+        ("s3://b/in2", "s3://b/in"),
+        (str(Path("sample").absolute()), "sample"),
+    ):
+        require_outside(out, source)
 
 
 def test_mixed_and_empty_sources_are_refused(tmp_path: Path) -> None:

@@ -137,6 +137,13 @@ def test_too_many_copies_of_the_model_are_refused(config: PredictConfig) -> None
     assert not Path(config.out).exists()
 
 
+def test_out_among_the_images_is_refused(config: PredictConfig) -> None:
+    out = Path(config.images, "out")
+    with pytest.raises(ValueError, match="out must not lie in the folder that is read"):
+        predict(dataclasses.replace(config, out=str(out)), quiet)
+    assert not out.exists()
+
+
 def test_another_place_is_no_other_source(config: PredictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(config.images).parent)
     relative = dataclasses.replace(config, images="unseen", out="out")

@@ -93,6 +93,13 @@ def test_a_folder_of_other_things_is_not_touched(config: PrepareConfig) -> None:
     assert [path.name for path in Path(config.out).iterdir()] == ["thesis.tex"]
 
 
+def test_out_in_the_source_is_refused_before_anything_is_written(config: PrepareConfig) -> None:
+    out = Path(config.source, "out")
+    with pytest.raises(ValueError, match=r"out must not lie in the folder that is read, .*images/out' lies in"):
+        prepare(dataclasses.replace(config, out=str(out)), quiet)
+    assert not out.exists()
+
+
 def test_cut_between_shards_it_goes_on(config: PrepareConfig) -> None:
     packed_before: list[int] = []
 

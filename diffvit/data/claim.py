@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from diffvit.data.originals import Unit, listing_digest
@@ -23,6 +24,18 @@ def identity_of(options: dict[str, Any], units: Sequence[Unit], labels: dict[str
     if labels:
         identity["labels_sha256"] = hashlib.sha256(json.dumps(labels).encode()).hexdigest()
     return identity
+
+
+def require_outside(out: str, source: str) -> None:
+    """Raises ValueError where `out` lies in `source`, which would be another source as soon as something is written."""
+
+    def place(location: str) -> PurePath:
+        return Path(location).resolve() if location.startswith("/") else PurePosixPath(location.partition("?")[0])
+
+    if place(out).is_relative_to(place(source)):
+        raise ValueError(
+            f"out must not lie in the folder that is read, {out!r} lies in {source!r}; choose another --out"
+        )
 
 
 def claim(target: Storage, identity: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffvit.config import PrepareConfig, SourceOptions
-from diffvit.data.claim import STAGING, claim, identity_of, release, require_same
+from diffvit.data.claim import STAGING, claim, identity_of, release, require_outside, require_same
 from diffvit.data.indexing import find_units, index_unit, with_absolute_paths
 from diffvit.data.layout import Layout, plan_layout
 from diffvit.data.originals import (
@@ -56,10 +56,11 @@ def prepare(config: PrepareConfig, report: Report) -> DatasetInfo:
     """Write the data set that `config` asks for, on the connected cluster; its description.
 
     Raises:
-        ValueError: the source is not usable, or `out` holds something else.
+        ValueError: the source is not usable, or `out` lies in it or holds something else.
         StorageError: a store stayed away; the same call goes on from there.
     """
     config = with_absolute_paths(config)
+    require_outside(config.out, config.source)
     target = Storage(config.out)
     units = find_units(config.source, config)
     if units[0].kind == "shards":
