@@ -571,6 +571,7 @@ def test_a_torchvision_set_that_is_not_of_classes(tmp_path: Path, monkeypatch: p
         ({"source": "nowhere.tar"}, "does not exist or is empty"),
         ({"source": "torchvision:CIFAR11", "root": "x"}, "no data set 'CIFAR11'; did you mean 'CIFAR10'"),
         ({"source": "torchvision:CIFAR10"}, "root is missing"),
+        ({"source": "torchvision:Kinetics", "root": "x"}, "Kinetics needs more than a split: .*'frames_per_clip'"),
         ({"source": "torchvision:CIFAR10", "root": "x"}, "CIFAR10 is not in .* or add --download to fetch it"),
         ({"source": "ftp://host/x"}, "must be a path or a URI"),
     ],

@@ -28,7 +28,7 @@ from diffvit.data.originals import (
 )
 from diffvit.data.parquet_images import index_parquet
 from diffvit.data.shards import INFO_NAME, open_shards, read_info
-from diffvit.data.sources import IMAGE_EXTENSIONS, SAMPLE, SAMPLE_FOLDER
+from diffvit.data.sources import IMAGE_EXTENSIONS, SAMPLE, SAMPLE_FOLDER, not_utf8
 from diffvit.data.tars import index_tar
 from diffvit.data.torchvision_sets import find_splits, index_torchvision
 from diffvit.storage import Storage, absolute
@@ -107,8 +107,7 @@ def _list(source: str) -> tuple[Storage, dict[str, int]]:
     try:
         files = storage.sizes()
     except UnicodeDecodeError as error:
-        name = error.object.decode(errors="backslashreplace")
-        raise ValueError(f"names of files must be UTF-8, got {name}; rename it") from None
+        raise not_utf8(error.object) from None
     if not files:
         raise ValueError(f"source {source!r} does not exist or is empty")
     return storage, files
