@@ -26,7 +26,7 @@ from ray.data import DataContext
 from diffvit.analysis.confusion import confusion_figure, per_class
 from diffvit.cluster.waiting import can_grow, room_for, wait_for_nodes
 from diffvit.config import AugmentConfig, PredictConfig, ScaleConfig
-from diffvit.data.claim import STAGING, claim, identity_of, release, require_outside, require_same
+from diffvit.data.claim import STAGING, claim, identity_of, release, reopen, require_outside, require_same
 from diffvit.data.indexing import find_units, with_absolute_paths
 from diffvit.data.originals import read_labels
 from diffvit.data.prepare import collect_entries
@@ -104,6 +104,10 @@ def _finished(target: Storage, identity: dict[str, Any]) -> dict[str, Any] | Non
     except (FileNotFoundError, NotADirectoryError):
         return None
     require_same(results["options"], identity, f"out = {target.uri!r} holds predictions made")
+    there = target.sizes(PARTS)
+    if any(part_name(number) not in there for number in range(results.get("parts", 0))):  # lost since
+        reopen(target, identity, RESULTS_NAME)
+        return None
     return results
 
 
@@ -172,6 +176,6 @@ def _summarise(job: Job, saved: SavedModel, identity: dict[str, Any], without_sp
         picture = io.BytesIO()
         confusion_figure(confusion, saved.classes).savefig(picture, format="png", dpi=110)
         target.write("confusion.png", picture.getvalue())
-    results |= {"step": saved.manifest["step"], "options": identity}
+    results |= {"parts": job.parts, "step": saved.manifest["step"], "options": identity}
     target.write(RESULTS_NAME, json.dumps(results, indent=2).encode() + b"\n")
     return results

@@ -117,6 +117,10 @@ def test_cut_between_parts_it_goes_on(config: PredictConfig, monkeypatch: pytest
     assert started_at[0] > 0
     assert results["images"] == len(rows_of(config.out)) == 24
     assert predict(config, quiet) == results  # again is free
+    rows = rows_of(config.out)
+    Path(config.out, "predictions/part-000002.parquet").unlink()
+    assert predict(config, quiet) == results  # what was lost is made again
+    assert rows_of(config.out) == rows
     with pytest.raises(ValueError, match=r"(?s)holds predictions made .* top_k: 2 there, 3 now"):
         predict(dataclasses.replace(config, top_k=3), quiet)
 

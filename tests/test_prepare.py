@@ -85,6 +85,20 @@ def test_again_is_free_and_other_options_are_refused(config: PrepareConfig) -> N
         prepare(config, quiet)
 
 
+@pytest.mark.parametrize("lost", ["train/00001.parquet", "index/val.parquet"])
+def test_a_finished_data_set_that_lost_files_is_made_again(config: PrepareConfig, lost: str) -> None:
+    info, images = prepare(config, quiet), read_all(config.out)
+    Path(config.out, lost).unlink()
+    with pytest.raises(ValueError, match="seed: 0 there, 5 now"):
+        prepare(dataclasses.replace(config, seed=5), quiet)
+    assert prepare(config, quiet) == info
+    assert read_all(config.out) == images
+    Path(config.out, "train/00001.parquet").write_bytes(b"cut short")
+    assert prepare(config, quiet) == info
+    assert verify(config, quiet) == info
+    assert not Path(config.out, ".staging").exists()
+
+
 def test_a_folder_of_other_things_is_not_touched(config: PrepareConfig) -> None:
     Path(config.out).mkdir()
     Path(config.out, "thesis.tex").write_text("years")

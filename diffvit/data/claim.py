@@ -52,9 +52,20 @@ def claim(target: Storage, identity: dict[str, Any]) -> None:
             raise ValueError(
                 f"out must be an empty folder, {target.uri!r} holds {len(others)} files, among them {others[0]}"
             ) from None
-        target.write(_IDENTITY_NAME, json.dumps(identity, indent=2).encode())
+        _begin(target, identity)
         return
     require_same(begun, identity, f"out = {target.uri!r} was begun")
+
+
+def _begin(target: Storage, identity: dict[str, Any]) -> None:
+    target.write(_IDENTITY_NAME, json.dumps(identity, indent=2).encode())
+
+
+def reopen(target: Storage, identity: dict[str, Any], result_name: str) -> None:
+    """Make a finished folder that lost files ours to fill again; `result_name` is the file that calls it finished."""
+    release(target)  # first: of what a killed job left of it, parts may be missing
+    _begin(target, identity)
+    target.delete(result_name)
 
 
 def require_same(there: dict[str, Any], now: dict[str, Any], what: str) -> None:

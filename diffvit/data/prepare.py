@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffvit.config import PrepareConfig, SourceOptions
-from diffvit.data.claim import STAGING, claim, identity_of, release, require_outside, require_same
+from diffvit.data.claim import STAGING, claim, identity_of, release, reopen, require_outside, require_same
 from diffvit.data.indexing import find_units, index_unit, with_absolute_paths
 from diffvit.data.layout import Layout, plan_layout
 from diffvit.data.originals import (
@@ -117,12 +117,17 @@ def verify(config: PrepareConfig, report: Report) -> DatasetInfo:
 
 
 def _finished(target: Storage, identity: dict[str, Any]) -> DatasetInfo | None:
-    """The data set that an earlier call with the same options made."""
+    """The data set that an earlier call with the same options made; None too where it lost files since."""
     try:
         info = read_info(target)
     except FileNotFoundError:
         return None
     require_same({"source": info.source, **info.options}, identity, f"out = {target.uri!r} holds a data set made")
+    try:
+        open_shards(target)
+    except (FileNotFoundError, ValueError):
+        reopen(target, identity, INFO_NAME)
+        return None
     return info
 
 
