@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import tarfile
 import threading
 from pathlib import Path
@@ -123,6 +124,31 @@ def test_what_lies_beside_the_splits_is_of_none(tmp_path: Path) -> None:
     reasons = {key: e["reason"] for key, e in entries.items() if e["split"] is None or e["reason"]}
     assert reasons == dict.fromkeys(("8.png", "extra/a/9.png"), "outside of the folders train, val and test")
     assert {e["class_name"] for e in entries.values()} == {"blue", "green", "red", None}
+
+
+def test_links_to_nothing_and_pipes_do_not_vanish(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "a", images_per_class=1, val_per_class=1)
+    (tmp_path / "elsewhere").mkdir()
+    (root / "train/linked").symlink_to(tmp_path / "elsewhere")
+    names = ("train/red/gone.png", "val/red/pipe.jpg", "train/linked/loop.png", "beside.png")
+    for name in names:
+        if name.endswith(".jpg"):
+            os.mkfifo(root / name)
+        else:
+            (root / name).symlink_to(Path(name).name if "loop" in name else "nowhere")
+    for name in (".hidden.png", "no-image.txt"):
+        (root / "train/red" / name).symlink_to("nowhere")
+    (root / "train/red/good.png").symlink_to(root / "train/red/000.png")
+    entries = index(root, tmp_path / "s")
+    assert {key: (e["split"], e["reason"]) for key, e in entries.items() if e["reason"]} == {
+        "beside.png": (None, "outside of the folders train, val and test"),
+        "train/linked/loop.png": ("train", "a link to nothing, or no file"),
+        "train/red/gone.png": ("train", "a link to nothing, or no file"),
+        "val/red/pipe.jpg": ("val", "a link to nothing, or no file"),
+    }
+    assert entries["train/red/good.png"]["content"] == entries["train/red/000.png"]["content"]
+    (unit,) = find_units(str(root / "train/red/000.png"), SourceOptions())
+    assert unit.files == ("000.png",)
 
 
 def test_files_of_other_kinds_are_counted(tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ A *unit* is a part that one task indexes: a tar, a Parquet file, a split of a to
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -79,6 +80,7 @@ def find_units(source: str, options: SourceOptions) -> list[Unit]:
     (kind,) = found
     names = by_kind[kind]
     if kind == "folder":  # listing is all there is to do
+        names = dict(sorted({**names, **_no_files(source, files)}.items()))
         return [Unit(kind, storage.uri, tuple(names), tuple(names.values()), ignored)]
     units = [Unit(kind, storage.uri, (name,), (size,)) for name, size in names.items()]
     return [replace(units[0], ignored=ignored), *units[1:]]
@@ -113,6 +115,14 @@ def _list(source: str) -> tuple[Storage, dict[str, int]]:
     return storage, files
 
 
+def _no_files(source: str, files: Mapping[str, int]) -> dict[str, int]:
+    """Images by name alone, which a listing of `files` leaves out, as of -1 bytes; in a store there are none."""
+    root = absolute(source)
+    paths = (f"{folder}/{name}" for folder, _, names in os.walk(root, followlinks=True) for name in names)
+    odd = (path for path in paths if path[len(root) + 1 :] not in files and not Path(path).is_file())
+    return {name: -1 for path in odd if is_image(name := _text(path[len(root) + 1 :]))}
+
+
 def index_unit(unit: Unit, options: SourceOptions, staging: Staging) -> pa.Table:
     """The entries of one unit; needs no other unit, so units can be gone through anywhere."""
     index: Callable[[Unit, SourceOptions, Staging], Iterator[Entry]]
@@ -136,7 +146,7 @@ def index_unit(unit: Unit, options: SourceOptions, staging: Staging) -> pa.Table
 
 
 def _text(name: str) -> str:
-    """A tar's names may be of any encoding; what is not UTF-8 is written as its code."""
+    """Names in a tar, and of links to nothing, may be of any encoding; what is not UTF-8 is written as its code."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -153,6 +163,9 @@ def _index_folder(unit: Unit, options: SourceOptions, _: Staging) -> Iterator[En
             split, rest = None, PurePosixPath(name).parts
         elif split is None:
             yield Entry(key=name, file=name, reason="outside of the folders train, val and test")
+            continue
+        if size < 0:
+            yield Entry(key=name, file=name, split=split, reason="a link to nothing, or no file")
             continue
         yield Entry(key=name, file=name, length=size, split=split, class_name=rest[0] if len(rest) > 1 else None)
 
