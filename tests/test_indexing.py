@@ -489,6 +489,23 @@ def test_plain_parquet_with_named_columns(tmp_path: Path) -> None:
         index(path, tmp_path / "s", image_column="b", label_column="nope")
 
 
+@pytest.mark.parametrize(
+    ("labels", "classes", "numbers"),
+    [
+        ([1.0, 0.0, float("nan"), -1.0], ["1", "0", None, None], [1, 0, None, None]),
+        ([0.5, 2.0, None, 1.0], ["0.5", "2", None, "1"], [None, 2, None, 1]),
+        (["cat", "", "  ", " dog"], ["cat", None, None, " dog"], [None] * 4),
+    ],
+)
+def test_parquet_labels_as_pandas_writes_them(
+    tmp_path: Path, labels: list[object], classes: list[str | None], numbers: list[int | None]
+) -> None:
+    pq.write_table(pa.table({"image": [picture(i) for i in range(4)], "label": labels}), tmp_path / "x.parquet")
+    entries = list(index(tmp_path / "x.parquet", tmp_path / "s").values())
+    assert [e["class_name"] for e in entries] == classes
+    assert [e["label"] for e in entries] == numbers
+
+
 def test_keys_that_start_anew_in_each_parquet_file(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     table = pa.table({"image": [picture(1)] * 4, "label": [0, 0, 1, 1], "key": ["0", "1", "2", "2"]})
