@@ -175,6 +175,20 @@ def test_broken_images_are_all_accounted_for(tmp_path: Path) -> None:
     assert "does not decode" in reasons["val/a/truncated.jpg"]
 
 
+def test_a_split_without_a_good_image_is_refused_and_its_images_named(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "in", images_per_class=2, val_per_class=1)
+    for path in root.glob("val/*/*.png"):
+        path.write_bytes(b"no image")
+    config = PrepareConfig(source=str(root), out=str(tmp_path / "out"))
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"no image of the val split can be used; quarantine\.parquet in .*out names them"
+        ):
+            prepare(config, quiet)
+        keys = pq.read_table(tmp_path / "out/quarantine.parquet")["key"].to_pylist()
+        assert sorted(keys) == ["val/blue/000.png", "val/green/000.png", "val/red/000.png"]
+
+
 def test_from_bucket_to_bucket(tmp_path: Path, object_store: ObjectStore) -> None:
     images = make_folder(tmp_path / "images", images_per_class=4, val_per_class=2)
     bucket = Storage(object_store.uri(f"in-{tmp_path.name}"))

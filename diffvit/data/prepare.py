@@ -202,6 +202,11 @@ def _finish(
     ignored: dict[str, int],
     target: Storage,
 ) -> DatasetInfo:
+    quarantined = [*layout.quarantined, *(bad for shard in packed for bad in shard.quarantined)]
+    keys, reasons = [key for key, _ in quarantined], [reason for _, reason in quarantined]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"key": pa.array(keys, pa.string()), "reason": pa.array(reasons, pa.string())}), sink)
+    target.write(QUARANTINE_NAME, sink.getvalue())
     splits: dict[str, SplitInfo] = {}
     for split in dict.fromkeys(name.split("/")[0] for name, _, _ in layout.shards):
         shards = [shard.shard for shard in packed if shard.shard and shard.shard.name.startswith(f"{split}/")]
@@ -212,17 +217,12 @@ def _finish(
         ]
         index = pa.concat_tables(numbered) if numbered else INDEX_SCHEMA.empty_table()
         if not index.num_rows:
-            raise ValueError(f"no image of the {split} split can be used; {QUARANTINE_NAME} would name all of them")
+            raise ValueError(f"no image of the {split} split can be used; {QUARANTINE_NAME} in {target.uri} names them")
         sink = pa.BufferOutputStream()
         pq.write_table(index, sink)
         target.write(index_name(split), sink.getvalue())
         counts = np.bincount(index["label"].to_numpy(), minlength=len(layout.classes))
         splits[split] = SplitInfo(index.num_rows, counts.tolist(), shards)
-    quarantined = [*layout.quarantined, *(bad for shard in packed for bad in shard.quarantined)]
-    keys, reasons = [key for key, _ in quarantined], [reason for _, reason in quarantined]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"key": pa.array(keys, pa.string()), "reason": pa.array(reasons, pa.string())}), sink)
-    target.write(QUARANTINE_NAME, sink.getvalue())
     mean, std = _channel_statistics(layout, packed, splits["train"].images)
     info = DatasetInfo(
         format_version=FORMAT_VERSION,
