@@ -26,7 +26,7 @@ from ray.data import DataContext
 from diffvit.analysis.confusion import confusion_figure, per_class
 from diffvit.cluster.waiting import can_grow, room_for, wait_for_nodes
 from diffvit.config import AugmentConfig, PredictConfig, ScaleConfig
-from diffvit.data.claim import STAGING, claim, identity_of, release, require_same
+from diffvit.data.claim import STAGING, claim, identity_of, release, reopen, require_outside, require_same
 from diffvit.data.indexing import find_units, with_absolute_paths
 from diffvit.data.originals import read_labels
 from diffvit.data.prepare import collect_entries
@@ -46,10 +46,11 @@ def predict(config: PredictConfig, report: Report) -> dict[str, Any]:
     """Predict every image that `config` names, on the connected cluster; the content of `predictions.json`.
 
     Raises:
-        ValueError: no such checkpoint or images, or `out` holds something else.
+        ValueError: no such checkpoint or images, or `out` lies in these or holds something else.
         StorageError: a store stayed away; the same call goes on from there.
     """
     config = with_absolute_paths(config)
+    require_outside(config.out, config.images)
     target = Storage(config.out)
     with on_disk(config.checkpoint) as found:
         checkpoint = find_checkpoint(found)
@@ -103,6 +104,10 @@ def _finished(target: Storage, identity: dict[str, Any]) -> dict[str, Any] | Non
     except (FileNotFoundError, NotADirectoryError):
         return None
     require_same(results["options"], identity, f"out = {target.uri!r} holds predictions made")
+    there = target.sizes(PARTS)
+    if any(part_name(number) not in there for number in range(results.get("parts", 0))):  # lost since
+        reopen(target, identity, RESULTS_NAME)
+        return None
     return results
 
 
@@ -171,6 +176,6 @@ def _summarise(job: Job, saved: SavedModel, identity: dict[str, Any], without_sp
         picture = io.BytesIO()
         confusion_figure(confusion, saved.classes).savefig(picture, format="png", dpi=110)
         target.write("confusion.png", picture.getvalue())
-    results |= {"step": saved.manifest["step"], "options": identity}
+    results |= {"parts": job.parts, "step": saved.manifest["step"], "options": identity}
     target.write(RESULTS_NAME, json.dumps(results, indent=2).encode() + b"\n")
     return results

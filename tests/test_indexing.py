@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import tarfile
 import threading
 from pathlib import Path
@@ -22,9 +23,19 @@ from torchvision import datasets
 from diffvit import storage as storage_module
 from diffvit.config import SourceOptions
 from diffvit.data import originals, tars
+from diffvit.data.claim import require_outside
 from diffvit.data.images import FORMATS
 from diffvit.data.indexing import find_units, index_unit
-from diffvit.data.originals import Staging, ignored_in, label_entries, read_entries, read_labels, write_entries
+from diffvit.data.layout import plan_layout
+from diffvit.data.originals import (
+    Staging,
+    ignored_in,
+    join_entries,
+    label_entries,
+    read_entries,
+    read_labels,
+    write_entries,
+)
 from diffvit.data.packing import read_entries_content
 from diffvit.data.sources import IMAGE_EXTENSIONS
 from diffvit.storage import Storage, StorageError
@@ -33,14 +44,13 @@ from diffvit.storage import Storage, StorageError
 def index(source: Path | str, staging: Path, **options: object) -> dict[str, dict[str, object]]:
     """`{key: entry with its content}` of a whole source."""
     config = SourceOptions(**options)
+    units = find_units(str(source), config)
+    parts = [index_unit(unit, config, Staging(Storage(str(staging)), str(number))) for number, unit in enumerate(units)]
+    table = label_entries(join_entries(units, parts), read_labels(config.labels))
     entries = {}
-    for number, unit in enumerate(find_units(str(source), config)):
-        table = index_unit(unit, config, Staging(Storage(str(staging)), str(number)))
-        table = label_entries(table, read_labels(config.labels))
-        contents = read_entries_content(table, 10**6)
-        for row, content in zip(table.to_pylist(), contents, strict=True):
-            assert row["key"] not in entries
-            entries[row["key"]] = {**row, "content": content}
+    for row, content in zip(table.to_pylist(), read_entries_content(table, 10**6), strict=True):
+        assert row["key"] not in entries
+        entries[row["key"]] = {**row, "content": content}
     return entries
 
 
@@ -106,6 +116,41 @@ def test_a_class_called_train_is_no_split(tmp_path: Path) -> None:
     assert [(e["split"], e["class_name"]) for e in entries.values()] == [("test", None), ("train", "cat")]
 
 
+def test_what_lies_beside_the_splits_is_of_none(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "a", images_per_class=1, val_per_class=1)
+    make_image(root / "extra/a/9.png", hue=0, seed=0)
+    make_image(root / "8.png", hue=0, seed=0)
+    entries = index(root, tmp_path / "s")
+    reasons = {key: e["reason"] for key, e in entries.items() if e["split"] is None or e["reason"]}
+    assert reasons == dict.fromkeys(("8.png", "extra/a/9.png"), "outside of the folders train, val and test")
+    assert {e["class_name"] for e in entries.values()} == {"blue", "green", "red", None}
+
+
+def test_links_to_nothing_and_pipes_do_not_vanish(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "a", images_per_class=1, val_per_class=1)
+    (tmp_path / "elsewhere").mkdir()
+    (root / "train/linked").symlink_to(tmp_path / "elsewhere")
+    names = ("train/red/gone.png", "val/red/pipe.jpg", "train/linked/loop.png", "beside.png")
+    for name in names:
+        if name.endswith(".jpg"):
+            os.mkfifo(root / name)
+        else:
+            (root / name).symlink_to(Path(name).name if "loop" in name else "nowhere")
+    for name in (".hidden.png", "no-image.txt"):
+        (root / "train/red" / name).symlink_to("nowhere")
+    (root / "train/red/good.png").symlink_to(root / "train/red/000.png")
+    entries = index(root, tmp_path / "s")
+    assert {key: (e["split"], e["reason"]) for key, e in entries.items() if e["reason"]} == {
+        "beside.png": (None, "outside of the folders train, val and test"),
+        "train/linked/loop.png": ("train", "a link to nothing, or no file"),
+        "train/red/gone.png": ("train", "a link to nothing, or no file"),
+        "val/red/pipe.jpg": ("val", "a link to nothing, or no file"),
+    }
+    assert entries["train/red/good.png"]["content"] == entries["train/red/000.png"]["content"]
+    (unit,) = find_units(str(root / "train/red/000.png"), SourceOptions())
+    assert unit.files == ("000.png",)
+
+
 def test_files_of_other_kinds_are_counted(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "a", images_per_class=1)
     for name in ("a.txt", "red/b.TXT", "c.heic", "Makefile", ".hidden", "red/._1.jpg", ".thumbs/1.png"):
@@ -154,6 +199,17 @@ def test_tar_in_place_and_through_staging(tmp_path: Path, mode: str) -> None:
     assert (tmp_path / "s").exists() == (mode != "w")
 
 
+def test_classes_of_a_tar_are_the_folders_below_a_split(tmp_path: Path) -> None:
+    names = ("train/cat/indoor/1.png", "tiny-imagenet-200/train/n01/images/x.JPEG", "photos/2020/dog/1.png")
+    path = make_tar(tmp_path / "x.tar", {name: picture(1) for name in names})
+    entries = index(path, tmp_path / "s")
+    assert [(e["split"], e["class_name"]) for e in entries.values()] == [
+        ("train", "cat"),
+        ("train", "n01"),
+        (None, "dog"),
+    ]
+
+
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_imagenets_tar_of_tars(tmp_path: Path, mode: str) -> None:
     """The synset is the name of the inner tar; validation has no classes but in a file of its own."""
@@ -175,6 +231,40 @@ def test_imagenets_tar_of_tars(tmp_path: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_tars_of_splits_in_a_tar(tmp_path: Path, mode: str) -> None:
+    inner = make_tar(tmp_path / "inner.tar", {"cat/0.png": picture(0), "1.png": picture(1)}).read_bytes()
+    names = ("data/train.tar", "Val.tar", "test/n01.tar")
+    entries = index(make_tar(tmp_path / "x.tar", dict.fromkeys(names, inner), mode), tmp_path / "s")
+    assert {key.removeprefix("x.tar/"): (e["split"], e["class_name"]) for key, e in entries.items()} == {
+        "data/train.tar/cat/0.png": ("train", "cat"),
+        "data/train.tar/1.png": ("train", None),
+        "Val.tar/cat/0.png": ("val", "cat"),
+        "Val.tar/1.png": ("val", None),
+        "test/n01.tar/cat/0.png": ("test", "cat"),
+        "test/n01.tar/1.png": ("test", "n01"),
+    }
+
+
+def test_a_class_called_train_in_a_tar_is_no_split(tmp_path: Path) -> None:
+    def found(files: dict[str, bytes], **options: object) -> list[tuple[object, object]]:
+        entries = index(make_tar(tmp_path / "x.tar", files), tmp_path / "s", **options)
+        return [(e["split"], e["class_name"]) for e in entries.values()]
+
+    classes = [(None, "bus"), (None, "train"), (None, "car")]
+    bare = {"1.png": picture(1)}
+    inner = make_tar(tmp_path / "inner.tar", bare).read_bytes()
+    beside = dict.fromkeys(("bus/1.png", "train/2.png", "car/3.png"), picture(1))
+    assert found(beside) == classes
+    assert found(dict.fromkeys(("bus.tar", "train.tar", "car.tar"), inner)) == classes
+    # but where anything says the classes of its images, it is
+    assert found(beside | {"train/2.cls": b"7"}) == [(None, "bus"), ("train", "7"), (None, "car")]
+    assert found({"train/cat/1.png": picture(1), "test/2.png": picture(2)}) == [("train", "cat"), ("test", None)]
+    (tmp_path / "labels.csv").write_text("2,dog")
+    assert found(beside, labels=str(tmp_path / "labels.csv"))[1] == ("train", "dog")
+    assert found({"train/1.png": picture(1)}) == [("train", None)]
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_what_is_too_large_for_an_image_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     """A header may say anything, and a small archive unpack to anything."""
     monkeypatch.setattr(tars, "_MAX_IMAGE_BYTES", 1000)
@@ -192,6 +282,31 @@ def test_labels_of_several_words(tmp_path: Path) -> None:
     file = tmp_path / "labels.csv"
     file.write_text('1.jpg,great dane\nx/2.png," great white, shark"\n')
     assert read_labels(str(file)) == {"1": "great dane", "2": "great white, shark"}
+
+
+def test_labels_of_a_folder_whose_splits_have_no_class_folders(tmp_path: Path) -> None:
+    """As Kaggle gives many sets."""
+    for name in ("train/0.png", "train/1.png", "test/6.png"):
+        make_image(tmp_path / "in" / name, hue=0, seed=0)
+    labels = tmp_path / "labels.csv"
+    labels.write_text("0,cat\n1.png,dog\n6,cat\n")
+    entries = index(tmp_path / "in", tmp_path / "s", labels=str(labels))
+    assert {key: (e["split"], e["class_name"]) for key, e in entries.items()} == {
+        "train/0.png": ("train", "cat"),
+        "train/1.png": ("train", "dog"),
+        "test/6.png": ("test", "cat"),
+    }
+
+
+def test_labels_of_no_image_are_refused(tmp_path: Path) -> None:
+    labels = tmp_path / "labels.csv"
+    labels.write_text("0,cat\n1,dog\n")
+    make_image(tmp_path / "in/cat/0.png", hue=0, seed=0)
+    with pytest.raises(ValueError, match=r"--labels FILE.* none of its 2 names does, such as '0'; every image has one"):
+        index(tmp_path / "in", tmp_path / "s", labels=str(labels))
+    make_image(tmp_path / "in/img_7.png", hue=0, seed=0)
+    with pytest.raises(ValueError, match="such as '0'; such an image is 'img_7'"):
+        index(tmp_path / "in", tmp_path / "s", labels=str(labels))
 
 
 def test_webdataset(tmp_path: Path) -> None:
@@ -374,6 +489,41 @@ def test_plain_parquet_with_named_columns(tmp_path: Path) -> None:
         index(path, tmp_path / "s", image_column="b", label_column="nope")
 
 
+@pytest.mark.parametrize(
+    ("labels", "classes", "numbers"),
+    [
+        ([1.0, 0.0, float("nan"), -1.0], ["1", "0", None, None], [1, 0, None, None]),
+        ([0.5, 2.0, None, 1.0], ["0.5", "2", None, "1"], [None, 2, None, 1]),
+        (["cat", "", "  ", " dog"], ["cat", None, None, " dog"], [None] * 4),
+    ],
+)
+def test_parquet_labels_as_pandas_writes_them(
+    tmp_path: Path, labels: list[object], classes: list[str | None], numbers: list[int | None]
+) -> None:
+    pq.write_table(pa.table({"image": [picture(i) for i in range(4)], "label": labels}), tmp_path / "x.parquet")
+    entries = list(index(tmp_path / "x.parquet", tmp_path / "s").values())
+    assert [e["class_name"] for e in entries] == classes
+    assert [e["label"] for e in entries] == numbers
+
+
+def test_keys_that_start_anew_in_each_parquet_file(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    table = pa.table({"image": [picture(1)] * 4, "label": [0, 0, 1, 1], "key": ["0", "1", "2", "2"]})
+    for name in ("a", "b"):
+        pq.write_table(table, tmp_path / f"in/{name}.parquet")
+    units = find_units(str(tmp_path / "in"), SourceOptions())
+    parts = [index_unit(u, SourceOptions(), Staging(Storage(str(tmp_path)), u.files[0])) for u in units]
+    entries = join_entries(units, parts)
+    assert entries["key"].to_pylist() == [f"{name}.parquet/{key}" for name in "ab" for key in "0122"]
+    quarantined = plan_layout(entries, val_fraction=0.5, seed=0, shard_bytes=1000).quarantined
+    assert quarantined == tuple((f"{name}.parquet/2", "another image has the same key") for name in "ab")
+    # one file, and files whose keys do not overlap, keep them
+    assert join_entries(units[:1], parts[:1])["key"].to_pylist() == list("0122")
+    pq.write_table(table.set_column(2, "key", [list("3456")]), tmp_path / "in/b.parquet")
+    parts[1] = index_unit(units[1], SourceOptions(), Staging(Storage(str(tmp_path)), "b"))
+    assert join_entries(units, parts)["key"].to_pylist() == list("01223456")
+
+
 def make_fashion_mnist(root: Path, images: int = 3) -> None:
     """The IDX files as torchvision expects them, with `images` in each split."""
     folder = root / "FashionMNIST/raw"
@@ -464,6 +614,7 @@ def test_a_torchvision_set_that_is_not_of_classes(tmp_path: Path, monkeypatch: p
         ({"source": "nowhere.tar"}, "does not exist or is empty"),
         ({"source": "torchvision:CIFAR11", "root": "x"}, "no data set 'CIFAR11'; did you mean 'CIFAR10'"),
         ({"source": "torchvision:CIFAR10"}, "root is missing"),
+        ({"source": "torchvision:Kinetics", "root": "x"}, "Kinetics needs more than a split: .*'frames_per_clip'"),
         ({"source": "torchvision:CIFAR10", "root": "x"}, "CIFAR10 is not in .* or add --download to fetch it"),
         ({"source": "ftp://host/x"}, "must be a path or a URI"),
     ],
@@ -474,6 +625,29 @@ def test_sources_that_are_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         find_units(options.pop("source"), SourceOptions(**options))
+
+
+def test_out_in_the_source_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "link").symlink_to("in")
+    root = str(tmp_path)
+    for out, source in (
+        (f"{root}/in", f"{root}/in"),
+        (f"{root}/link/out", f"{root}/in/"),
+        (f"{root}/x/../in/out", f"{root}/in"),
+        ("s3://b/in/out?region=x", "s3://b/in"),
+        ("s3://b/in", "s3://b/in/?region=x"),
+        ("gs://b/in", "gs://b"),
+    ):
+        with pytest.raises(ValueError, match=r"out must not lie in the folder that is read, .* choose another --out"):
+            require_outside(out, source)
+    for out, source in (
+        (f"{root}/in2", f"{root}/in"),
+        (root, f"{root}/in"),
+        ("s3://b/in2", "s3://b/in"),
+        (str(Path("sample").absolute()), "sample"),
+    ):
+        require_outside(out, source)
 
 
 def test_mixed_and_empty_sources_are_refused(tmp_path: Path) -> None:

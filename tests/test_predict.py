@@ -117,6 +117,10 @@ def test_cut_between_parts_it_goes_on(config: PredictConfig, monkeypatch: pytest
     assert started_at[0] > 0
     assert results["images"] == len(rows_of(config.out)) == 24
     assert predict(config, quiet) == results  # again is free
+    rows = rows_of(config.out)
+    Path(config.out, "predictions/part-000002.parquet").unlink()
+    assert predict(config, quiet) == results  # what was lost is made again
+    assert rows_of(config.out) == rows
     with pytest.raises(ValueError, match=r"(?s)holds predictions made .* top_k: 2 there, 3 now"):
         predict(dataclasses.replace(config, top_k=3), quiet)
 
@@ -135,6 +139,13 @@ def test_too_many_copies_of_the_model_are_refused(config: PredictConfig) -> None
     with pytest.raises(ValueError, match=r"workers = 1 copies of the model need a GPU each"):
         predict(dataclasses.replace(config, gpu=True), quiet)
     assert not Path(config.out).exists()
+
+
+def test_out_among_the_images_is_refused(config: PredictConfig) -> None:
+    out = Path(config.images, "out")
+    with pytest.raises(ValueError, match="out must not lie in the folder that is read"):
+        predict(dataclasses.replace(config, out=str(out)), quiet)
+    assert not out.exists()
 
 
 def test_another_place_is_no_other_source(config: PredictConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,12 +85,33 @@ def test_again_is_free_and_other_options_are_refused(config: PrepareConfig) -> N
         prepare(config, quiet)
 
 
+@pytest.mark.parametrize("lost", ["train/00001.parquet", "index/val.parquet"])
+def test_a_finished_data_set_that_lost_files_is_made_again(config: PrepareConfig, lost: str) -> None:
+    info, images = prepare(config, quiet), read_all(config.out)
+    Path(config.out, lost).unlink()
+    with pytest.raises(ValueError, match="seed: 0 there, 5 now"):
+        prepare(dataclasses.replace(config, seed=5), quiet)
+    assert prepare(config, quiet) == info
+    assert read_all(config.out) == images
+    Path(config.out, "train/00001.parquet").write_bytes(b"cut short")
+    assert prepare(config, quiet) == info
+    assert verify(config, quiet) == info
+    assert not Path(config.out, ".staging").exists()
+
+
 def test_a_folder_of_other_things_is_not_touched(config: PrepareConfig) -> None:
     Path(config.out).mkdir()
     Path(config.out, "thesis.tex").write_text("years")
     with pytest.raises(ValueError, match=r"out must be an empty folder, .* holds 1 files, among them thesis.tex"):
         prepare(config, quiet)
     assert [path.name for path in Path(config.out).iterdir()] == ["thesis.tex"]
+
+
+def test_out_in_the_source_is_refused_before_anything_is_written(config: PrepareConfig) -> None:
+    out = Path(config.source, "out")
+    with pytest.raises(ValueError, match=r"out must not lie in the folder that is read, .*images/out' lies in"):
+        prepare(dataclasses.replace(config, out=str(out)), quiet)
+    assert not out.exists()
 
 
 def test_cut_between_shards_it_goes_on(config: PrepareConfig) -> None:
@@ -150,8 +171,22 @@ def test_broken_images_are_all_accounted_for(tmp_path: Path) -> None:
         str(path.relative_to(config.source)) for path in Path(config.source).rglob("*") if path.is_file()
     }
     reasons = {row["key"]: row["reason"] for row in quarantine}
-    assert reasons["stray.png"] == "no label"
+    assert reasons["stray.png"] == "outside of the folders train, val and test"
     assert "does not decode" in reasons["val/a/truncated.jpg"]
+
+
+def test_a_split_without_a_good_image_is_refused_and_its_images_named(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "in", images_per_class=2, val_per_class=1)
+    for path in root.glob("val/*/*.png"):
+        path.write_bytes(b"no image")
+    config = PrepareConfig(source=str(root), out=str(tmp_path / "out"))
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"no image of the val split can be used; quarantine\.parquet in .*out names them"
+        ):
+            prepare(config, quiet)
+        keys = pq.read_table(tmp_path / "out/quarantine.parquet")["key"].to_pylist()
+        assert sorted(keys) == ["val/blue/000.png", "val/green/000.png", "val/red/000.png"]
 
 
 def test_from_bucket_to_bucket(tmp_path: Path, object_store: ObjectStore) -> None:

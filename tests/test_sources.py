@@ -71,6 +71,15 @@ def test_nested_folders_belong_to_their_class_and_other_files_do_not_count(tmp_p
     assert len(dataset.train) + len(dataset.val) == 10
 
 
+def test_links_to_folders_are_followed(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "in", images_per_class=3)
+    (root / "red").rename(tmp_path / "elsewhere")
+    (root / "red/more").mkdir(parents=True)
+    (root / "red/more/link").symlink_to(tmp_path / "elsewhere")
+    dataset = open_dataset(DataConfig(path=str(root)))
+    assert sum(key.startswith("red/more/link/") for key in keys(dataset.train) + keys(dataset.val)) == 3
+
+
 def refusal(path: Path | str) -> str:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         open_dataset(DataConfig(path=str(path)))
@@ -95,3 +104,7 @@ def test_refusals_name_the_folder_and_the_rule(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "c", images_per_class=3, val_per_class=2)
     make_image(root / "val" / "yellow" / "0.png", hue=0, seed=0)
     assert "only one has: yellow" in refusal(root)
+    root = make_folder(tmp_path / "d", images_per_class=3)
+    with open(bytes(root) + b"/red/\xfe.png", "wb"):  # noqa: PTH123
+        pass
+    assert refusal(root) == r"names of files must be UTF-8, got red/\xfe.png; rename it"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from diffvit.data.originals import Unit, listing_digest
@@ -25,6 +26,18 @@ def identity_of(options: dict[str, Any], units: Sequence[Unit], labels: dict[str
     return identity
 
 
+def require_outside(out: str, source: str) -> None:
+    """Raises ValueError where `out` lies in `source`, which would be another source as soon as something is written."""
+
+    def place(location: str) -> PurePath:
+        return Path(location).resolve() if location.startswith("/") else PurePosixPath(location.partition("?")[0])
+
+    if place(out).is_relative_to(place(source)):
+        raise ValueError(
+            f"out must not lie in the folder that is read, {out!r} lies in {source!r}; choose another --out"
+        )
+
+
 def claim(target: Storage, identity: dict[str, Any]) -> None:
     """Make `target` ours to fill, or find that it is already.
 
@@ -39,9 +52,20 @@ def claim(target: Storage, identity: dict[str, Any]) -> None:
             raise ValueError(
                 f"out must be an empty folder, {target.uri!r} holds {len(others)} files, among them {others[0]}"
             ) from None
-        target.write(_IDENTITY_NAME, json.dumps(identity, indent=2).encode())
+        _begin(target, identity)
         return
     require_same(begun, identity, f"out = {target.uri!r} was begun")
+
+
+def _begin(target: Storage, identity: dict[str, Any]) -> None:
+    target.write(_IDENTITY_NAME, json.dumps(identity, indent=2).encode())
+
+
+def reopen(target: Storage, identity: dict[str, Any], result_name: str) -> None:
+    """Make a finished folder that lost files ours to fill again; `result_name` is the file that calls it finished."""
+    release(target)  # first: of what a killed job left of it, parts may be missing
+    _begin(target, identity)
+    target.delete(result_name)
 
 
 def require_same(there: dict[str, Any], now: dict[str, Any], what: str) -> None:

@@ -5,10 +5,11 @@ A *unit* is a part that one task indexes: a tar, a Parquet file, a split of a to
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -28,7 +29,7 @@ from diffvit.data.originals import (
 )
 from diffvit.data.parquet_images import index_parquet
 from diffvit.data.shards import INFO_NAME, open_shards, read_info
-from diffvit.data.sources import IMAGE_EXTENSIONS, SAMPLE, SAMPLE_FOLDER
+from diffvit.data.sources import IMAGE_EXTENSIONS, SAMPLE, SAMPLE_FOLDER, not_utf8
 from diffvit.data.tars import index_tar
 from diffvit.data.torchvision_sets import find_splits, index_torchvision
 from diffvit.storage import Storage, absolute
@@ -79,6 +80,7 @@ def find_units(source: str, options: SourceOptions) -> list[Unit]:
     (kind,) = found
     names = by_kind[kind]
     if kind == "folder":  # listing is all there is to do
+        names = dict(sorted({**names, **_no_files(source, files)}.items()))
         return [Unit(kind, storage.uri, tuple(names), tuple(names.values()), ignored)]
     units = [Unit(kind, storage.uri, (name,), (size,)) for name, size in names.items()]
     return [replace(units[0], ignored=ignored), *units[1:]]
@@ -107,11 +109,18 @@ def _list(source: str) -> tuple[Storage, dict[str, int]]:
     try:
         files = storage.sizes()
     except UnicodeDecodeError as error:
-        name = error.object.decode(errors="backslashreplace")
-        raise ValueError(f"names of files must be UTF-8, got {name}; rename it") from None
+        raise not_utf8(error.object) from None
     if not files:
         raise ValueError(f"source {source!r} does not exist or is empty")
     return storage, files
+
+
+def _no_files(source: str, files: Mapping[str, int]) -> dict[str, int]:
+    """Images by name alone, which a listing of `files` leaves out, as of -1 bytes; in a store there are none."""
+    root = absolute(source)
+    paths = (f"{folder}/{name}" for folder, _, names in os.walk(root, followlinks=True) for name in names)
+    odd = (path for path in paths if path[len(root) + 1 :] not in files and not Path(path).is_file())
+    return {name: -1 for path in odd if is_image(name := _text(path[len(root) + 1 :]))}
 
 
 def index_unit(unit: Unit, options: SourceOptions, staging: Staging) -> pa.Table:
@@ -137,21 +146,28 @@ def index_unit(unit: Unit, options: SourceOptions, staging: Staging) -> pa.Table
 
 
 def _text(name: str) -> str:
-    """A tar's names may be of any encoding; what is not UTF-8 is written as its code."""
+    """Names in a tar, and of links to nothing, may be of any encoding; what is not UTF-8 is written as its code."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _index_folder(unit: Unit, _: SourceOptions, __: Staging) -> Iterator[Entry]:
+def _index_folder(unit: Unit, options: SourceOptions, _: Staging) -> Iterator[Entry]:
     """`[<split>/]<class>/…/<image>`, as torchvision's ImageFolder reads it.
 
-    Where no split's folder has class folders, one called `train` is a class of railway pictures.
+    Where there are splits, nothing beside them is used. Where no split's folder has class folders and no file of labels
+    says the classes, one called `train` is a class of railway pictures.
     """
     places = [split_of_path(name) for name in unit.files]
-    has_splits = any(split and len(rest) > 1 for split, rest in places)
+    has_splits = any(split and (len(rest) > 1 or options.labels) for split, rest in places)
     for name, size, (split, rest) in zip(unit.files, unit.sizes, places, strict=True):
-        folders = (rest if has_splits else PurePosixPath(name).parts)[:-1]
-        class_name = folders[0] if folders else None
-        yield Entry(key=name, file=name, length=size, split=split if has_splits else None, class_name=class_name)
+        if not has_splits:
+            split, rest = None, PurePosixPath(name).parts
+        elif split is None:
+            yield Entry(key=name, file=name, reason="outside of the folders train, val and test")
+            continue
+        if size < 0:
+            yield Entry(key=name, file=name, split=split, reason="a link to nothing, or no file")
+            continue
+        yield Entry(key=name, file=name, length=size, split=split, class_name=rest[0] if len(rest) > 1 else None)
 
 
 def _index_shards(unit: Unit, _: SourceOptions, __: Staging) -> Iterator[Entry]:

@@ -157,10 +157,14 @@ def open_original(unit: Unit) -> BinaryIO:
     return io.BufferedReader(_RemoteFile(storage, name, size), _READ_AHEAD_BYTES)
 
 
+def split_called(name: str) -> str | None:
+    return _SPLITS.get(name.lower())
+
+
 def split_of_path(name: str) -> tuple[str | None, tuple[str, ...]]:
     """The split that the first folder of `name` says, and the path below it."""
     parts = PurePosixPath(name).parts
-    split = _SPLITS.get(parts[0].lower()) if len(parts) > 1 else None
+    split = split_called(parts[0]) if len(parts) > 1 else None
     return split, parts[1:] if split else parts
 
 
@@ -174,14 +178,35 @@ def is_image(name: str) -> bool:
     return extension_of(name) in IMAGE_EXTENSIONS and not is_hidden(name)
 
 
+def join_entries(units: Sequence[Unit], parts: Sequence[pa.Table]) -> pa.Table:
+    """The entries of all units; where the own keys of several Parquet files overlap, after each file's name."""
+    entries = pa.concat_tables(parts)
+    distinct = sum(pc.count_distinct(part["key"]).as_py() for part in parts)
+    if units[0].kind != "parquet" or pc.count_distinct(entries["key"]).as_py() == distinct:
+        return entries
+    files = pa.array([unit.files[0] for unit, part in zip(units, parts, strict=True) for _ in range(part.num_rows)])
+    keys = pc.binary_join_element_wise(files, entries["key"], "/")
+    return entries.set_column(entries.schema.get_field_index("key"), ENTRY_SCHEMA.field("key"), keys)
+
+
 def label_entries(entries: pa.Table, labels: dict[str, str]) -> pa.Table:
-    """The entries, with the class of `read_labels` where they have none."""
+    """The entries, with the class of `read_labels` where they have none.
+
+    Raises:
+        ValueError: no label is of an entry without a class.
+    """
     if not labels:
         return entries
-    names = [
-        found or labels.get(PurePosixPath(key).stem)
-        for key, found in zip(entries["key"].to_pylist(), entries["class_name"].to_pylist(), strict=True)
-    ]
+    stems = [PurePosixPath(key).stem for key in entries["key"].to_pylist()]
+    classes = entries["class_name"].to_pylist()
+    names = [found or labels.get(stem) for stem, found in zip(stems, classes, strict=True)]
+    if names == classes:
+        without = next((stem for stem, found in zip(stems, classes, strict=True) if found is None), None)
+        raise ValueError(
+            f"labels (--labels FILE) must name images that have no class of their own, none of its {len(labels)} names "
+            f"does, such as {next(iter(labels))!r}; "
+            + (f"such an image is {without!r}" if without else "every image has one: leave --labels out")
+        )
     place = entries.schema.get_field_index("class_name")
     return entries.set_column(place, ENTRY_SCHEMA.field("class_name"), pa.array(names, pa.string()))
 

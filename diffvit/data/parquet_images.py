@@ -6,6 +6,7 @@ Class names come from the `huggingface` metadata of the file where it has them.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
@@ -38,7 +39,7 @@ def index_parquet(unit: Unit, options: SourceOptions, staging: Staging) -> Itera
                     f"{name}/{number:07d}" + (f"/{PurePosixPath(path).name}" if path else "")
                 )
                 number += 1
-                found = row[label] if label else None
+                found = _label_of(row[label] if label else None)
                 class_name = _class_of(found, classes)
                 if content is None:
                     yield Entry(key, name, reason="no image bytes")
@@ -78,6 +79,13 @@ def _class_names(schema: pa.Schema, label: str | None) -> list[str] | None:
     except (KeyError, TypeError, ValueError):
         return None
     return names
+
+
+def _label_of(value: object) -> object:
+    """As pandas writes it where rows have none: numbers as floats, and NaN or an empty text for none."""
+    if isinstance(value, float):
+        return None if math.isnan(value) else int(value) if value.is_integer() else value
+    return None if isinstance(value, str) and not value.strip() else value
 
 
 def _class_of(label: object, classes: list[str] | None) -> str | None:

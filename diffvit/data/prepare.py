@@ -17,13 +17,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffvit.config import PrepareConfig, SourceOptions
-from diffvit.data.claim import STAGING, claim, identity_of, release, require_same
+from diffvit.data.claim import STAGING, claim, identity_of, release, reopen, require_outside, require_same
 from diffvit.data.indexing import find_units, index_unit, with_absolute_paths
 from diffvit.data.layout import Layout, plan_layout
 from diffvit.data.originals import (
     Staging,
     Unit,
     ignored_in,
+    join_entries,
     label_entries,
     places_of,
     read_entries,
@@ -55,10 +56,11 @@ def prepare(config: PrepareConfig, report: Report) -> DatasetInfo:
     """Write the data set that `config` asks for, on the connected cluster; its description.
 
     Raises:
-        ValueError: the source is not usable, or `out` holds something else.
+        ValueError: the source is not usable, or `out` lies in it or holds something else.
         StorageError: a store stayed away; the same call goes on from there.
     """
     config = with_absolute_paths(config)
+    require_outside(config.out, config.source)
     target = Storage(config.out)
     units = find_units(config.source, config)
     if units[0].kind == "shards":
@@ -115,12 +117,17 @@ def verify(config: PrepareConfig, report: Report) -> DatasetInfo:
 
 
 def _finished(target: Storage, identity: dict[str, Any]) -> DatasetInfo | None:
-    """The data set that an earlier call with the same options made."""
+    """The data set that an earlier call with the same options made; None too where it lost files since."""
     try:
         info = read_info(target)
     except FileNotFoundError:
         return None
     require_same({"source": info.source, **info.options}, identity, f"out = {target.uri!r} holds a data set made")
+    try:
+        open_shards(target)
+    except (FileNotFoundError, ValueError):
+        reopen(target, identity, INFO_NAME)
+        return None
     return info
 
 
@@ -160,7 +167,7 @@ def collect_entries(
         report("indexing", done, len(units))
     parts = [read_entries(staging, name) for name in names]
     ignored = sum((ignored_in(part) for part in parts), Counter[str]())
-    return with_ignored(label_entries(pa.concat_tables(parts), labels), ignored)
+    return with_ignored(label_entries(join_entries(units, parts), labels), ignored)
 
 
 def _pack_all(layout: Layout, target: Storage, limits: Limits, report: Report) -> list[PackedShard]:
@@ -195,6 +202,11 @@ def _finish(
     ignored: dict[str, int],
     target: Storage,
 ) -> DatasetInfo:
+    quarantined = [*layout.quarantined, *(bad for shard in packed for bad in shard.quarantined)]
+    keys, reasons = [key for key, _ in quarantined], [reason for _, reason in quarantined]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"key": pa.array(keys, pa.string()), "reason": pa.array(reasons, pa.string())}), sink)
+    target.write(QUARANTINE_NAME, sink.getvalue())
     splits: dict[str, SplitInfo] = {}
     for split in dict.fromkeys(name.split("/")[0] for name, _, _ in layout.shards):
         shards = [shard.shard for shard in packed if shard.shard and shard.shard.name.startswith(f"{split}/")]
@@ -205,17 +217,12 @@ def _finish(
         ]
         index = pa.concat_tables(numbered) if numbered else INDEX_SCHEMA.empty_table()
         if not index.num_rows:
-            raise ValueError(f"no image of the {split} split can be used; {QUARANTINE_NAME} would name all of them")
+            raise ValueError(f"no image of the {split} split can be used; {QUARANTINE_NAME} in {target.uri} names them")
         sink = pa.BufferOutputStream()
         pq.write_table(index, sink)
         target.write(index_name(split), sink.getvalue())
         counts = np.bincount(index["label"].to_numpy(), minlength=len(layout.classes))
         splits[split] = SplitInfo(index.num_rows, counts.tolist(), shards)
-    quarantined = [*layout.quarantined, *(bad for shard in packed for bad in shard.quarantined)]
-    keys, reasons = [key for key, _ in quarantined], [reason for _, reason in quarantined]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"key": pa.array(keys, pa.string()), "reason": pa.array(reasons, pa.string())}), sink)
-    target.write(QUARANTINE_NAME, sink.getvalue())
     mean, std = _channel_statistics(layout, packed, splits["train"].images)
     info = DatasetInfo(
         format_version=FORMAT_VERSION,

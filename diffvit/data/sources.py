@@ -183,7 +183,14 @@ def _split_folder(root: Path, config: DataConfig) -> Dataset:
 def _folder_split(root: Path, files_by_class: Sequence[Sequence[Path]]) -> FolderSplit:
     paths = [str(path.relative_to(root)) for files in files_by_class for path in files]
     labels = np.repeat(np.arange(len(files_by_class)), [len(files) for files in files_by_class])
-    return FolderSplit(str(root), pa.array(paths, pa.string()), labels)
+    try:
+        return FolderSplit(str(root), pa.array(paths, pa.string()), labels)
+    except UnicodeEncodeError as error:
+        raise not_utf8(os.fsencode(error.object)) from None
+
+
+def not_utf8(name: bytes) -> ValueError:
+    return ValueError(f"names of files must be UTF-8, got {name.decode(errors='backslashreplace')}; rename it")
 
 
 def _class_folders(root: Path) -> list[str]:
@@ -207,7 +214,7 @@ def _files_by_class(root: Path) -> dict[str, list[Path]]:
     files_by_class = {
         name: sorted(
             Path(folder, file)
-            for folder, _, files in os.walk(root / name)
+            for folder, _, files in os.walk(root / name, followlinks=True)
             for file in files
             if Path(file).suffix.lower() in IMAGE_EXTENSIONS and not file.startswith(".")
         )

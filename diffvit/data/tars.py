@@ -31,6 +31,7 @@ from diffvit.data.originals import (
     extension_of,
     is_image,
     open_original,
+    split_called,
     split_of_file,
     split_of_path,
 )
@@ -44,6 +45,9 @@ _READ_BYTES = 2**20
 _COMPRESSIONS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 """What opens a file that begins so; these read files of several members and check sums, tarfile's own do not."""
 
+_Own = tuple[str | None, str | None]
+"""Split and class that a tar's name says of the images in it whose path says none."""
+
 
 def index_tar(unit: Unit, options: SourceOptions, staging: Staging) -> Iterator[Entry]:
     """Entries of the images in one tar, in its order."""
@@ -52,11 +56,15 @@ def index_tar(unit: Unit, options: SourceOptions, staging: Staging) -> Iterator[
     with open_original(unit) as file:
         unpacked = _unpacked(file)
         walk = _Walk(name, staging if unpacked else None, unit.ignored)
-        walk.tar(unpacked or file, name, 0, own_class)
-    for sample in walk.samples.values():
-        for entry in sample.images:
-            found = sample.class_name or entry.class_name
-            yield replace(entry, class_name=found, split=entry.split or split_of_file(name))
+        walk.tar(unpacked or file, name, 0, (None, own_class))
+    entries = [(entry, sample.class_name) for sample in walk.samples.values() for entry in sample.images]
+    in_splits = any(entry.class_name or told for entry, told in entries if entry.split)
+    beside = any(entry.class_name for entry, _ in entries if not entry.split)
+    is_class = beside and not in_splits and not options.labels  # one called `train`, of railway pictures
+    for entry, told in entries:
+        if is_class and entry.split:
+            entry = replace(entry, split=None, class_name=PurePosixPath(entry.key).parent.stem)
+        yield replace(entry, class_name=told or entry.class_name, split=entry.split or split_of_file(name))
 
 
 @dataclass
@@ -79,13 +87,13 @@ class _Walk:
     def sample(self, name: str) -> _Sample:
         return self.samples.setdefault(name, _Sample())
 
-    def tar(self, file: Any, name: str, start: int, own_class: str | None) -> None:
+    def tar(self, file: Any, name: str, start: int, own: _Own) -> None:
         """`file` is the tar called `name`; it begins at byte `start` of the outermost file."""
         try:
             with tarfile.open(fileobj=file, mode="r:" if self.staging is None else "r|", tarinfo=_Header) as tar:
                 for member in tar:
                     if not member.isdir():
-                        self._member(tar, member, name, start, own_class)
+                        self._member(tar, member, name, start, own)
                 _require_end(tar)
         except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError, RecursionError) as error:
             if isinstance(error, OSError) and error.errno is not None:
@@ -94,9 +102,7 @@ class _Walk:
             reason = f"the tar is damaged from here: {error}"
             self.sample(name).images.append(Entry(f"{name}/…", self.file_name, reason=reason))
 
-    def _member(
-        self, tar: tarfile.TarFile, member: tarfile.TarInfo, name: str, start: int, own_class: str | None
-    ) -> None:
+    def _member(self, tar: tarfile.TarFile, member: tarfile.TarInfo, name: str, start: int, own: _Own) -> None:
         path, key = PurePosixPath(member.name), f"{name}/{member.name}"
         sample_name = f"{name}/{path.parent}/{path.name.split('.')[0]}"
         if path.is_absolute() or ".." in path.parts:
@@ -105,18 +111,23 @@ class _Walk:
             self.sample(key).images.append(Entry(key, self.file_name, reason="a link or device, not a file"))
         elif path.suffix == ".tar":
             inner: Any = tar.extractfile(member)
+            named = split_called(path.stem)
+            split = named or split_of_path(_below_root(member.name))[0] or own[0]
+            own = (split, None if named else path.stem)
             if self.staging is not None:  # a stream cannot go back, as reading a tar may have to
                 with SpooledTemporaryFile(_HELD_BYTES) as copy:
                     shutil.copyfileobj(inner, copy)
                     copy.seek(0)
-                    self.tar(copy, key, 0, path.stem)
+                    self.tar(copy, key, 0, own)
             else:
-                self.tar(inner, key, start + member.offset_data, path.stem)
+                self.tar(inner, key, start + member.offset_data, own)
         elif is_image(path.name) and member.size > _MAX_IMAGE_BYTES:
             self.sample(key).images.append(Entry(key, self.file_name, reason=f"{member.size} bytes, no image"))
         elif is_image(path.name):
             split, rest = split_of_path(_below_root(member.name))
-            class_name = rest[-2] if len(rest) > 1 else own_class
+            # below a split as in a folder; elsewhere folders may wrap the classes
+            class_name = rest[0 if split else -2] if len(rest) > 1 else own[1]
+            split = split or own[0]
             entry = Entry(key, self.file_name, start + member.offset_data, member.size, split, class_name)
             self.sample(sample_name).images.append(self._staged(entry, tar, member))
         elif path.suffix in (".cls", ".json") and member.size <= _MAX_LABEL_BYTES:

@@ -87,6 +87,10 @@ def _open(name: str, split: str, options: SourceOptions) -> Any:
             return kind(root, **arguments, **download)
         except ValueError as error:  # no such split
             refusals.append(str(error))
+        except TypeError as error:
+            raise ValueError(
+                f"torchvision's {name} needs more than a split: {error}; give its files as a folder"
+            ) from None
         except ImportError as error:
             raise ValueError(f"torchvision's {name} needs the package {error.name}: pip install {error.name}") from None
         except (RuntimeError, OSError) as error:
