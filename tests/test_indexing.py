@@ -116,13 +116,13 @@ def test_a_class_called_train_is_no_split(tmp_path: Path) -> None:
     assert [(e["split"], e["class_name"]) for e in entries.values()] == [("test", None), ("train", "cat")]
 
 
-def test_what_lies_beside_the_splits_is_of_none(tmp_path: Path) -> None:
+def test_what_lies_beside_the_splits_is_of_no_class(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "a", images_per_class=1, val_per_class=1)
     make_image(root / "extra/a/9.png", hue=0, seed=0)
     make_image(root / "8.png", hue=0, seed=0)
     entries = index(root, tmp_path / "s")
-    reasons = {key: e["reason"] for key, e in entries.items() if e["split"] is None or e["reason"]}
-    assert reasons == dict.fromkeys(("8.png", "extra/a/9.png"), "outside of the folders train, val and test")
+    beside = {key: (e["class_name"], e["reason"]) for key, e in entries.items() if e["split"] is None}
+    assert beside == dict.fromkeys(("8.png", "extra/a/9.png"), (None, None))
     assert {e["class_name"] for e in entries.values()} == {"blue", "green", "red", None}
 
 
@@ -141,7 +141,7 @@ def test_links_to_nothing_and_pipes_do_not_vanish(tmp_path: Path) -> None:
     (root / "train/red/good.png").symlink_to(root / "train/red/000.png")
     entries = index(root, tmp_path / "s")
     assert {key: (e["split"], e["reason"]) for key, e in entries.items() if e["reason"]} == {
-        "beside.png": (None, "outside of the folders train, val and test"),
+        "beside.png": (None, "a link to nothing, or no file"),
         "train/linked/loop.png": ("train", "a link to nothing, or no file"),
         "train/red/gone.png": ("train", "a link to nothing, or no file"),
         "val/red/pipe.jpg": ("val", "a link to nothing, or no file"),

@@ -153,8 +153,8 @@ def _text(name: str) -> str:
 def _index_folder(unit: Unit, options: SourceOptions, _: Staging) -> Iterator[Entry]:
     """`[<split>/]<class>/…/<image>`, as torchvision's ImageFolder reads it.
 
-    Where there are splits, nothing beside them is used. Where no split's folder has class folders and no file of labels
-    says the classes, one called `train` is a class of railway pictures.
+    Where there are splits, what lies beside them is of no class. Where no split's folder has class folders and no file
+    of labels says the classes, one called `train` is a class of railway pictures.
     """
     places = [split_of_path(name) for name in unit.files]
     has_splits = any(split and (len(rest) > 1 or options.labels) for split, rest in places)
@@ -162,8 +162,7 @@ def _index_folder(unit: Unit, options: SourceOptions, _: Staging) -> Iterator[En
         if not has_splits:
             split, rest = None, PurePosixPath(name).parts
         elif split is None:
-            yield Entry(key=name, file=name, reason="outside of the folders train, val and test")
-            continue
+            rest = rest[-1:]
         if size < 0:
             yield Entry(key=name, file=name, split=split, reason="a link to nothing, or no file")
             continue
