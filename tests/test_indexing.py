@@ -116,13 +116,16 @@ def test_a_class_called_train_is_no_split(tmp_path: Path) -> None:
     assert [(e["split"], e["class_name"]) for e in entries.values()] == [("test", None), ("train", "cat")]
 
 
-def test_what_lies_beside_the_splits_is_of_no_class(tmp_path: Path) -> None:
+def test_what_lies_beside_the_splits_is_of_none(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "a", images_per_class=1, val_per_class=1)
     make_image(root / "extra/a/9.png", hue=0, seed=0)
     make_image(root / "8.png", hue=0, seed=0)
     entries = index(root, tmp_path / "s")
-    beside = {key: (e["class_name"], e["reason"]) for key, e in entries.items() if e["split"] is None}
-    assert beside == dict.fromkeys(("8.png", "extra/a/9.png"), (None, None))
+    assert {key for key, e in entries.items() if e["split"] == "beside"} == {"8.png", "extra/a/9.png"}
+    names = ("train/a/0.png", "train/b/1.png", "val/a/2.png", "val/b/3.png", "more/a/4.png")
+    path = make_tar(tmp_path / "x.tar", {name: picture(1) for name in names})
+    in_tar = index(path, tmp_path / "s")
+    assert [key for key, e in in_tar.items() if e["split"] == "beside"] == ["x.tar/more/a/4.png"]
     assert {e["class_name"] for e in entries.values()} == {"blue", "green", "red", None}
 
 
@@ -141,7 +144,7 @@ def test_links_to_nothing_and_pipes_do_not_vanish(tmp_path: Path) -> None:
     (root / "train/red/good.png").symlink_to(root / "train/red/000.png")
     entries = index(root, tmp_path / "s")
     assert {key: (e["split"], e["reason"]) for key, e in entries.items() if e["reason"]} == {
-        "beside.png": (None, "a link to nothing, or no file"),
+        "beside.png": ("beside", "a link to nothing, or no file"),
         "train/linked/loop.png": ("train", "a link to nothing, or no file"),
         "train/red/gone.png": ("train", "a link to nothing, or no file"),
         "val/red/pipe.jpg": ("val", "a link to nothing, or no file"),
@@ -206,7 +209,7 @@ def test_classes_of_a_tar_are_the_folders_below_a_split(tmp_path: Path) -> None:
     assert [(e["split"], e["class_name"]) for e in entries.values()] == [
         ("train", "cat"),
         ("train", "n01"),
-        (None, "dog"),
+        ("beside", "dog"),
     ]
 
 
@@ -257,7 +260,7 @@ def test_a_class_called_train_in_a_tar_is_no_split(tmp_path: Path) -> None:
     assert found(beside) == classes
     assert found(dict.fromkeys(("bus.tar", "train.tar", "car.tar"), inner)) == classes
     # but where anything says the classes of its images, it is
-    assert found(beside | {"train/2.cls": b"7"}) == [(None, "bus"), ("train", "7"), (None, "car")]
+    assert found(beside | {"train/2.cls": b"7"}) == [("beside", "bus"), ("train", "7"), ("beside", "car")]
     assert found({"train/cat/1.png": picture(1), "test/2.png": picture(2)}) == [("train", "cat"), ("test", None)]
     (tmp_path / "labels.csv").write_text("2,dog")
     assert found(beside, labels=str(tmp_path / "labels.csv"))[1] == ("train", "dog")
@@ -302,7 +305,7 @@ def test_labels_of_no_image_are_refused(tmp_path: Path) -> None:
     labels = tmp_path / "labels.csv"
     labels.write_text("0,cat\n1,dog\n")
     make_image(tmp_path / "in/cat/0.png", hue=0, seed=0)
-    with pytest.raises(ValueError, match=r"--labels FILE.* none of its 2 names does, such as '0'; every image has one"):
+    with pytest.raises(ValueError, match=r"--labels FILE.* none of its 2 names does, such as '0'; no image is without"):
         index(tmp_path / "in", tmp_path / "s", labels=str(labels))
     make_image(tmp_path / "in/img_7.png", hue=0, seed=0)
     with pytest.raises(ValueError, match="such as '0'; such an image is 'img_7'"):

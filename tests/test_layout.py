@@ -59,9 +59,13 @@ def test_a_test_split_stands_in_for_validation() -> None:
 
 
 def test_what_cannot_be_used_is_named() -> None:
-    table = entries(*many(8), ("nameless", None, None), ("3", None, "a"))
+    table = entries(*many(8), ("nameless", None, None), ("3", None, "a"), ("there", "beside", "a"))
     layout = plan(table)
-    assert layout.quarantined == (("nameless", "no label"), ("3", "another image has the same key"))
+    assert layout.quarantined == (
+        ("nameless", "no label"),
+        ("3", "another image has the same key"),
+        ("there", "outside of the folders train, val and test"),
+    )
     assert layout.entries.num_rows == 8
 
 

@@ -171,7 +171,7 @@ def test_broken_images_are_all_accounted_for(tmp_path: Path) -> None:
         str(path.relative_to(config.source)) for path in Path(config.source).rglob("*") if path.is_file()
     }
     reasons = {row["key"]: row["reason"] for row in quarantine}
-    assert reasons["stray.png"] == "no label"
+    assert reasons["stray.png"] == "outside of the folders train, val and test"
     assert "does not decode" in reasons["val/a/truncated.jpg"]
 
 

@@ -16,6 +16,7 @@ import pytest
 import ray
 import torch
 from conftest import make_folder, with_fields
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from safetensors.torch import load_file
 
 from diffvit.config import PrepareConfig, RunConfig, from_json
@@ -168,8 +169,10 @@ def test_a_shard_that_is_lost_ends_the_run_with_its_name(config: RunConfig, tmp_
 
 def test_the_worker_that_failed_is_named_and_not_those_that_lost_it() -> None:
     lost = RuntimeError("Traceback (most recent call last):\n  File ...\nRuntimeError: gloo: Connection closed by peer")
-    died = RuntimeError("The actor died unexpectedly\n\tclass_name: RayTrainWorker")
-    assert _cause({0: lost, 1: died}) == (1, "The actor died unexpectedly")
+    died = RuntimeError("The actor died unexpectedly.\n\tclass_name: X\nWorker exits with a connection error code 2")
+    failed = WorkerHealthCheckFailedError("A worker health check failed.\nWorker info: X", died)
+    assert _cause({0: lost, 1: failed}) == (1, "RuntimeError: The actor died unexpectedly.")
+    assert _cause({0: KeyError("x")}) == (0, "KeyError: 'x'")
     assert _cause({0: lost}) == (0, "RuntimeError: gloo: Connection closed by peer")
     crashed = RuntimeError(
         "Traceback ...\nRuntimeError: CUDA error: assert triggered\nCompile with `TORCH_USE_CUDA_DSA`."

@@ -108,3 +108,15 @@ def test_refusals_name_the_folder_and_the_rule(tmp_path: Path) -> None:
     with open(bytes(root) + b"/red/\xfe.png", "wb"):  # noqa: PTH123
         pass
     assert refusal(root) == r"names of files must be UTF-8, got red/\xfe.png; rename it"
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "a", images_per_class=4, val_per_class=2)
+    (tmp_path / "more").mkdir()
+    make_image(tmp_path / "more/9.png", hue=0, seed=9)
+    for name, target in (("self", "."), ("up", ".."), ("more", tmp_path / "more"), ("again", tmp_path / "more")):
+        (root / "train/red" / name).symlink_to(target)
+    train = open_dataset(DataConfig(path=str(root))).train
+    keys = [train.key(index) for index in range(len(train))]
+    assert len(keys) == 3 * 4 + 1
+    assert [key for key in keys if key.endswith("9.png")] == ["train/red/again/9.png"]

@@ -5,7 +5,6 @@ A *unit* is a part that one task indexes: a tar, a Parquet file, a split of a to
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -16,6 +15,7 @@ import pyarrow as pa
 
 from diffvit.config import SourceOptions
 from diffvit.data.originals import (
+    BESIDE,
     ENTRY_SCHEMA,
     Entry,
     Kind,
@@ -29,7 +29,7 @@ from diffvit.data.originals import (
 )
 from diffvit.data.parquet_images import index_parquet
 from diffvit.data.shards import INFO_NAME, open_shards, read_info
-from diffvit.data.sources import IMAGE_EXTENSIONS, SAMPLE, SAMPLE_FOLDER, not_utf8
+from diffvit.data.sources import IMAGE_EXTENSIONS, SAMPLE, SAMPLE_FOLDER, not_utf8, walk
 from diffvit.data.tars import index_tar
 from diffvit.data.torchvision_sets import find_splits, index_torchvision
 from diffvit.storage import Storage, absolute
@@ -118,7 +118,7 @@ def _list(source: str) -> tuple[Storage, dict[str, int]]:
 def _no_files(source: str, files: Mapping[str, int]) -> dict[str, int]:
     """Images by name alone, which a listing of `files` leaves out, as of -1 bytes; in a store there are none."""
     root = absolute(source)
-    paths = (f"{folder}/{name}" for folder, _, names in os.walk(root, followlinks=True) for name in names)
+    paths = (f"{folder}/{name}" for folder, names in walk(root) for name in names)
     odd = (path for path in paths if path[len(root) + 1 :] not in files and not Path(path).is_file())
     return {name: -1 for path in odd if is_image(name := _text(path[len(root) + 1 :]))}
 
@@ -153,16 +153,17 @@ def _text(name: str) -> str:
 def _index_folder(unit: Unit, options: SourceOptions, _: Staging) -> Iterator[Entry]:
     """`[<split>/]<class>/…/<image>`, as torchvision's ImageFolder reads it.
 
-    Where there are splits, what lies beside them is of no class. Where no split's folder has class folders and no file
-    of labels says the classes, one called `train` is a class of railway pictures.
+    Where no split's folder has class folders, one called `train` is a class of railway pictures, unless a file of
+    labels says the classes and there are no other folders.
     """
     places = [split_of_path(name) for name in unit.files]
-    has_splits = any(split and (len(rest) > 1 or options.labels) for split, rest in places)
+    has_splits = any(split and len(rest) > 1 for split, rest in places)
+    has_splits |= bool(options.labels) and all(split or len(rest) == 1 for split, rest in places)
     for name, size, (split, rest) in zip(unit.files, unit.sizes, places, strict=True):
         if not has_splits:
             split, rest = None, PurePosixPath(name).parts
         elif split is None:
-            rest = rest[-1:]
+            split, rest = BESIDE, rest[-1:]
         if size < 0:
             yield Entry(key=name, file=name, split=split, reason="a link to nothing, or no file")
             continue

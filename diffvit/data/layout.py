@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffvit.data.order import SHUFFLE
+from diffvit.data.originals import BESIDE
 from diffvit.data.splitting import hold_out
 
 Rows = npt.NDArray[np.int64]
@@ -94,7 +95,10 @@ def sort_classes(names: set[str]) -> tuple[str, ...]:
 def _usable(entries: pa.Table) -> tuple[pa.Table, tuple[tuple[str, str], ...]]:
     keys, reasons = entries["key"].to_pylist(), entries["reason"].to_pylist()
     seen: set[str] = set()
-    for row, (key, class_name) in enumerate(zip(keys, entries["class_name"].to_pylist(), strict=True)):
+    columns = (entries[name].to_pylist() for name in ("class_name", "split"))
+    for row, (key, class_name, split) in enumerate(zip(keys, *columns, strict=True)):
+        if reasons[row] is None and split == BESIDE:
+            reasons[row] = "outside of the folders train, val and test"
         if reasons[row] is None and class_name is None:
             reasons[row] = "no label"
         if reasons[row] is None and key in seen:

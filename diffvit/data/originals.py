@@ -31,7 +31,7 @@ from diffvit.storage import Storage
 ENTRY_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        ("split", pa.string()),  # null where the source does not say
+        ("split", pa.string()),  # train, val, test or BESIDE; null where the source has no splits
         ("class_name", pa.string()),  # null where the image has none
         ("label", pa.int64()),  # the number that the source itself gives the class; null where it gives none
         ("location", pa.string()),  # of the folder that holds the file
@@ -41,6 +41,8 @@ ENTRY_SCHEMA = pa.schema(
         ("reason", pa.string()),  # why it cannot be used; null where it can
     ]
 )
+BESIDE = "beside"
+"""The split of images that lie beside the folders of splits: not trained on, and predicted like others."""
 _IGNORED = b"ignored"
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _SPLIT_IN_NAME = re.compile(r"(?<![a-z])(train|validation|valid|val|test)(?![a-z])")
@@ -201,11 +203,12 @@ def label_entries(entries: pa.Table, labels: dict[str, str]) -> pa.Table:
     classes = entries["class_name"].to_pylist()
     names = [found or labels.get(stem) for stem, found in zip(stems, classes, strict=True)]
     if names == classes:
-        without = next((stem for stem, found in zip(stems, classes, strict=True) if found is None), None)
+        reasons = entries["reason"].to_pylist()
+        without = next((s for s, found, bad in zip(stems, classes, reasons, strict=True) if not (found or bad)), None)
         raise ValueError(
             f"labels (--labels FILE) must name images that have no class of their own, none of its {len(labels)} names "
-            f"does, such as {next(iter(labels))!r}; "
-            + (f"such an image is {without!r}" if without else "every image has one: leave --labels out")
+            f"does, such as {next(iter(labels))!r}"
+            + (f"; such an image is {without!r}" if without else "; no image is without: leave --labels out")
         )
     place = entries.schema.get_field_index("class_name")
     return entries.set_column(place, ENTRY_SCHEMA.field("class_name"), pa.array(names, pa.string()))

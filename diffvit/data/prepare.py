@@ -167,7 +167,11 @@ def collect_entries(
         report("indexing", done, len(units))
     parts = [read_entries(staging, name) for name in names]
     ignored = sum((ignored_in(part) for part in parts), Counter[str]())
-    return with_ignored(label_entries(join_entries(units, parts), labels), ignored)
+    try:
+        return with_ignored(label_entries(join_entries(units, parts), labels), ignored)
+    except ValueError:
+        staging.delete_folder("")  # else it could only be gone on with by the labels that do not do
+        raise
 
 
 def _pack_all(layout: Layout, target: Storage, limits: Limits, report: Report) -> list[PackedShard]:

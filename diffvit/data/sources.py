@@ -193,6 +193,22 @@ def not_utf8(name: bytes) -> ValueError:
     return ValueError(f"names of files must be UTF-8, got {name.decode(errors='backslashreplace')}; rename it")
 
 
+def walk(root: Path | str, *above: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every folder at and below `root` with the names in it that are no folders. Links to folders are followed.
+
+    Each folder comes once, whatever links lead to it, and those `above` never.
+    """
+    seen = {path.resolve() for path in above}
+    for folder, folders, files in os.walk(root, followlinks=True):
+        place = Path(folder).resolve()
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders.sort()
+        yield folder, files
+
+
 def _class_folders(root: Path) -> list[str]:
     if not root.is_dir():
         return []
@@ -214,7 +230,7 @@ def _files_by_class(root: Path) -> dict[str, list[Path]]:
     files_by_class = {
         name: sorted(
             Path(folder, file)
-            for folder, _, files in os.walk(root / name, followlinks=True)
+            for folder, files in walk(root / name, root)
             for file in files
             if Path(file).suffix.lower() in IMAGE_EXTENSIONS and not file.startswith(".")
         )

@@ -59,9 +59,12 @@ _OWN_IMAGES = 512
 _READY_BYTES = 512 * 2**20
 """Decoded images that may lie in the object store for each rank, those that it holds included."""
 
-_PATIENCE_SECONDS, _PATIENT_GAPS = 60.0, 3
-"""How long a rank waits for a chunk before it makes the next micro-batches itself; and, where chunks are slow to come,
-how many times the longest that one has taken."""
+_PATIENCE_SECONDS, _PATIENT_GAPS, _LONGEST_PATIENCE_SECONDS = 60.0, 3, 600.0
+"""How long a rank waits for a chunk before it makes the next micro-batches itself; where chunks are slow to come, so
+many times the longest that one has taken, up to a bound."""
+
+Coming = tuple[pa.Table | None, float]
+"""A chunk, None at the end, and the seconds that it took to come."""
 
 Broadcast = Callable[[Any], Any]
 """Called by every rank; gives each of them what rank 0 passed."""
@@ -133,13 +136,13 @@ class RayStream:
         yield from self._receive(loader, shared, chunks, first)
 
     def _receive(
-        self, loader: BatchLoader, rows: range, chunks: Iterator[pa.Table], coming: Future[pa.Table | None]
+        self, loader: BatchLoader, rows: range, chunks: Iterator[pa.Table], coming: Future[Coming]
     ) -> Iterator[Batch]:
         """What the rank gets of `rows`: what Ray made or, while a chunk is not `coming`, what it makes itself."""
         expected = iter(rows[self._rank :: self._workers])
         wanted = next(expected, None)
         overtaken: set[int] = set()
-        asked, patience = time.monotonic(), _PATIENCE_SECONDS
+        patience = _PATIENCE_SECONDS
         while wanted is not None:
             wait([coming], 0 if overtaken else patience)
             if not coming.done():
@@ -152,8 +155,8 @@ class RayStream:
                 yield loader(wanted)
                 wanted = next(expected, None)
                 continue
-            chunk = coming.result()
-            patience = max(patience, _PATIENT_GAPS * (time.monotonic() - asked))
+            chunk, seconds = coming.result()
+            patience = min(max(patience, _PATIENT_GAPS * seconds), _LONGEST_PATIENCE_SECONDS)
             if chunk is None:
                 raise RuntimeError(f"Ray Data ended before giving rank {self._rank} micro-batch {wanted}")
             for batch in _unpack(chunk):
@@ -164,20 +167,21 @@ class RayStream:
                     raise RuntimeError(f"Ray Data gave rank {self._rank} micro-batch {batch.row} instead of {wanted}")
                 yield batch
                 wanted = next(expected, None)
-            coming, asked = _next_of(chunks), time.monotonic()
+            coming = _next_of(chunks)
 
 
 def _chunks_of(iterator: DataIterator) -> Iterator[pa.Table]:
     yield from iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)  # whole blocks
 
 
-def _next_of(chunks: Iterator[pa.Table]) -> Future[pa.Table | None]:
-    """What `chunks` gives next, None at its end; from a thread that a process which ends does not wait for."""
-    coming: Future[pa.Table | None] = Future()
+def _next_of(chunks: Iterator[pa.Table]) -> Future[Coming]:
+    """What `chunks` gives next, by a thread that a process which ends does not wait for."""
+    coming, asked = Future[Coming](), time.monotonic()
 
     def work() -> None:
         try:
-            coming.set_result(next(chunks, None))
+            chunk = next(chunks, None)
+            coming.set_result((chunk, time.monotonic() - asked))
         except BaseException as error:
             coming.set_exception(error)
 

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, Self
 
 from diffvit.config import SourceOptions
 from diffvit.data.originals import (
+    BESIDE,
     Entry,
     Staging,
     Unit,
@@ -62,6 +63,8 @@ def index_tar(unit: Unit, options: SourceOptions, staging: Staging) -> Iterator[
     beside = any(entry.class_name for entry, _ in entries if not entry.split)
     is_class = beside and not in_splits and not options.labels  # one called `train`, of railway pictures
     for entry, told in entries:
+        if in_splits and not entry.split and not told and not split_of_file(name):
+            entry = replace(entry, split=BESIDE)
         if is_class and entry.split:
             entry = replace(entry, split=None, class_name=PurePosixPath(entry.key).parent.stem)
         yield replace(entry, class_name=told or entry.class_name, split=entry.split or split_of_file(name))

@@ -122,10 +122,15 @@ def _cause_first(error: TrainingFailedError, scale: ScaleConfig) -> str:
 
 def _cause(failures: Mapping[int, Exception]) -> tuple[int, str]:
     """Rank and error, in a line, of a worker that did more than lose another one, if there is such."""
-    told = {rank: str(failure).strip() or type(failure).__name__ for rank, failure in failures.items()}
-    rank = min(told, key=lambda rank: any(word in told[rank].lower() for word in _LOST_ANOTHER))
-    lines = told[rank].splitlines()
-    return rank, next((line for line in reversed(lines) if _RAISED.match(line)), lines[0])
+
+    def lost_another(rank: int) -> bool:
+        error = failures[rank]  # of a worker that died, Ray's account has these words too
+        return not hasattr(error, "health_check_failure") and any(word in str(error).lower() for word in _LOST_ANOTHER)
+
+    rank = min(failures, key=lost_another)
+    error = getattr(failures[rank], "health_check_failure", failures[rank])
+    lines = str(error).strip().splitlines() or [""]
+    return rank, next((x for x in reversed(lines) if _RAISED.match(x)), f"{type(error).__name__}: {lines[0]}")
 
 
 def train_group(config: RunConfig, dataset: Dataset, callbacks: list[UserCallback]) -> str | None:
