@@ -157,8 +157,11 @@ def _index_folder(unit: Unit, options: SourceOptions, _: Staging) -> Iterator[En
     labels says the classes and there are no other folders.
     """
     places = [split_of_path(name) for name in unit.files]
-    has_splits = any(split and len(rest) > 1 for split, rest in places)
-    has_splits |= bool(options.labels) and all(split or len(rest) == 1 for split, rest in places)
+    has_splits = any(split and len(rest) > 1 for split, rest in places) or (
+        bool(options.labels)
+        and any(split for split, _ in places)
+        and all(split or len(rest) == 1 for split, rest in places)
+    )
     for name, size, (split, rest) in zip(unit.files, unit.sizes, places, strict=True):
         if not has_splits:
             split, rest = None, PurePosixPath(name).parts
