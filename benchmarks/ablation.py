@@ -58,8 +58,8 @@ class Options:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     console = Console(width=110, highlight=False)
-    names = [name for name in CHANGES for _ in options.seeds]
-    seeds = list(options.seeds) * len(CHANGES)
+    names = list(CHANGES) * len(options.seeds)
+    seeds = [seed for seed in options.seeds for _ in CHANGES]
     found: dict[str, list[float]] = {name: [] for name in CHANGES}
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
         for name, seed, top1 in zip(names, seeds, pool.map(partial(trained, options), names, seeds), strict=True):
