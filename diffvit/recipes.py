@@ -48,7 +48,7 @@ def sample_v2() -> RunConfig:
 
         pretrain.py sample-v2
 
-    85.85 % top-1 after the last epoch (seed 0), under three minutes on two x86-64 cores.
+    86.25 % top-1 after the last epoch (seed 0), two and a half minutes on two x86-64 cores.
     """
     return _sample("sample-v2", "diff_v2", num_heads=4, mlp_ratio=1.5)
 
@@ -166,6 +166,9 @@ def fashion_mnist() -> RunConfig:
 
         prepare.py --source torchvision:FashionMNIST --root DIR --download --out fashion-mnist
         pretrain.py fashion-mnist --data.path fashion-mnist
+
+    Seed 0 in bf16, after the last epoch: plain 93.47 %, V1 93.06 %; V2 was not run. Two hours for each on one core of
+    an AMD EPYC, side by side, with short work beside them.
 
     s-chh's plain ViT has 210,058 parameters and the same patches, width, blocks, heads and MLP; its 92.3 % is the best
     of 200 test epochs of one run. The training is our own: Muon, because after three epochs it was at 87.87 % where

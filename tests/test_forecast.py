@@ -54,6 +54,8 @@ def test_cost_is_for_every_node() -> None:
 def test_bottleneck_is_what_takes_more_than_a_tenth(wait: float, communication: float, name: str) -> None:
     measured = dataclasses.replace(MEASURED, wait_seconds=wait, communication_seconds=communication)
     assert bottleneck(measured)[0] == name
+    assert ("--rehearse-steps" in bottleneck(measured)[1]) == (name == "data")  # timed for 20 s
+    assert "--rehearse-steps" not in bottleneck(dataclasses.replace(measured, steps=80))[1]
 
 
 def test_table_adds_up(tiny_config: RunConfig) -> None:

@@ -12,6 +12,9 @@ from diffvit.training.tracking import draws_attention
 BOTTLENECK_SHARE = 0.1
 """Share of the step from which waiting for images or for other workers is the bottleneck, else computing is."""
 
+_SETTLED_SECONDS = 30.0
+"""The stream takes about so long until it has its usual speed."""
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -63,5 +66,11 @@ def bottleneck(measured: Measured) -> tuple[str, str]:
     }
     name, share = max(shares.items(), key=lambda item: item[1])
     if share > BOTTLENECK_SHARE:
-        return name, f"{100 * share:.1f} % of the step, more than {100 * BOTTLENECK_SHARE:.0f} %"
+        timed = measured.steps * measured.step_seconds
+        starting = name == "data" and timed < _SETTLED_SECONDS
+        return name, f"{100 * share:.1f} % of the step, more than {100 * BOTTLENECK_SHARE:.0f} %" + (
+            f"; timed for {timed:.0f} s only, while the stream starts: a larger --rehearse-steps is nearer to the run"
+            if starting
+            else ""
+        )
     return "compute", f"neither data nor communication takes more than {100 * BOTTLENECK_SHARE:.0f} % of the step"
