@@ -45,9 +45,9 @@ def test_arms_have_the_same_parameters_and_recipe(recipe: str) -> None:
 
 def test_the_mlp_of_the_recipe_is_that_of_the_plain_vit() -> None:
     ratios = [
-        [arm.model.mlp_ratio for arm in arm_configs(RECIPES[name]()).values()] for name in ("sample", "sample-v2")
+        [arm.model.mlp_ratio for arm in arm_configs(RECIPES[name]()).values()] for name in ("sample", "deit-s16-v2")
     ]
-    assert ratios == [[2.0, 2.0, 1.5]] * 2
+    assert ratios == [[2.0, 2.0, 1.5], [4.0, 4.0, 3.5]]
 
 
 def test_odd_heads_are_refused() -> None:
