@@ -144,23 +144,10 @@ def test_what_was_consumed_is_not_read_again(tiny_config: RunConfig, tmp_path: P
     reads = tmp_path / "reads"
     reads.mkdir()
 
-    def note(split: Split) -> Split:
-        class Noting:  # in here, because Ray's workers cannot import this module
-            labels = split.labels
+    def note(indices: Any) -> None:
+        (reads / f"{time.monotonic_ns()}-{os.getpid()}").write_text(" ".join(map(str, indices.tolist())))
 
-            def __len__(self) -> int:
-                return len(split)
-
-            def key(self, index: int) -> str:
-                return split.key(index)
-
-            def read_many(self, indices: Any) -> Iterator[bytes | OSError]:
-                (reads / f"{time.monotonic_ns()}-{os.getpid()}").write_text(" ".join(map(str, indices.tolist())))
-                return split.read_many(indices)
-
-        return Noting()
-
-    noted = BatchLoader(tiny_config, note(train.split), train.plan)
+    noted = BatchLoader(tiny_config, watched(train.split, note), train.plan)
     batches = list(RayStream(noted, val, 0, 1, lambda value: value).train(4))
     read = sorted(int(index) for file in reads.iterdir() for index in file.read_text().split())
     assert len(read) == 2 * 12
@@ -313,7 +300,18 @@ def audit_of(
 def at_first_read(split: Split, marker: Path, what: Callable[[Path], None]) -> Split:
     """`split`, whose first reader, in whatever process, meets `what` with the path of `marker`."""
 
-    class FirstRead:  # in here, because Ray's workers cannot import this module
+    def before(_: Any) -> None:
+        with suppress(FileExistsError):
+            marker.open("x").close()
+            what(marker)
+
+    return watched(split, before)
+
+
+def watched(split: Split, before: Callable[[Any], None]) -> Split:
+    """`split`, whose readers, in whatever process, call `before` with what they are about to read."""
+
+    class Watched:  # in here, because Ray's workers cannot import this module
         labels = split.labels
 
         def __len__(self) -> int:
@@ -323,12 +321,10 @@ def at_first_read(split: Split, marker: Path, what: Callable[[Path], None]) -> S
             return split.key(index)
 
         def read_many(self, indices: Any) -> Iterator[bytes | OSError]:
-            with suppress(FileExistsError):
-                marker.open("x").close()
-                what(marker)
+            before(indices)
             return split.read_many(indices)
 
-    return FirstRead()
+    return Watched()
 
 
 def test_a_lost_reader_changes_nothing(tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
