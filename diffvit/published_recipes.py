@@ -8,7 +8,7 @@ model's heads). V1 has the plain model's parameters within 0.3 %; V2 has 8 to 13
 
 Scores, hardware and times are the papers', for the plain ViT; none of the ImageNet recipes was run here. What one
 would take on your machines says `pretrain.py RECIPE --rehearse`. Their micro-batches, which change no result, are such
-that activations take about 11 GiB (counted, not run).
+that activations take 12 GiB at most (counted, not run).
 """
 
 from __future__ import annotations

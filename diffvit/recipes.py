@@ -103,7 +103,7 @@ def finetune() -> RunConfig:
 
         finetune.py --init.weights runs/folder --data.path FOLDER
 
-    What it reaches depends on the weights and the images; it takes as long per image and pass as training from scratch.
+    What it reaches, and in what time, depends on the weights and the images: --rehearse says how long it will take.
 
     Source: MAE's fine-tuning of ViT-B (arXiv 2111.06377, table 9): AdamW, layer-wise decay 0.75, weight decay 0.05,
     smoothing 0.1; without its RandAugment, mixup, CutMix and drop path of 0.1, and in fewer epochs, for smaller data.
