@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import tyro
 
@@ -48,7 +50,7 @@ def _run_or_rehearsal(default: RunConfig, arguments: list[str], description: str
     ) -> tuple[RunConfig, RehearsalOptions]:
         return run, rehearsal
 
-    return tyro.cli(job, args=arguments, description=description)
+    return _parsed(job, arguments, description)
 
 
 def parse_sweep_config(description: str, arguments: list[str] | None = None) -> SweepConfig:
@@ -69,7 +71,7 @@ def parse_sweep_config(description: str, arguments: list[str] | None = None) -> 
         ) -> SweepConfig:
             return SweepConfig(run, search, space)
 
-        return tyro.cli(sweep, args=arguments, description=described)
+        return _parsed(sweep, arguments, described)
     except ValueError as error:
         fail(str(error))
 
@@ -108,7 +110,7 @@ def parse_compare_config(description: str, arguments: list[str] | None = None) -
     try:
         described = _described(description, arguments)
         recipe = dataclasses.replace(_take_default(arguments), storage=RunConfig.storage)
-        config = tyro.cli(CompareConfig, default=CompareConfig(recipe), args=arguments, description=described)
+        config = _parsed(CompareConfig, arguments, described, default=CompareConfig(recipe))
         _require_used(config, recipe)
         return config
     except ValueError as error:
@@ -173,10 +175,17 @@ def job_ends(goes_on: str, *stops: type[Exception]) -> Iterator[None]:
         fail(f"interrupted; the same command goes on {goes_on}", status=130)
 
 
+def _parsed(what: Callable[..., T], arguments: list[str] | None, description: str, **default: Any) -> T:
+    if _asks_for_help(sys.argv if arguments is None else arguments) and hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
+    parsed: T = tyro.cli(what, args=arguments, description=description, **default)
+    return parsed
+
+
 def parse_options(kind: type[T], description: str, arguments: list[str] | None = None) -> T:
     """The options of a job that trains nothing, from `kind`'s fields; ends like `parse_pretrain_config`."""
     try:
-        return tyro.cli(kind, args=arguments, description=description)
+        return _parsed(kind, arguments, description)
     except ValueError as error:
         fail(str(error))
 
@@ -201,7 +210,10 @@ def _take_default(arguments: list[str]) -> RunConfig:
             if not path.is_file():
                 raise ValueError(f"--config must name a JSON file, got {value!r}: there is none")
             return from_json(path.read_bytes(), value)
-    recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else DEFAULT_RECIPE
+    named = bool(arguments) and not arguments[0].startswith("-")
+    if not named:
+        _require_recipe_first(arguments)
+    recipe = arguments.pop(0) if named else DEFAULT_RECIPE
     if recipe not in RECIPES:
         nearest = difflib.get_close_matches(recipe, RECIPES, n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
@@ -209,6 +221,13 @@ def _take_default(arguments: list[str]) -> RunConfig:
     if recipe == "finetune" and not _value_of("--init.weights", arguments) and not _asks_for_help(arguments):
         raise ValueError(_NO_WEIGHTS)
     return RECIPES[recipe]()
+
+
+def _require_recipe_first(options: list[str]) -> None:
+    """Refuse a recipe behind the value of an option: it would be taken for nothing."""
+    for before, argument in pairwise(options):
+        if argument in RECIPES and not before.startswith("-"):
+            raise ValueError(f"the recipe comes before the options, got {argument!r} after {before!r}: put it first")
 
 
 def _asks_for_help(arguments: list[str]) -> bool:

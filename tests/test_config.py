@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -228,6 +230,21 @@ def test_a_sweep_is_not_in_the_way_of_its_recipes_run(tmp_path: Path) -> None:
     assert parse_sweep_config("", ["sample", "--name", "mine"]).run.name == "mine"
     (tmp_path / "config.json").write_text(to_json(RECIPES["sample"]()))
     assert parse_sweep_config("", ["--config", str(tmp_path / "config.json")]).run.name == "sample"
+
+
+def test_a_recipe_behind_the_options_is_told_to_come_first(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_pretrain_config("", ["--seed", "1", "sample-vit"])
+    assert capsys.readouterr().err.startswith("error: the recipe comes before the options, got 'sample-vit' after '1'")
+    assert parse_pretrain_config("", ["--name", "sample-vit"])[0].name == "sample-vit"
+
+
+def test_help_may_be_cut_short() -> None:
+    command = f"{sys.executable} ray_jobs/pretrain.py --help | true"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=60
+    )
+    assert done.stderr == ""
 
 
 def test_a_fine_tune_can_be_rehearsed_and_its_recipe_misspelt(
