@@ -11,13 +11,15 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
-from diffvit.config import ModelConfig, RunConfig, ScaleConfig, Variant
+from diffvit.config import DataConfig, ModelConfig, RunConfig, ScaleConfig, Variant
+from diffvit.data.batches import Batch
 from diffvit.data.loader import BatchLoader, LocalStream, plan_run
 from diffvit.data.sources import Dataset, open_dataset
 from diffvit.models.attention import Attention, DiffAttention, DiffAttentionV2
@@ -25,7 +27,7 @@ from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
 from diffvit.recipes import RECIPES
 from diffvit.training.alone import train_alone
-from diffvit.training.evaluation import evaluate
+from diffvit.training.evaluation import _copying_stream, evaluate, to_device
 from diffvit.training.precision import autocast, has_bf16
 from diffvit.training.sharding import is_sharded, shard, whole_copy
 from diffvit.training.step import replicate
@@ -134,6 +136,20 @@ def test_a_run_on_a_gpu_trains_in_bf16_and_its_weights_hold_on_a_cpu(config: Run
     assert abs(on_cpu["top1"] - results["last"]["top1"]) < 1.0  # float32 there, bf16 here
     weights = load_file(config.folder / results["last"]["checkpoint"] / "model.safetensors")
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
+
+
+def test_images_are_copied_while_the_gpu_computes() -> None:
+    rng, data = np.random.default_rng(0), DataConfig(mean=(0.5,), std=(0.25,))
+    batch = Batch(0, rng.integers(0, 256, (8, 3, 64, 64), dtype=np.uint8), np.arange(8))
+    expected, labels = to_device(batch, data, torch.device("cpu"))
+    to_device(batch, data, GPU)  # the first call makes the stream
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second of work
+    images, numbers = to_device(batch, data, GPU)
+    _copying_stream(GPU).synchronize()
+    assert not torch.cuda.current_stream().query(), "the copy waited for what was being computed"
+    torch.testing.assert_close(images.cpu(), expected)
+    assert numbers.tolist() == labels.tolist()
 
 
 def test_sharded_by_nccl_it_is_the_same_function() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,18 +19,32 @@ from diffvit.training.sharding import is_sharded
 
 
 def to_device(batch: Batch, config: DataConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Normalised images (B, C, S, S) and labels (B,) on `device`. To a GPU they are copied while the host goes on.
+    """Normalised images (B, C, S, S) and labels (B,) on `device`.
 
-    There the images lie channels-last, as its convolutions read them.
+    To a GPU they are copied while it still computes and the host goes on. There the images lie channels-last, as its
+    convolutions read them.
     """
     # a copy, because the arrays lie read-only in Ray's object store
     images, labels = torch.from_numpy(np.array(batch.images)), torch.from_numpy(np.array(batch.labels))
     if device.type == "cuda":
-        images, labels = images.pin_memory(), labels.pin_memory()
-    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-    if device.type == "cuda":
+        images, labels = _beside_computing(images, device), _beside_computing(labels, device)
         images = images.contiguous(memory_format=torch.channels_last)
     return normalize(images, config.mean, config.std), labels
+
+
+def _beside_computing(host: Tensor, device: torch.device) -> Tensor:
+    """A copy of `host` on a GPU, made on a stream of its own, which the work that is queued next waits for."""
+    computing, copying = torch.cuda.current_stream(device), _copying_stream(device)
+    with torch.cuda.stream(copying):
+        copy = host.pin_memory().to(device, non_blocking=True)
+    computing.wait_stream(copying)
+    copy.record_stream(computing)  # or its memory might be given to the next copy while this one is still read
+    return copy
+
+
+@lru_cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @torch.no_grad()
