@@ -22,12 +22,13 @@ from diffvit.analysis.figures import draw
 from diffvit.analysis.finished_runs import load_run
 from diffvit.analysis.report import write_report
 from diffvit.arms import ArmRoom, train_arms
-from diffvit.config import RunConfig, differing_fields
+from diffvit.config import RunConfig, ScaleConfig, differing_fields
 from diffvit.data.boxes import BoxedSplit
 from diffvit.data.loader import validation_batches
 from diffvit.data.sources import open_dataset
 from diffvit.data.tasks import Report
 from diffvit.models.fetched import on_disk
+from diffvit.training.precision import set_float32_products
 
 _ARM_NAMES = {"softmax": "plain ViT", "diff": "Diff-ViT V1", "diff_v2": "Diff-ViT V2"}
 
@@ -98,6 +99,7 @@ def run_comparison(config: CompareConfig, report: Report) -> Path:
     dataset = open_dataset(first.data)
     # the head of a cluster, where this runs, may have no GPU
     device = torch.device(config.run.scale.device_type if torch.cuda.is_available() else "cpu")
+    set_float32_products(ScaleConfig(precision="fp32"), device)
     images = len(dataset.val)
     boxes = boxes or _open_boxes(config.compare.boxes, first)
     batches = validation_batches(first, dataset)

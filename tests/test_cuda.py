@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from diffvit.data.batches import Batch
 from diffvit.data.loader import BatchLoader, LocalStream, plan_run
 from diffvit.data.sources import Dataset, open_dataset
 from diffvit.models.attention import Attention, DiffAttention, DiffAttentionV2
+from diffvit.models.two_maps import subtract_outputs
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
 from diffvit.recipes import RECIPES
@@ -31,6 +33,7 @@ from diffvit.training.evaluation import _copying_stream, evaluate, to_device
 from diffvit.training.precision import autocast, has_bf16
 from diffvit.training.sharding import is_sharded, shard, whole_copy
 from diffvit.training.step import replicate
+from diffvit.training.tracking import Waiting
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")
@@ -150,6 +153,31 @@ def test_images_are_copied_while_the_gpu_computes() -> None:
     assert not torch.cuda.current_stream().query(), "the copy waited for what was being computed"
     torch.testing.assert_close(images.cpu(), expected)
     assert numbers.tolist() == labels.tolist()
+
+
+def test_waiting_for_images_counts_while_the_gpu_stands_still() -> None:
+    def batches() -> Iterator[Batch]:
+        while True:
+            time.sleep(0.2)
+            yield Batch(0, np.empty(0, np.uint8), np.empty(0, np.int64))
+
+    waiting, images = Waiting(GPU), batches()
+    torch.cuda._sleep(2_000_000_000)  # about a second of work
+    waiting.next_of(images)
+    torch.cuda.synchronize()
+    assert waiting.read() < 0.05
+    waiting.next_of(images)
+    torch.cuda.synchronize()
+    assert waiting.read() >= 0.19
+
+
+def test_lambda_is_not_rounded_to_bf16() -> None:
+    layer = DiffAttention(64, 2).to(GPU)
+    split, values = layer._split, torch.zeros(1, N, 192, device=GPU, dtype=torch.bfloat16)
+    values[..., 128:] = 1.0  # maps of 1 / N over values of 1: the product is 1 - lambda
+    out = subtract_outputs(values, split, torch.tensor(0.998, device=GPU))
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), torch.full_like(out, 0.002).float(), rtol=0.01, atol=0)
 
 
 def test_sharded_by_nccl_it_is_the_same_function() -> None:

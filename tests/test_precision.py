@@ -17,7 +17,7 @@ from diffvit.models.vit import VisionTransformer
 from diffvit.training.alone import train_alone
 from diffvit.training.compilation import require_compiler
 from diffvit.training.launch import train
-from diffvit.training.precision import autocast, has_bf16, numbers, precision_warning, set_float32_products
+from diffvit.training.precision import autocast, has_bf16, numbers, precision_warning, set_float32_products, unsupported
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -157,3 +157,16 @@ def test_compiled_training_is_the_same_training(tiny_config: RunConfig, monkeypa
     assert set(finals["compiled"]) == set(VisionTransformer(config.model).state_dict())
     for name, tensor in finals["eager"].items():
         torch.testing.assert_close(finals["compiled"][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_gpu_that_torch_is_not_built_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert unsupported(CPU) is None
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "sm_120", "compute_120"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    said = unsupported(CUDA)
+    assert said is not None
+    assert said.startswith("Tesla V100 has compute capability 7.0, and the installed torch ")
+    assert "is built for 7.5 and newer: train on a newer GPU, or install a torch" in said
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 3))
+    assert unsupported(CUDA) is None

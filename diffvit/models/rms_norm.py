@@ -18,7 +18,10 @@ from torch.autograd.function import once_differentiable
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """(..., E) and (E,), of the same dtype -> (..., E)."""
-    if x.is_cuda or torch.compiler.is_compiling() or x.dtype not in (torch.float32, torch.float64):
+    if x.is_cuda:
+        with torch.autocast("cuda", enabled=False):  # it would make and keep a float32 copy; sums are float32 anyway
+            return F.rms_norm(x, x.shape[-1:], weight, eps)
+    if torch.compiler.is_compiling() or x.dtype not in (torch.float32, torch.float64):
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     normed: Tensor = _RMSNorm.apply(x, weight, eps)
     return normed

@@ -60,8 +60,8 @@ def subtract_outputs(qkv: Tensor, split: Split, weight: Tensor) -> Tensor:
     """Multiply each map with the values in a fused kernel, which keeps no map in memory, then subtract."""
     parts = split(qkv)
     positive, negative = (F.scaled_dot_product_attention(q, k, parts.v) for q, k in parts.maps)
-    out = (positive - weight * negative).to(qkv.dtype)
-    return out.transpose(1, 2)
+    out: Tensor = positive - torch.atleast_1d(weight) * negative  # a scalar would be rounded to bf16
+    return out.to(qkv.dtype).transpose(1, 2)
 
 
 def subtract_maps(qkv: Tensor, split: Split, weight: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from diffvit.models.weights import load_weights
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.evaluation import evaluate
 from diffvit.training.loop import RunStopped, Worker, fit
+from diffvit.training.precision import set_float32_products
 from diffvit.training.skipped import SkippedImages
 
 METRIC = "best_top1"
@@ -156,6 +157,7 @@ def score(config_json: str, dataset: Dataset, folder: str) -> dict[str, float]:
     if not checkpoints:
         raise FileNotFoundError(f"{folder} holds no checkpoint here; a sweep needs a storage that every node sees")
     device = torch.device(config.scale.device_type)
+    set_float32_products(config.scale, device)
     model = VisionTransformer(config.model).to(device)
     load_weights(model, checkpoints[-1])
     found = evaluate(model, validation_batches(config, dataset), len(dataset.val), config, device)

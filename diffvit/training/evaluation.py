@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -24,19 +26,23 @@ def to_device(batch: Batch, config: DataConfig, device: torch.device) -> tuple[T
     To a GPU they are copied while it still computes and the host goes on. There the images lie channels-last, as its
     convolutions read them.
     """
-    # a copy, because the arrays lie read-only in Ray's object store
-    images, labels = torch.from_numpy(np.array(batch.images)), torch.from_numpy(np.array(batch.labels))
+    images, labels = _copied(batch.images, device), _copied(batch.labels, device)
     if device.type == "cuda":
-        images, labels = _beside_computing(images, device), _beside_computing(labels, device)
         images = images.contiguous(memory_format=torch.channels_last)
     return normalize(images, config.mean, config.std), labels
 
 
-def _beside_computing(host: Tensor, device: torch.device) -> Tensor:
-    """A copy of `host` on a GPU, made on a stream of its own, which the work that is queued next waits for."""
+def _copied(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """On a GPU the copy is made on a stream of its own, which the work that is queued next waits for."""
+    on_gpu = device.type == "cuda"
+    dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+    host = torch.empty(array.shape, dtype=dtype, pin_memory=on_gpu)
+    host.numpy()[...] = array  # which lies read-only in Ray's object store
+    if not on_gpu:
+        return host
     computing, copying = torch.cuda.current_stream(device), _copying_stream(device)
     with torch.cuda.stream(copying):
-        copy = host.pin_memory().to(device, non_blocking=True)
+        copy = host.to(device, non_blocking=True)
     computing.wait_stream(copying)
     copy.record_stream(computing)  # or its memory might be given to the next copy while this one is still read
     return copy

@@ -29,7 +29,7 @@ from diffvit.training.health import Health
 from diffvit.training.logbook import Logbook
 from diffvit.training.metrics import Sums
 from diffvit.training.optim import build_ema, build_optimizer, build_schedule
-from diffvit.training.precision import precision_warning, set_float32_products
+from diffvit.training.precision import precision_warning, set_float32_products, unsupported
 from diffvit.training.saver import Ask, Saver, newest_step
 from diffvit.training.sharding import shard
 from diffvit.training.step import replicate, take_step
@@ -46,9 +46,12 @@ def fit(config: RunConfig, train_plan: TrainPlan, eval_plan: EvalPlan, stream: S
     """Train to the end of the plan. What comes out goes into the store, `worker.report` and TensorBoard.
 
     Raises:
-        RunStopped: no checkpoint is whole or can be written, the weights went bad more often than allowed, or more
-            images than allowed cannot be used.
+        RunStopped: the GPU is too old for the installed torch, no checkpoint is whole or can be written, the weights
+            went bad more often than allowed, or more images than allowed cannot be used.
     """
+    reason = unsupported(worker.device)
+    if reason:
+        raise RunStopped(reason)
     set_float32_products(config.scale, worker.device)
     warning = precision_warning(config.scale, worker.device)
     if warning and worker.rank == 0:

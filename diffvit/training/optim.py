@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from diffvit.config import OptimConfig
 from diffvit.training.muon import MuonAdamW
@@ -74,4 +75,23 @@ def build_schedule(optimizer: AdamW, config: OptimConfig, steps_per_epoch: int) 
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel | None:
     """Exponential moving average of the weights, updated every step; None when `decay` is 0."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
+    return _MovingAverage(model, decay) if decay else None
+
+
+class _MovingAverage(AveragedModel):
+    """As torch's with `get_ema_multi_avg_fn`, which copies the count to the GPU and so waits for it at every step."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model)
+        self._decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        averages: list[Tensor] = list(self.module.parameters())
+        weights: list[Tensor] = list(model.parameters())
+        if self.n_averaged == 0:
+            for average, weight in zip(averages, weights, strict=True):
+                average.copy_(weight)
+        else:
+            torch._foreach_lerp_(averages, weights, 1 - self._decay)
+        self.n_averaged += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import torch
@@ -44,6 +45,21 @@ def set_float32_products(scale: ScaleConfig, device: torch.device) -> None:
         rounds = numbers(scale, device) != "fp32"
         torch.set_float32_matmul_precision("high" if rounds else "highest")
         torch.backends.cudnn.allow_tf32 = rounds
+
+
+def unsupported(device: torch.device) -> str | None:
+    """Why the installed torch cannot compute on a GPU; None where it can, or is not to."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    built_for = [int(found[1]) for found in map(re.compile(r"sm_(\d+)").match, torch.cuda.get_arch_list()) if found]
+    if not built_for or 10 * major + minor >= min(built_for):
+        return None
+    oldest = divmod(min(built_for), 10)
+    return (
+        f"{device_name(device)} has compute capability {major}.{minor}, and the installed torch {torch.__version__} is "
+        f"built for {oldest[0]}.{oldest[1]} and newer: train on a newer GPU, or install a torch that is built for it"
+    )
 
 
 def precision_warning(scale: ScaleConfig, device: torch.device) -> str | None:

@@ -82,8 +82,8 @@ class TimedStream:
     def train(self, first_step: int) -> Iterator[Batch]:
         batches = self._stream.train(first_step)
         while True:
-            if len(self.asked) == self._first and self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
+            if len(self.asked) == self._first:
+                self._wait_for_device()
             self.asked.append(time.perf_counter())
             self.last = next(batches, None)
             self.came.append(time.perf_counter())
@@ -91,9 +91,15 @@ class TimedStream:
                 return
             yield self.last
 
+    def _wait_for_device(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
     def evaluate(self) -> Iterator[Batch]:
+        self._wait_for_device()
         self.trained_until = time.perf_counter()
         yield from self._stream.evaluate()
+        self._wait_for_device()
         self.evaluation_seconds = time.perf_counter() - self.trained_until
 
     def preview(self, count: int) -> Batch:
@@ -137,7 +143,7 @@ def rehearse_steps(
     assert timed.last is not None
     state = start_state(config, plan, dataclasses.replace(worker, store=None))
     communication = _communication_seconds(config, plan, state, timed.last, worker)
-    snapshot_seconds = _snapshot_seconds(config, state)
+    snapshot_seconds = _snapshot_seconds(config, state, worker.device)
     # before the epoch is evaluated, it is saved
     step_seconds = (timed.trained_until - timed.asked[first] - snapshot_seconds) / (steps - warmup)
     first_evaluation_seconds = timed.evaluation_seconds
@@ -197,9 +203,11 @@ def _evaluation_seconds(
     return stream.evaluation_seconds
 
 
-def _snapshot_seconds(config: RunConfig, state: TrainState) -> float:
+def _snapshot_seconds(config: RunConfig, state: TrainState, device: torch.device) -> float:
     began = time.perf_counter()
     take_snapshot(state, config, {})
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - began
 
 

@@ -1,7 +1,8 @@
 """Models that fit no single GPU, spread over the workers by PyTorch's FSDP2 (arXiv 2304.11277).
 
 Each worker keeps its rows of every parameter, of its average and of the optimiser's moments. A block is put together
-for its forward and its backward pass and let go after each, so a worker holds its share and one block.
+for its forward and its backward pass and let go after each, so a worker holds its share and one block; in bf16 also
+what autocast rounded of all matrices, half their size, from the forward pass to the backward pass.
 
 A checkpoint is the same as without: it is gathered on rank 0's host, a tensor at a time, and on the way back every rank
 takes its rows of it. So a run goes on with another number of workers, or sharded no more, as it likes.
@@ -35,11 +36,11 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def averaging(model: nn.Module, *, now: bool) -> Iterator[None]:
-    """Backward passes in here average the gradients over the workers, or else keep them for one that does."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
-        yield
-    elif isinstance(model, DistributedDataParallel) and not now:
+    """Backward passes in here average the gradients over the workers, or else keep them for one that does.
+
+    A sharded model always averages: what it kept would be whole gradients, which no worker has room for.
+    """
+    if isinstance(model, DistributedDataParallel) and not now:
         with model.no_sync():
             yield
     else:

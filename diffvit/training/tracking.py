@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from diffvit.analysis.attention_grid import attention_figure, mean_gates
 from diffvit.config import RunConfig
 from diffvit.data.batches import Batch, Stream
@@ -32,6 +34,34 @@ def draws_attention(epoch: int, epochs: int) -> bool:
     return epoch % max(epochs // _ATTENTION_GRIDS, 1) == 0 or epoch == epochs
 
 
+class Waiting:
+    """Seconds that training stood still for its next images: a GPU may still compute while the host waits for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds = 0.0
+
+    def next_of(self, batches: Iterator[Batch]) -> Batch | None:
+        if self._on_gpu:
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()  # reached when all that was queued is done
+            batch = next(batches, None)
+            after.record()
+            self._gaps.append((before, after))
+            return batch
+        started = time.perf_counter()
+        batch = next(batches, None)
+        self._seconds += time.perf_counter() - started
+        return batch
+
+    def read(self) -> float:
+        """The sum since the last call. The device must have done what it was given."""
+        seconds: float = self._seconds + sum(before.elapsed_time(after) for before, after in self._gaps) / 1000
+        self._seconds, self._gaps = 0.0, []
+        return seconds
+
+
 class Tracker:
     """Rank 0's record of a run; on other ranks (`enabled=False`) it only keeps the counts that all ranks share."""
 
@@ -44,7 +74,8 @@ class Tracker:
         self._started = self._lap_started = time.perf_counter()
         self._lap_first_step = state.step
         self._saved_at = self._started
-        self._waited = 0.0
+        self._device = next(state.model.parameters()).device
+        self._waiting = Waiting(self._device)
         self._first_step_at: float | None = None
         self.step_seconds = 0.0
         """What a step took lately."""
@@ -69,9 +100,7 @@ class Tracker:
         for number in itertools.count():
             if number == 1:
                 self._first_step_at = time.time()
-            started = time.perf_counter()
-            batch = next(batches, None)
-            self._waited += time.perf_counter() - started
+            batch = self._waiting.next_of(batches)
             if batch is None:
                 return
             yield batch
@@ -79,8 +108,8 @@ class Tracker:
     def log_steps(self, sums: dict[str, float]) -> None:
         """Record the steps since the last call; `sums` from `Sums.read`."""
         now = time.perf_counter()
-        seconds, waited = now - self._lap_started, self._waited
-        self._lap_started, self._waited = now, 0.0
+        seconds, waited = now - self._lap_started, self._waiting.read()
+        self._lap_started = now
         self.step_seconds = seconds / max(self._state.step - self._lap_first_step, 1)
         self._lap_first_step = self._state.step
         self._state.train_seconds = self._seconds_before + now - self._started
@@ -148,7 +177,6 @@ class Tracker:
         """The metrics of a checkpoint written now, before it is evaluated."""
         step, epoch = self._state.step, self._state.epoch_sums
         used, seconds = max(epoch["images"], 1.0), max(epoch["seconds"], 1e-9)
-        device = next(self._state.model.parameters()).device
         return {
             "epoch": -(-step // self._plan.steps_per_epoch),
             "step": step,
@@ -159,9 +187,11 @@ class Tracker:
             "train_seconds": self._state.train_seconds,
             "skipped_images": len(self._state.skipped_samples),
             "world_sizes": list(self._state.world_sizes),
-            "device": device_name(device),
-            "precision": numbers(self._config.scale, device),
-            "peak_bytes": peak_bytes(device),  # of rank 0, which also holds the checkpoints that are being written
+            "device": device_name(self._device),
+            "precision": numbers(self._config.scale, self._device),
+            "peak_bytes": peak_bytes(
+                self._device
+            ),  # of rank 0, which also holds the checkpoints that are being written
             "first_step_at": self._first_step_at,
             "poisoned_steps": self._state.poisoned_steps,
             "rollbacks": self._state.rollbacks,
@@ -183,7 +213,6 @@ class Tracker:
     def saved(self) -> None:
         """A checkpoint was handed over; evaluation and that do not count as training time in images a second."""
         self._lap_started = self._saved_at = time.perf_counter()
-        self._waited = 0.0
 
     def close(self) -> None:
         if self._events is not None:

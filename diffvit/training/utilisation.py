@@ -17,12 +17,15 @@ PEAK_BF16_FLOPS: dict[str, float] = {
     "NVIDIA A100 80GB PCIe": 312e12,
     "NVIDIA H100 80GB HBM3": 989.4e12,
     "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835.5e12,
     "NVIDIA H200": 989.4e12,
+    "NVIDIA GH200 480GB": 989.4e12,
+    "NVIDIA B200": 2250e12,
     "NVIDIA L4": 121e12,
     "NVIDIA L40S": 362e12,
 }
-"""Dense bf16 FLOP/s by what CUDA calls the device. Source: NVIDIA's data sheets of the A100, H100, H200, L4 and L40S
-(where they give the rate with sparsity, half of it)."""
+"""Dense bf16 FLOP/s by what CUDA calls the device. Source: NVIDIA's data sheets of each (where they give the rate with
+sparsity, half of it)."""
 
 
 def device_name(device: torch.device) -> str:
@@ -31,9 +34,9 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Largest memory so far: of the GPU's, or of this process where it trains on the CPU."""
+    """Largest memory so far: what torch took of the GPU's, or of this process where it trains on the CPU."""
     if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+        return int(torch.cuda.max_memory_reserved(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
