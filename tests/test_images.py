@@ -1,4 +1,5 @@
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -62,6 +63,14 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     assert decode_image(encode(image), 1, ANY_SIZE).flatten().tolist() == [0, 1, 128, 255]
 
 
+def test_twelve_bits_are_scaled() -> None:
+    """A TIFF of 2 x 1 pixels by hand, for PIL writes none: eight entries of 12 bytes, and the pixels behind them."""
+    tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8 + 2 + 8 * 12 + 4, 277: 1, 279: 3}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    tiff = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + bytes.fromhex("fff800")
+    assert decode_image(tiff, 1, ANY_SIZE).flatten().tolist() == [255, 128]  # of 4095 and 2048
+
+
 def test_floats_are_scaled_or_refused() -> None:
     def decoded(values: list[float]) -> list[int]:
         image = Image.fromarray(np.array([values], np.float32))
@@ -117,6 +126,8 @@ def test_transparency_is_white() -> None:
     palette = Image.new("P", (3, 2), 0)
     palette.putpalette([10, 20, 30] * 256)
     assert decode_image(encode(palette, transparency=0), 3, ANY_SIZE).unique().tolist() == [255]
+    deep = Image.fromarray(np.array([[0, 777, 65535]], np.uint16))
+    assert decode_image(encode(deep, transparency=777), 1, ANY_SIZE).flatten().tolist() == [0, 255, 255]
 
 
 @pytest.mark.parametrize(

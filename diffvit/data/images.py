@@ -27,6 +27,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "J
 PIL's JPEG reader takes MPO too."""
 _LARGEST_RESIZED_PIXELS = 50_000_000
 _JPEG_MAGIC = b"\xff\xd8\xff"
+_TIFF_BITS = 258
+"""TIFF's number for the bits of a sample."""
 _PHOTO_MEAN, _PHOTO_STD = 114.4, 57.6
 """ImageNet's, averaged over its channels, in grey levels."""
 
@@ -104,11 +106,17 @@ def _decode_jpeg(encoded: bytes, channels: int) -> Tensor:
 
 def _upright(image: Image.Image) -> Image.Image:
     """EXIF rotation applied, and whatever PIL's mode is turned into L, LA, RGB or RGBA."""
+    bits = getattr(image, "tag_v2", {}).get(_TIFF_BITS)  # which a turned copy lacks
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         return _in_eight_bits(image, {1: 255.0, 255: 1.0})
     if image.mode.startswith("I"):  # PIL's own conversion would clip at 255
-        return _in_eight_bits(image, {65_535: 1 / 257})
+        largest = 4095 if bits == (12,) else 65_535
+        grey = _in_eight_bits(image, {largest: 255 / largest})
+        if image.has_transparency_data:
+            seen = np.asarray(image) != image.info["transparency"]
+            grey.putalpha(Image.fromarray(seen.astype(np.uint8) * 255))
+        return grey
     if image.has_transparency_data:
         return image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
     if image.mode in ("L", "RGB"):
