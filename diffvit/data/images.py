@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision import io as tv_io
 from torchvision.transforms import v2
@@ -83,6 +83,8 @@ def _opened(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
             image = Image.open(io.BytesIO(encoded), formats=FORMATS)
         except Image.DecompressionBombError as error:
             raise ImageError(str(error)) from None
+        except UnidentifiedImageError:  # whose text has an address, another one each time
+            raise ImageError(f"not a readable image: none of {', '.join(FORMATS)}") from None
         except MemoryError:  # the machine's fault and not the image's
             raise
         except Exception as error:  # PIL's plug-ins raise whatever their parsers do
