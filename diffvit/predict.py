@@ -35,11 +35,13 @@ from diffvit.manifest import WEIGHTS_NAME, sha256_of
 from diffvit.models.fetched import on_disk
 from diffvit.models.saved import SavedModel, load_saved
 from diffvit.models.weights import find_checkpoint
-from diffvit.prediction import PARTS, Job, Predictor, load_part, part_name
+from diffvit.prediction import PARTS, Job, Predictor, cut_parts, load_part, part_name
 from diffvit.storage import Storage, StorageError
 
 RESULTS_NAME = "predictions.json"
 _PART_IMAGES = 512
+_PART_BYTES = 128 * 2**20
+"""Of the files of a part, and of the pixels that the model takes of them."""
 
 
 def predict(config: PredictConfig, report: Report) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def predict(config: PredictConfig, report: Report) -> dict[str, Any]:
     if not entries.num_rows:
         raise ValueError(f"{config.images} holds no images" + (f" of split {config.split!r}" if config.split else ""))
     augment = AugmentConfig(eval_crop_ratio=saved.eval_crop_ratio, interpolation=saved.interpolation)
-    job = Job(config, saved.config, augment, entries.combine_chunks(), target, _PART_IMAGES)
+    job = Job(config, saved.config, augment, entries.combine_chunks(), target, _ends(config, saved, entries))
     _predict_parts(job, saved, report)
     results = _summarise(job, saved, identity, without_split)
     release(target)
@@ -96,6 +98,13 @@ def require_resources(config: PredictConfig) -> None:
             f"workers = {config.workers} copies of the model need a {what} each, and decoding a CPU; the cluster has "
             f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
         )
+
+
+def _ends(config: PredictConfig, saved: SavedModel, entries: pa.Table) -> list[int]:
+    """Where the parts end that tasks can hold in memory."""
+    read = [0 if length > config.max_image_bytes else max(length, 0) for length in entries["length"].to_pylist()]
+    fit = _PART_BYTES // (saved.config.in_channels * saved.config.image_size**2)
+    return cut_parts(read, max(min(fit, _PART_IMAGES), 1), _PART_BYTES)
 
 
 def _finished(target: Storage, identity: dict[str, Any]) -> dict[str, Any] | None:

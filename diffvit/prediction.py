@@ -6,7 +6,7 @@ Letters: n images in the part, C channels, S side of the model's input.
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ _PREDICTION_SCHEMA = pa.schema(
 class Job:
     """What every task and actor needs; sent once to each node. The weights go to the actors only.
 
-    Part i holds the predictions for the i-th `part_images` of the entries.
+    Part i holds the predictions for the entries from `ends[i]` to `ends[i + 1]`.
     """
 
     config: PredictConfig
@@ -52,16 +52,30 @@ class Job:
     augment: AugmentConfig
     entries: pa.Table
     target: Storage
-    part_images: int
+    ends: list[int]
 
     @property
     def parts(self) -> int:
-        rows: int = self.entries.num_rows
-        return math.ceil(rows / self.part_images)
+        return len(self.ends) - 1
 
     def part(self, number: int) -> pa.Table:
         """The entries of a part."""
-        return self.entries[number * self.part_images : (number + 1) * self.part_images]
+        return self.entries[self.ends[number] : self.ends[number + 1]]
+
+
+def cut_parts(lengths: Sequence[int], most_images: int, most_bytes: int) -> list[int]:
+    """0 and where each part of images of so many bytes ends; it grows while it stays within both (at least one image).
+
+    A task may have read all of its images from a store before it decodes the first.
+    """
+    ends, held = [0], 0
+    for number, length in enumerate(lengths):
+        images = number - ends[-1]
+        if images == most_images or (images and held + length > most_bytes):
+            ends.append(number)
+            held = 0
+        held += length
+    return [*ends, len(lengths)]
 
 
 def part_name(number: int) -> str:

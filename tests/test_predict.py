@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -23,6 +24,7 @@ from diffvit.data.sources import open_dataset
 from diffvit.models.saved import load_saved
 from diffvit.models.vit import VisionTransformer
 from diffvit.predict import predict
+from diffvit.prediction import cut_parts
 from diffvit.storage import Storage, StorageError
 from diffvit.training.checkpoint import TrainState, checkpoint_name, take_snapshot
 from diffvit.training.checkpoint_store import CheckpointStore
@@ -123,6 +125,30 @@ def test_cut_between_parts_it_goes_on(config: PredictConfig, monkeypatch: pytest
     assert rows_of(config.out) == rows
     with pytest.raises(ValueError, match=r"(?s)holds predictions made .* top_k: 2 there, 3 now"):
         predict(dataclasses.replace(config, top_k=3), quiet)
+
+
+def test_parts_by_hand() -> None:
+    assert cut_parts([1, 1, 1, 1, 1], 2, 100) == [0, 2, 4, 5]
+    assert cut_parts([4, 6, 1, 30, 0, 2, 9], 3, 10) == [0, 2, 3, 4, 6, 7]
+    assert cut_parts([5], 3, 10) == [0, 1]
+
+
+def test_a_part_is_bounded_by_bytes(config: PredictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the files that are read, which one that is too large is not, and of the pixels that the model takes."""
+    images = Path(config.images)
+    (images / "green/heavy.png").write_bytes(bytes(9_000))
+    sizes = {str(path.relative_to(images)): path.stat().st_size for path in images.rglob("*.png")}
+    read = {key: size for key, size in sizes.items() if size < 9_000}
+    monkeypatch.setattr(module, "_PART_BYTES", 4 * max(read.values()))
+    results = predict(dataclasses.replace(config, max_image_bytes=8_000), quiet)
+    assert (results["images"], results["skipped"]) == (25, 2)
+    assert set(rows_of(config.out)) == set(sizes)
+    parts = [pq.read_table(path)["key"].to_pylist() for path in Path(config.out, "predictions").iterdir()]
+    assert max(sum(read.get(key, 0) for key in keys) for keys in parts) <= 4 * max(read.values())
+    assert max(map(len, parts)) > 4  # the one that is not read costs nothing
+    monkeypatch.setattr(module, "_PART_BYTES", 5 * 3 * 16 * 16 + 1)
+    small = pa.table({"length": [1] * 13})
+    assert module._ends(config, load_saved(config.checkpoint), small) == [0, 5, 10, 13]
 
 
 def test_what_killed_writers_left_is_no_part(config: PredictConfig) -> None:
