@@ -6,23 +6,27 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from conftest import make_folder, with_fields
+from conftest import ObjectStore, make_folder, with_fields
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from safetensors.torch import load_file
 
 from diffvit.config import PrepareConfig, RunConfig, from_json
+from diffvit.data import sources
 from diffvit.data.prepare import prepare
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
+from diffvit.storage import Storage
 from diffvit.training.launch import RunStopped, TrainingFailedError, _cause, train
 from diffvit.training.run_lock import RunLock
 
@@ -163,8 +167,50 @@ def test_a_shard_that_is_lost_ends_the_run_with_its_name(config: RunConfig, tmp_
     loser.join()
     results = json.loads((config.folder / "results.json").read_text())
     assert results["status"] == "failed"
-    assert "The same command goes on from the last checkpoint (scale.max_failures = 0, " in results["reason"]
+    assert "; the same command goes on from the last checkpoint (scale.max_failures = 0, " in results["reason"]
     assert results["last"]["step"] >= 5
+
+
+def test_images_whose_store_stays_away_end_the_run_with_its_name(
+    config: RunConfig, object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is waited for first, here for two seconds. The first 512 images, 6 steps, the rank reads itself."""
+    monkeypatch.setattr(sources, "Storage", partial(Storage, retry_seconds=2.0))
+    uri = object_store.uri(f"away-{tmp_path.name}")
+    images = make_folder(tmp_path / "more", images_per_class=160, val_per_class=5)
+    prepare(PrepareConfig(source=str(images), out=uri, shard_mib=0.1), lambda *_: None)
+    config = with_fields(
+        config,
+        data={"path": uri},
+        optim={"epochs": 1000, "batch_size": 96},
+        scale={"workers": 1, "max_failures": 0},
+    )
+    ended, gone = threading.Event(), list[float]()
+
+    def leave() -> None:
+        while not gone and not ended.wait(0.05):
+            if list(config.folder.glob("checkpoint_step_000000[1-9]?/checkpoint.json")):
+                object_store.stop()
+                gone.append(time.monotonic())
+
+    leaver = threading.Thread(target=leave)
+    leaver.start()
+    first_line = (
+        rf"^training failed: .*StorageError: shard train/\S+ of {re.escape(uri)} cannot be read: .* is away, "
+        "tried for 2 s: .*; the same command goes on from the last checkpoint"
+    )
+    try:
+        with pytest.raises(TrainingFailedError, match=first_line):
+            train(config)
+        assert time.monotonic() - gone[0] > 1
+    finally:
+        ended.set()
+        leaver.join()
+        if gone:
+            object_store.start()
+    results = json.loads((config.folder / "results.json").read_text())
+    assert results["status"] == "failed"
+    assert results["last"]["step"] >= 10
 
 
 def test_the_worker_that_failed_is_named_and_not_those_that_lost_it() -> None:

@@ -170,7 +170,8 @@ def test_a_split_is_small_to_send() -> None:
     """A million images: what every rank is sent."""
     n = 1_000_000
     split = ShardSplit(
-        "x", ("s",), np.zeros(n, np.int32), np.zeros(n, np.int64), np.zeros(n, np.int32), np.zeros(n, np.int64),
+        Storage("x"), ("s",),
+        np.zeros(n, np.int32), np.zeros(n, np.int64), np.zeros(n, np.int32), np.zeros(n, np.int64),
         pa.array([f"{i:012d}" for i in range(n)]),
     )  # fmt: skip
     columns = (split.shard, split.offset, split.length, split.labels)

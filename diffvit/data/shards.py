@@ -154,7 +154,7 @@ def _image_offsets(content: bytes, metadata: pq.FileMetaData, images: list[bytes
 class ShardSplit:
     """One split of a prepared data set (`diffvit.data.sources.Split`)."""
 
-    uri: str
+    storage: Storage
     shards: tuple[str, ...]
     shard: npt.NDArray[np.int32]
     offset: npt.NDArray[np.int64]
@@ -172,20 +172,20 @@ class ShardSplit:
         """One image.
 
         Raises:
-            StorageError: the shard cannot be read, or is shorter than the index says.
+            StorageError: the shard cannot be read, its store stayed away, or it is shorter than the index says.
         """
         name, length = self.shards[self.shard[index]], int(self.length[index])
         try:
-            content = Storage(self.uri).read_range(name, int(self.offset[index]), length)
-        except OSError as error:
-            raise StorageError(f"shard {name} of {self.uri} cannot be read: {error}") from None
+            content = self.storage.read_range(name, int(self.offset[index]), length)
+        except (OSError, StorageError) as error:
+            raise StorageError(f"shard {name} of {self.storage.uri} cannot be read: {error}") from None
         if len(content) != length:
-            raise StorageError(f"shard {name} of {self.uri} is cut short; copy or prepare the data set again")
+            raise StorageError(f"shard {name} of {self.storage.uri} is cut short; copy or prepare the data set again")
         return content
 
     def read_many(self, indices: npt.NDArray[np.int64]) -> Iterator[bytes]:
         """Images in the order of `indices`; those of an object store are fetched side by side."""
-        if not Storage(self.uri).is_remote:
+        if not self.storage.is_remote:
             yield from map(self.read, indices.tolist())
             return
         with ThreadPoolExecutor(_READ_THREADS) as pool:
@@ -219,7 +219,7 @@ def _open_split(storage: Storage, name: str, split: SplitInfo) -> ShardSplit:
         )
     columns = {column: table[column].to_numpy() for column in ("shard", "offset", "length", "label")}
     return ShardSplit(
-        uri=storage.uri,
+        storage=storage,
         shards=tuple(shard.name for shard in split.shards),
         shard=columns["shard"],
         offset=columns["offset"],

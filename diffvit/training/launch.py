@@ -111,12 +111,12 @@ def _train(config: RunConfig, dataset: Dataset, train_plan: TrainPlan, started: 
 
 
 def _cause_first(error: TrainingFailedError, scale: ScaleConfig) -> str:
-    """Ray's account of a failure, with its cause before it."""
+    """Ray's account of a failure; its first line says the cause, and how to go on."""
     failures = getattr(error, "worker_failures", None)
     cause = _cause(failures)[1] if failures else str(error).strip().splitlines()[-1]
     return (
-        f"training failed: {cause}\n{str(error).strip()}\nThe same command goes on from the last checkpoint "
-        f"(scale.max_failures = {scale.max_failures}, scale.max_preemptions = {scale.max_preemptions})"
+        f"training failed: {cause}; the same command goes on from the last checkpoint (scale.max_failures = "
+        f"{scale.max_failures}, scale.max_preemptions = {scale.max_preemptions})\n{str(error).strip()}"
     )
 
 
