@@ -6,9 +6,11 @@ import dataclasses
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +101,29 @@ class ObjectStore:
         listening = self._server._server
         self._server.stop()
         listening.server_close()  # else what comes in is neither answered nor refused
+
+    @contextmanager
+    def away(self) -> Iterator[threading.Event]:
+        """Hang up on whoever asks meanwhile; the event tells that somebody did."""
+        self.stop()
+        asked = threading.Event()
+
+        def hang_up() -> None:
+            with suppress(OSError):  # the store comes back
+                while True:
+                    door.accept()[0].close()
+                    asked.set()
+
+        with socket.create_server(("127.0.0.1", self._port)) as door:
+            thread = threading.Thread(target=hang_up)
+            thread.start()
+            try:
+                yield asked
+            finally:
+                door.shutdown(socket.SHUT_RDWR)
+                thread.join()
+                door.close()
+                self.start()
 
     def uri(self, folder: str) -> str:
         return f"s3://bucket/{folder}?endpoint_override=127.0.0.1:{self._port}&scheme=http"

@@ -102,6 +102,7 @@ def assert_same(ours: list[Batch], theirs: Iterator[Batch]) -> None:
     for mine, yours in zip(ours, theirs, strict=True):
         assert mine.row == yours.row
         assert mine.skipped == yours.skipped
+        np.testing.assert_array_equal(mine.samples, yours.samples)
         np.testing.assert_array_equal(mine.labels, yours.labels)
         np.testing.assert_array_equal(mine.images, yours.images)
 
@@ -429,23 +430,35 @@ def test_an_evaluation_that_hangs_does_not_touch_the_next(
 
 
 def test_shards_in_a_bucket_with_an_outage(tiny_config: RunConfig, object_store: ObjectStore, tmp_path: Path) -> None:
-    """The batches are those of a local copy, though the store goes away in the middle."""
+    """The batches are those of a local copy, though the store goes away in the middle and Ray's readers find it so.
+
+    These begin to read when it is gone, and it comes back a second after one has tried.
+    """
     images = make_folder(tmp_path / "more", images_per_class=40, val_per_class=2)
     uri = object_store.uri(f"stream-{tmp_path.name}")
-    streams = {}
+    streams = []
     for out in (str(tmp_path / "copy"), uri):
         prepare(PrepareConfig(source=str(images), out=out, shard_mib=0.01), lambda *_: None)
         config = with_fields(tiny_config, data={"path": out})
-        train, val = loaders(config, 1)
-        streams[out] = (train, val)
-    expected = LocalStream(*streams[str(tmp_path / "copy")]).train(0)
-    batches = RayStream(*streams[uri], 0, 1, lambda value: value).train(0)
+        streams.append(loaders(config, 1))
+    expected = LocalStream(*streams[0]).train(0)
+    train, val = streams[1]
+    rank_process, gone = os.getpid(), tmp_path / "gone"
+
+    def wait_until_gone(_: Any) -> None:
+        while os.getpid() != rank_process and not gone.exists():
+            time.sleep(0.05)
+
+    held = BatchLoader(config, watched(train.split, wait_until_gone), train.plan)
+    batches = RayStream(held, val, 0, 1, lambda value: value).train(0)
     received = [copied(next(batches))]
-    object_store.stop()
-    back = threading.Timer(3.0, object_store.start)
-    back.start()
-    received += [copied(batch) for batch in batches]
-    back.join()
+    with ThreadPoolExecutor(1) as rank:
+        with object_store.away() as asked:
+            gone.touch()
+            rest = rank.submit(lambda: [copied(batch) for batch in batches])
+            assert asked.wait(60)
+            time.sleep(1)
+        received += rest.result()
     assert len(received) == 20
     assert_same(received, expected)
 
