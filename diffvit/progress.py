@@ -32,6 +32,7 @@ class Progress:
         )
         self._tasks: dict[str, rich.progress.TaskID] = {}
         self._last_line = 0.0
+        self._seen: dict[str, tuple[int, int]] = {}
 
     def __enter__(self) -> Progress:
         if self._console.is_terminal:
@@ -45,6 +46,7 @@ class Progress:
 
     def show(self, what: str, done: int, total: int) -> None:
         """`done` of `total` parts of `what`."""
+        self._seen[what] = (self._seen.get(what, (done, done))[0], done)
         if self._console.is_terminal:
             if what not in self._tasks:
                 self._tasks[what] = self._bars.add_task(what, total=total)
@@ -53,9 +55,14 @@ class Progress:
             self._last_line = time.monotonic()
             self._console.print(f"{what:<10} {done:,} of {total:,}")
 
+    def done(self, what: str) -> int:
+        """Parts of `what` done since it was first shown: without those that an earlier call had done."""
+        first, last = self._seen.get(what, (0, 0))
+        return last - first
 
-def print_dataset(out: str, info: DatasetInfo, seconds: float) -> None:
-    """What a prepared data set holds, and what was left out."""
+
+def print_dataset(out: str, info: DatasetInfo, seconds: float, packed: int) -> None:
+    """What a prepared data set holds, and what was left out; `packed` images of it in the `seconds` of this call."""
     console = rich.console.Console(highlight=False, soft_wrap=True)
     images = sum(split.images for split in info.splits.values())
     shards = [shard for split in info.splits.values() for shard in split.shards]
@@ -70,7 +77,7 @@ def print_dataset(out: str, info: DatasetInfo, seconds: float) -> None:
         "size": f"{sum(shard.bytes for shard in shards) / 2**20:,.1f} MiB in {len(shards)} shards",
         "quarantined": f"{info.quarantined:,}" + (f" ({QUARANTINE_NAME} says why)" if info.quarantined else ""),
         "ignored": _counts(info.ignored),
-        "took": f"{seconds:,.0f} s, {(images + info.quarantined) / seconds:,.0f} images/s",
+        "took": f"{seconds:,.0f} s" + (f", {packed / seconds:,.0f} images/s" if packed else ""),
     }
     for name, value in rows.items():
         if value:

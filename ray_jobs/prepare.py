@@ -19,7 +19,7 @@ def main() -> None:
     with job_ends("from here"), Progress() as progress:
         connect()
         info = (verify if config.verify else prepare)(config, progress.show)
-    print_dataset(config.out, info, time.perf_counter() - started)
+    print_dataset(config.out, info, time.perf_counter() - started, progress.done("packing"))
 
 
 if __name__ == "__main__":

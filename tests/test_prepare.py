@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from diffvit.data.prepare import prepare, verify
 from diffvit.data.shards import DatasetInfo, open_shards
 from diffvit.data.sources import open_dataset
 from diffvit.data.tasks import map_anywhere
+from diffvit.progress import Progress, print_dataset
 from diffvit.storage import Storage, StorageError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -133,6 +135,27 @@ def test_cut_between_shards_it_goes_on(config: PrepareConfig) -> None:
     whole = dataclasses.replace(config, out=config.out + "-whole")
     assert dataclasses.replace(prepare(whole, quiet), source=cut_info.source) == cut_info
     assert read_all(config.out) == read_all(whole.out)
+
+
+def test_speed_is_of_what_this_call_packed(config: PrepareConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    def cut(what: str, done: int, total: int) -> None:
+        if what == "packing" and 0 < done < total:
+            raise KeyboardInterrupt
+
+    def prepared() -> tuple[int, str]:
+        progress = Progress()
+        info = prepare(config, progress.show)
+        print_dataset(config.out, info, 0.5, progress.done("packing"))
+        return progress.done("packing"), capsys.readouterr().out
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, cut)
+    packed, text = prepared()
+    assert 0 < packed < 60
+    assert f", {2 * packed} images/s\n" in re.sub(" +\n", "\n", text)
+    packed, text = prepared()
+    assert packed == 0
+    assert "images/s" not in text
 
 
 def test_killed_it_goes_on(config: PrepareConfig) -> None:

@@ -19,14 +19,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from conftest import ObjectStore, make_folder, with_fields
+from ray._private.internal_api import get_memory_info_reply
+from ray.data import ExecutionResources
 
 from diffvit.config import PrepareConfig, RunConfig
 from diffvit.data import loader as loader_module
 from diffvit.data import stream as stream_module
 from diffvit.data.batches import Batch, Stream
-from diffvit.data.loader import BatchLoader, LocalStream
+from diffvit.data.loader import BatchLoader, LocalStream, plan_run
 from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.prepare import prepare
 from diffvit.data.sources import Split, open_dataset
@@ -461,6 +464,70 @@ def test_shards_in_a_bucket_with_an_outage(tiny_config: RunConfig, object_store:
         received += rest.result()
     assert len(received) == 20
     assert_same(received, expected)
+
+
+def test_nothing_grows_from_epoch_to_epoch(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what lies in the object store nor the memory of rank and readers, over three epochs of one stream.
+
+    A fourth keeps Ray reading ahead until the third has ended; with it, all that was in the store is gone.
+    """
+    monkeypatch.setattr(stream_module, "_CHUNK_IMAGES", 32)
+    monkeypatch.setattr(stream_module, "_ready_bytes", lambda *_: 32 * 2**20)  # less than an epoch
+    monkeypatch.setattr(stream_module, "ExecutionResources", partial(ExecutionResources, cpu=1))  # one reader at a time
+    images = make_folder(tmp_path / "more", images_per_class=80, val_per_class=2)
+    config = with_fields(
+        tiny_config, model={"image_size": 224}, data={"path": str(images)}, optim={"epochs": 4, "batch_size": 16}
+    )
+    dataset = open_dataset(config.data)
+    plan, epoch_bytes = plan_run(config, dataset)[0], 240 * 3 * 224**2
+    readers = tmp_path / "readers"
+    readers.mkdir()
+
+    def note(_: Any) -> None:
+        (readers / str(os.getpid())).touch()
+
+    train = BatchLoader(config, watched(dataset.train, note), plan)
+    val = BatchLoader(config, dataset.val, EvalPlan(len(dataset.val), 4))
+    before, peaks, memory = settled_store(), [0] * plan.epochs, list[dict[str, int]]()
+    for batch in RayStream(train, val, 0, 1, lambda value: value).train(0):
+        epoch, step = divmod(batch.row, plan.steps_per_epoch)
+        ends = step + 1 == plan.steps_per_epoch
+        peaks[epoch] = max(peaks[epoch], (settled_store() if ends else store()).object_store_bytes_used)
+        if ends:
+            memory.append({path.name: own_bytes(path.name) for path in readers.iterdir()})
+    del batch
+    after = settled_store()
+    assert after.cumulative_created_bytes - before.cumulative_created_bytes > 3 * epoch_bytes
+    assert peaks[2] < peaks[0] + epoch_bytes // 2
+    assert after.object_store_bytes_used < before.object_store_bytes_used + 2**20
+    grown = {pid: memory[2][pid] - first for pid, first in memory[0].items() if memory[2][pid]}
+    assert str(os.getpid()) in grown
+    assert len(grown) > 1
+    assert max(grown.values()) < epoch_bytes // 2
+
+
+def store() -> Any:
+    """What Ray's nodes say of their object stores."""
+    return get_memory_info_reply(ray._private.state.state).store_stats
+
+
+def settled_store() -> Any:
+    """Once nothing has come or gone for a second."""
+    last, now = None, store()
+    while now != last:
+        time.sleep(1)
+        last, now = now, store()
+    return now
+
+
+def own_bytes(pid: str) -> int:
+    """Memory of a process, without what it maps of the object store; 0 where it has ended."""
+    with suppress(OSError):
+        status = Path("/proc", pid, "status").read_text()
+        return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+    return 0
 
 
 def test_closing_early_leaves_no_stream_behind(tiny_config: RunConfig) -> None:
