@@ -154,6 +154,21 @@ def test_links_to_nothing_and_pipes_do_not_vanish(tmp_path: Path) -> None:
     assert unit.files == ("000.png",)
 
 
+@pytest.mark.parametrize("ending", ["tar", "parquet"])
+def test_an_archive_that_is_a_link_to_nothing_is_refused(tmp_path: Path, ending: str) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    if ending == "tar":
+        make_tar(source / "0.tar", {"train/a/0.png": picture(1)})
+    else:
+        pq.write_table(pa.table({"image": [picture(1)], "label": ["a"]}), source / "0.parquet")
+    (source / f".1.{ending}").symlink_to("nowhere")
+    assert len(find_units(str(source), SourceOptions())) == 1
+    (source / f"1.{ending}").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=rf"1 {ending} files that are links to nothing.* such as '1.{ending}': bring"):
+        find_units(str(source), SourceOptions())
+
+
 def test_files_of_other_kinds_are_counted(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "a", images_per_class=1)
     for name in ("a.txt", "red/b.TXT", "c.heic", "Makefile", ".hidden", "red/._1.jpg", ".thumbs/1.png"):

@@ -79,9 +79,15 @@ def find_units(source: str, options: SourceOptions) -> list[Unit]:
         raise ValueError(f"source {source!r} must be of one kind, it holds {counts}; name a subfolder")
     (kind,) = found
     names = by_kind[kind]
+    no_files = [name for name in _no_files(source, files) if _kind_of(name) == kind and not is_hidden(name)]
     if kind == "folder":  # listing is all there is to do
-        names = dict(sorted({**names, **_no_files(source, files)}.items()))
+        names = dict(sorted({**names, **dict.fromkeys(no_files, -1)}.items()))
         return [Unit(kind, storage.uri, tuple(names), tuple(names.values()), ignored)]
+    if no_files:
+        raise ValueError(
+            f"source {source!r} holds {len(no_files)} {kind} files that are links to nothing, or no files, such as "
+            f"{min(no_files)!r}: bring them back, or remove them"
+        )
     units = [Unit(kind, storage.uri, (name,), (size,)) for name, size in names.items()]
     return [replace(units[0], ignored=ignored), *units[1:]]
 
@@ -115,12 +121,12 @@ def _list(source: str) -> tuple[Storage, dict[str, int]]:
     return storage, files
 
 
-def _no_files(source: str, files: Mapping[str, int]) -> dict[str, int]:
-    """Images by name alone, which a listing of `files` leaves out, as of -1 bytes; in a store there are none."""
+def _no_files(source: str, files: Mapping[str, int]) -> Iterator[str]:
+    """What is there by name alone, which a listing of `files` leaves out; in a store there is nothing such."""
     root = absolute(source)
     paths = (f"{folder}/{name}" for folder, names in walk(root) for name in names)
     odd = (path for path in paths if path[len(root) + 1 :] not in files and not Path(path).is_file())
-    return {name: -1 for path in odd if is_image(name := _text(path[len(root) + 1 :]))}
+    return (_text(path[len(root) + 1 :]) for path in odd)
 
 
 def index_unit(unit: Unit, options: SourceOptions, staging: Staging) -> pa.Table:
