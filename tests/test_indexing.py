@@ -167,6 +167,10 @@ def test_an_archive_that_is_a_link_to_nothing_is_refused(tmp_path: Path, ending:
     (source / f"1.{ending}").symlink_to("nowhere")
     with pytest.raises(ValueError, match=rf"1 {ending} files that are links to nothing.* such as '1.{ending}': bring"):
         find_units(str(source), SourceOptions())
+    (source / f"1.{ending}").unlink()
+    (source / "1.png").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=rf"must be of one kind, it holds 1 folder files, 1 {ending} files"):
+        find_units(str(source), SourceOptions())
 
 
 def test_files_of_other_kinds_are_counted(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def find_units(source: str, options: SourceOptions) -> list[Unit]:
         return [
             Unit("shards", storage.uri, (split,), (info.images,)) for split, info in read_info(storage).splits.items()
         ]
+    files = dict(sorted({**files, **dict.fromkeys(_no_files(source, files), -1)}.items()))
     by_kind: dict[Kind, dict[str, int]] = {"folder": {}, "tar": {}, "parquet": {}}
     ignored: Counter[str] = Counter()
     for name, size in files.items():
@@ -79,14 +80,13 @@ def find_units(source: str, options: SourceOptions) -> list[Unit]:
         raise ValueError(f"source {source!r} must be of one kind, it holds {counts}; name a subfolder")
     (kind,) = found
     names = by_kind[kind]
-    no_files = [name for name in _no_files(source, files) if _kind_of(name) == kind and not is_hidden(name)]
     if kind == "folder":  # listing is all there is to do
-        names = dict(sorted({**names, **dict.fromkeys(no_files, -1)}.items()))
         return [Unit(kind, storage.uri, tuple(names), tuple(names.values()), ignored)]
+    no_files = [name for name, size in names.items() if size < 0]
     if no_files:
         raise ValueError(
             f"source {source!r} holds {len(no_files)} {kind} files that are links to nothing, or no files, such as "
-            f"{min(no_files)!r}: bring them back, or remove them"
+            f"{no_files[0]!r}: bring them back, or remove them"
         )
     units = [Unit(kind, storage.uri, (name,), (size,)) for name, size in names.items()]
     return [replace(units[0], ignored=ignored), *units[1:]]
