@@ -207,7 +207,7 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
     chunks = [rows[rank::workers][a:b] for a, b in pairwise(ends) for rank in range(workers)]
     tasks = [chunks[a:b] for a, b in pairwise(_ramped(len(chunks), _TASK_CHUNKS))]
     dataset = ray.data.read_datasource(
-        _Chunks(ray.put(loader), tasks), override_num_blocks=len(tasks), ray_remote_args=_first_without_gpu(ray.nodes())
+        _Chunks(ray.put(loader), tasks), override_num_blocks=len(tasks), **_first_without_gpu(ray.nodes())
     )
     splits: list[DataIterator] = dataset.streaming_split(workers, equal=False)
     return splits
