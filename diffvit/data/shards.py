@@ -245,4 +245,5 @@ def is_damaged(storage: Storage, shard: ShardInfo, index: pa.Table) -> bool:
 
 def read_index(storage: Storage, split: str) -> pa.Table:
     """A row of INDEX_SCHEMA for every image of the split."""
-    return pq.read_table(pa.BufferReader(storage.read(index_name(split))), schema=INDEX_SCHEMA).combine_chunks()
+    file = pq.ParquetFile(pa.BufferReader(storage.read(index_name(split))))  # read_table needs three times as long
+    return file.read().cast(INDEX_SCHEMA).combine_chunks()
