@@ -16,8 +16,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import ray
+import ray.train
 import torch
 from conftest import ObjectStore, make_folder, with_fields
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from safetensors.torch import load_file
 
@@ -27,6 +30,7 @@ from diffvit.data.prepare import prepare
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
 from diffvit.storage import Storage
+from diffvit.training.group import outlast_preemption
 from diffvit.training.launch import RunStopped, TrainingFailedError, _cause, train
 from diffvit.training.run_lock import RunLock
 
@@ -211,6 +215,26 @@ def test_images_whose_store_stays_away_end_the_run_with_its_name(
     results = json.loads((config.folder / "results.json").read_text())
     assert results["status"] == "failed"
     assert results["last"]["step"] >= 10
+
+
+def test_an_error_on_one_rank_ends_the_group_while_the_others_wait_for_it(tmp_path: Path) -> None:
+    def work() -> None:
+        if ray.train.get_context().get_world_rank() == 0:
+            time.sleep(300)  # as in a collective that rank 1 never joins
+        try:
+            raise OSError("the disk is gone")
+        except OSError:
+            outlast_preemption()
+            raise
+
+    began = time.monotonic()
+    with pytest.raises(TrainingFailedError, match="the disk is gone"):
+        TorchTrainer(
+            work,
+            scaling_config=ScalingConfig(num_workers=2),
+            run_config=ray.train.RunConfig(name="one-fails", storage_path=str(tmp_path)),
+        ).fit()
+    assert time.monotonic() - began < 150
 
 
 def test_the_worker_that_failed_is_named_and_not_those_that_lost_it() -> None:

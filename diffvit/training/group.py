@@ -11,6 +11,7 @@ import ray.train
 import torch
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
+from ray.train.v2._internal.execution.context import get_train_context
 
 from diffvit.config import RunConfig, from_json
 from diffvit.data.loader import BatchLoader, plan_run
@@ -76,9 +77,10 @@ def outlast_preemption() -> None:
 
     Those who stay see a lost peer as an error of their own. If it reached the controller before the loss itself did, it
     would count as a failure (`scale.max_failures`) and not as a preemption. An error that has nothing to do with the
-    node comes back in the next group.
+    node comes back in the next group. What this process was told is read where Ray Train keeps it: its public
+    `get_preemption_info` waits for all ranks, and the others may be waiting for this one.
     """
-    info = ray.train.get_preemption_info()
+    info = get_train_context().preemption_context.preemption_info
     if info is None:
         return
     left = _UNKNOWN_DEADLINE_SECONDS if info.deadline_ms is None else info.deadline_ms / 1000 - time.time()
