@@ -175,6 +175,7 @@ def test_a_shard_that_is_lost_ends_the_run_with_its_name(config: RunConfig, tmp_
     assert results["last"]["step"] >= 5
 
 
+@pytest.mark.faults
 def test_images_whose_store_stays_away_end_the_run_with_its_name(
     config: RunConfig, object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
