@@ -2,7 +2,7 @@
 
 Measured: opening a prepared data set and the order of an epoch (time and peak memory), and the time from asking the
 stream for a step to its batch, and to the first batch that Ray made (a rank makes the first ones itself), at the start,
-in the middle and near the end of a ten-epoch run. Aims: under 2 s and 200 MiB; at most 1.5 of a start at 0.
+in the middle and near the end of a ten-epoch run. Aims: under 2 s and 200 MB; at most 1.5 of a start at 0.
 
 The data set has shards, an index of a million rows, each with a key of its own, and images that can all be read; but
 all shards are links to one, of the embedded sample's 10,000 images, and lie in the page cache.

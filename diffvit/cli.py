@@ -8,7 +8,7 @@ import inspect
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -176,10 +176,23 @@ def job_ends(goes_on: str, *stops: type[Exception]) -> Iterator[None]:
 
 
 def _parsed(what: Callable[..., T], arguments: list[str] | None, description: str, **default: Any) -> T:
-    if _asks_for_help(sys.argv if arguments is None else arguments) and hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
-    parsed: T = tyro.cli(what, args=arguments, description=description, **default)
+    with _ends_with_its_reader() if _asks_for_help(sys.argv if arguments is None else arguments) else nullcontext():
+        parsed: T = tyro.cli(what, args=arguments, description=description, **default)
     return parsed
+
+
+@contextmanager
+def _ends_with_its_reader() -> Iterator[None]:
+    """What is printed in here ends the process quietly when nobody reads on, as in `--help | head`."""
+    if not hasattr(signal, "SIGPIPE"):
+        yield
+        return
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        signal.signal(signal.SIGPIPE, before)
 
 
 def parse_options(kind: type[T], description: str, arguments: list[str] | None = None) -> T:

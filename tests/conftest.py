@@ -22,6 +22,9 @@ from PIL import Image
 from pyarrow import fs
 
 from diffvit.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, ScaleConfig
+from diffvit.models.vit import VisionTransformer
+from diffvit.training.checkpoint import TrainState, take_snapshot
+from diffvit.training.optim import build_optimizer, build_schedule
 
 # before any Ray starts, whose workers inherit them: the store on loopback needs some, and no test may use real ones
 os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
@@ -80,6 +83,16 @@ def with_fields(config: RunConfig, **sections: dict[str, object]) -> RunConfig:
     """`with_fields(config, optim={"lr": 1.0})`: the config with some fields of some sections replaced."""
     changed = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
     return dataclasses.replace(config, **changed)
+
+
+def write_untrained(config: RunConfig, folder: Path) -> VisionTransformer:
+    """A checkpoint of a model before its first step; the model."""
+    model = VisionTransformer(config.model)
+    optimizer = build_optimizer(model, config.optim)
+    folder.mkdir()
+    state = TrainState(model, optimizer, build_schedule(optimizer, config.optim, 3), None)
+    take_snapshot(state, config, {}).write(folder)
+    return model
 
 
 class ObjectStore:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -237,6 +238,13 @@ def test_a_recipe_behind_the_options_is_told_to_come_first(capsys: pytest.Captur
         parse_pretrain_config("", ["--seed", "1", "sample-vit"])
     assert capsys.readouterr().err.startswith("error: the recipe comes before the options, got 'sample-vit' after '1'")
     assert parse_pretrain_config("", ["--name", "sample-vit"])[0].name == "sample-vit"
+
+
+def test_help_leaves_signals_as_they_were() -> None:
+    before = signal.getsignal(signal.SIGPIPE)
+    with pytest.raises(SystemExit):
+        parse_pretrain_config("", ["--help"])
+    assert signal.getsignal(signal.SIGPIPE) == before
 
 
 def test_help_may_be_cut_short() -> None:

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from diffvit.config import RunConfig
 from diffvit.data.batches import Batch
-from diffvit.data.loader import BatchLoader, LocalStream
+from diffvit.data.loader import BatchLoader, LocalStream, plan_run
 from diffvit.data.order import EvalPlan, TrainPlan, epoch_permutation
 from diffvit.data.sources import open_dataset
 from diffvit.models.vit import VisionTransformer
@@ -576,3 +576,21 @@ def test_mixing_trains(tiny_config: RunConfig, tmp_path: Path) -> None:
     assert mixed["train_loss"] != plain["train_loss"]
     again = dataclasses.replace(with_fields(config, scale={"micro_batch_size": 4}), name="again")
     assert Run(again, tmp_path / "again").metrics[-1]["train_loss"] == pytest.approx(mixed["train_loss"], rel=1e-4)
+
+
+def test_a_gpu_that_is_too_old_stops_all_ranks_or_fails_its_own(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that stopped alone would be waited for."""
+    monkeypatch.setattr(loop, "unsupported", lambda device: "an old GPU")
+    dataset = open_dataset(tiny_config.data)
+    plans = plan_run(tiny_config, dataset)
+    stream = LocalStream(
+        BatchLoader(tiny_config, dataset.train, plans[0]), BatchLoader(tiny_config, dataset.val, plans[1])
+    )
+    worker = Worker(torch.device("cpu"), print, print)
+    with pytest.raises(RunStopped, match="an old GPU"):
+        fit(tiny_config, *plans, stream, worker)
+    with pytest.raises(RuntimeError, match="an old GPU") as failed:
+        fit(tiny_config, *plans, stream, dataclasses.replace(worker, agree=lambda _: None))
+    assert not isinstance(failed.value, RunStopped)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ObjectStore, Outage, make_folder, make_image, with_fields
+from conftest import ObjectStore, Outage, make_folder, make_image, with_fields, write_untrained
 
 from diffvit import predict as module
 from diffvit.config import AugmentConfig, PredictConfig, PrepareConfig, RunConfig
@@ -22,14 +22,12 @@ from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.prepare import prepare
 from diffvit.data.sources import open_dataset
 from diffvit.models.saved import load_saved
-from diffvit.models.vit import VisionTransformer
 from diffvit.predict import predict
 from diffvit.prediction import cut_parts
 from diffvit.storage import Storage, StorageError
-from diffvit.training.checkpoint import TrainState, checkpoint_name, take_snapshot
+from diffvit.training.checkpoint import checkpoint_name
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.loop import Worker, fit
-from diffvit.training.optim import build_optimizer, build_schedule
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -251,11 +249,7 @@ def test_confusion_by_hand() -> None:
 
 def test_a_checkpoint_loads_without_its_run(tiny_config: RunConfig, tmp_path: Path) -> None:
     config = with_fields(tiny_config, model={"num_classes": 3}, data={"classes": ("x", "y", "z")})
-    model = VisionTransformer(config.model)
-    optimizer = build_optimizer(model, config.optim)
-    state = TrainState(model, optimizer, build_schedule(optimizer, config.optim, 3), None)
-    (tmp_path / "c").mkdir()
-    take_snapshot(state, config, {}).write(tmp_path / "c")
+    model = write_untrained(config, tmp_path / "c")
     saved = load_saved(tmp_path / "c")
     assert (saved.config, saved.classes, saved.mean, saved.std) == (config.model, ("x", "y", "z"), (0.5,), (0.25,))
     assert not saved.model.training

@@ -169,10 +169,8 @@ def test_a_lock_outlasts_its_store(object_store: ObjectStore, tmp_path: Path) ->
             object_store.start()
         with pytest.raises(ValueError, match=f"being worked on by process {os.getpid()}"):
             RunLock(url).__enter__()
-        seen, deadline = (
-            Storage(url).read(LOCK_NAME),
-            time.monotonic() + 60,
-        )  # a beat under way waits before it tries again
+        seen = Storage(url).read(LOCK_NAME)
+        deadline = time.monotonic() + 60  # a beat that met the outage waits before it tries again
         while Storage(url).read(LOCK_NAME) == seen:
             assert time.monotonic() < deadline, "it does not beat again"
             time.sleep(0.1)

@@ -10,15 +10,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_folder, with_fields
+from conftest import make_folder, with_fields, write_untrained
 
 from diffvit import predict as predict_module
 from diffvit.config import PredictConfig, PrepareConfig, RunConfig
 from diffvit.data.prepare import prepare
-from diffvit.models.vit import VisionTransformer
 from diffvit.predict import predict
-from diffvit.training.checkpoint import TrainState, take_snapshot
-from diffvit.training.optim import build_optimizer, build_schedule
 
 PART_IMAGES = 7
 SHARD_MIB = 0.005
@@ -89,11 +86,7 @@ def test_two_nodes_do_what_one_does(
     tiny_config: RunConfig, tmp_path: Path, broken: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = with_fields(tiny_config, model={"num_classes": 3}, data={"classes": ("blue", "green", "red")})
-    model = VisionTransformer(config.model)
-    optimizer = build_optimizer(model, config.optim)
-    state = TrainState(model, optimizer, build_schedule(optimizer, config.optim, 3), None)
-    (tmp_path / "checkpoint").mkdir()
-    take_snapshot(state, config, {}).write(tmp_path / "checkpoint")
+    write_untrained(config, tmp_path / "checkpoint")
     (tmp_path / "script.py").write_text(SCRIPT)
     jobs = Path(__file__).parents[1] / "ray_jobs"
     command = [sys.executable, str(tmp_path / "script.py"), str(jobs), str(tmp_path), str(PART_IMAGES), str(SHARD_MIB)]

@@ -46,12 +46,16 @@ def fit(config: RunConfig, train_plan: TrainPlan, eval_plan: EvalPlan, stream: S
     """Train to the end of the plan. What comes out goes into the store, `worker.report` and TensorBoard.
 
     Raises:
-        RunStopped: the GPU is too old for the installed torch, no checkpoint is whole or can be written, the weights
-            went bad more often than allowed, or more images than allowed cannot be used.
+        RunStopped: rank 0's GPU is too old for the installed torch, no checkpoint is whole or can be written, the
+            weights went bad more often than allowed, or more images than allowed cannot be used.
+        RuntimeError: another rank's GPU is too old.
     """
     reason = unsupported(worker.device)
-    if reason:
-        raise RunStopped(reason)
+    first = worker.agree(reason)
+    if first:
+        raise RunStopped(first)
+    if reason:  # the others wait for this rank, so it must not end as if all were well
+        raise RuntimeError(reason)
     set_float32_products(config.scale, worker.device)
     warning = precision_warning(config.scale, worker.device)
     if warning and worker.rank == 0:
