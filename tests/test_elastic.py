@@ -104,7 +104,8 @@ def test_an_error_waits_for_the_end_of_a_node_that_is_about_to_go(
     monkeypatch: pytest.MonkeyPatch, notice: PreemptionInfo | None, waited: list[float]
 ) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: notice)
+    context = SimpleNamespace(preemption_context=SimpleNamespace(preemption_info=notice))
+    monkeypatch.setattr(group, "get_train_context", lambda: context)
     monkeypatch.setattr(group, "time", SimpleNamespace(time=lambda: 1_000.0, sleep=slept.append))
     monkeypatch.setattr(launch, "join_group", lambda _: Mock(worker=Worker(torch.device("cpu"), print, print)))
     monkeypatch.setattr(launch, "fit", Mock(side_effect=ConnectionError("a peer is gone")))
