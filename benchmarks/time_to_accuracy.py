@@ -3,7 +3,8 @@
 The peer is s-chh's PyTorch-Scratch-Vision-Transformer-ViT (commit 5d66670): its model, 210,058 parameters, and its
 hyperparameters, in a plain loop below; its own loop decodes every image in every epoch, this one keeps the whole set as
 a tensor and crops and flips batches, so that it waits for no data. Ours is `pretrain.py` as anyone would run it: Ray,
-two workers, images decoded again in every epoch, checkpoints and evaluations. Both have the same number of cores.
+two workers, images decoded again in every epoch, checkpoints and evaluations. Both have the same number of cores, the
+peer as ranks that average their gradients: threads serve a model this small badly.
 
 Both evaluate all test images after every epoch; the seconds are those of `curves.py`, up to the end of the first epoch
 whose evaluation reaches the target.
@@ -14,19 +15,25 @@ whose evaluation reaches the target.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from curves import Curve, draw, run_job
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import start_processes
+from torch.nn.parallel import DistributedDataParallel
 
 from diffvit.config import DataConfig
 from diffvit.data.images import decode_image
@@ -50,7 +57,7 @@ class Options:
     recipe: str = "fashion-mnist-fast"
     """Ours."""
     cores: int = 2
-    """Workers of ours, threads of the peer's."""
+    """Workers of ours, ranks of the peer's, one thread each; must divide 128, the peer's batch."""
     peer_seconds: float = math.inf
     """The peer gives up after the epoch in which so many have passed, or after its 200 epochs."""
     plot: str = ""
@@ -59,6 +66,8 @@ class Options:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
+    if options.cores < 1 or BATCH % options.cores:
+        raise SystemExit(f"cores must divide the peer's batch of {BATCH}, got {options.cores}")
     console = Console(width=110, highlight=False)
     ways: dict[str, Callable[[Options, int], Curve]] = {"diffvit": train_ours, "s-chh's ViT": train_peer}
     curves: dict[str, list[Curve]] = {name: [] for name in ways}
@@ -79,26 +88,42 @@ def train_ours(options: Options, seed: int) -> Curve:
 
 def train_peer(options: Options, seed: int) -> Curve:
     """Up to the first epoch that reaches the target, or `peer_seconds`."""
+    with TemporaryDirectory() as folder:
+        start_processes(_rank, (options, seed, folder), nprocs=options.cores)
+        return [(seconds, accuracy) for seconds, accuracy in json.loads((Path(folder) / "curve.json").read_text())]
+
+
+def _rank(rank: int, options: Options, seed: int, folder: str) -> None:
+    """One process of the peer's loop; rank 0 writes the curve down."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=options.cores)
     torch.manual_seed(seed)
-    torch.set_num_threads(options.cores)
+    order = torch.Generator().manual_seed(seed)
     dataset = open_dataset(DataConfig(path=options.data_path))
     images, labels = in_memory(dataset.train)
-    test_images, test_labels = in_memory(dataset.val)
+    test_images, test_labels = (part[rank :: options.cores] for part in in_memory(dataset.val))
     model = PeerViT(len(dataset.classes))
+    replica = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
+    torch.manual_seed(seed * options.cores + rank)  # of crops, flips and dropout
     curve: Curve = []
+    dist.barrier()
     started = time.perf_counter()
     for epoch in range(EPOCHS):
         optimizer.param_groups[0]["lr"] = peer_lr(epoch)
-        for chosen in torch.randperm(len(images)).split(BATCH)[: len(images) // BATCH]:
-            F.cross_entropy(model(scaled(augmented(images[chosen]))), labels[chosen]).backward()
+        for batch in torch.randperm(len(images), generator=order).split(BATCH)[: len(images) // BATCH]:
+            chosen = batch[rank :: options.cores]
+            F.cross_entropy(replica(scaled(augmented(images[chosen]))), labels[chosen]).backward()
             optimizer.step()
             optimizer.zero_grad()
-        seconds = time.perf_counter() - started
-        curve.append((seconds, top1(model, test_images, test_labels)))
-        if curve[-1][1] >= options.target or seconds >= options.peer_seconds:
+        told = torch.tensor([time.perf_counter() - started])
+        dist.broadcast(told, 0)  # so that all ranks end together
+        curve.append((float(told), top1(model, test_images, test_labels)))
+        if curve[-1][1] >= options.target or curve[-1][0] >= options.peer_seconds:
             break
-    return curve
+    if rank == 0:
+        (Path(folder) / "curve.json").write_text(json.dumps(curve))
+    dist.destroy_process_group()
 
 
 def peer_lr(epoch: int) -> float:
@@ -131,13 +156,14 @@ def scaled(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """In per cent."""
+    """In per cent, over the images of all ranks."""
     model.eval()
-    hits = sum(
-        (model(scaled(x)).argmax(1) == y).sum() for x, y in zip(images.split(500), labels.split(500), strict=True)
-    )
+    sums = torch.tensor([0, len(labels)])
+    for x, y in zip(images.split(500), labels.split(500), strict=True):
+        sums[0] += (model(scaled(x)).argmax(1) == y).sum()
     model.train()
-    return 100 * float(hits) / len(labels)
+    dist.all_reduce(sums)
+    return 100 * float(sums[0] / sums[1])
 
 
 class PeerViT(nn.Module):
