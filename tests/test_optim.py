@@ -1,9 +1,15 @@
+import dataclasses
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from diffvit.config import ModelConfig, OptimConfig
+from diffvit.data.sources import open_dataset
 from diffvit.models.vit import VisionTransformer
+from diffvit.recipes import RECIPES
+from diffvit.training.launch import resolve
 from diffvit.training.optim import build_ema, build_optimizer, build_schedule, lr_ratio
 
 
@@ -49,6 +55,33 @@ def test_decay_falls_on_matrices_only(variant) -> None:
         "head.weight",
     } <= decayed_names
     assert not any("lambda_q" in name or "lambda_k" in name or "sub_norm" in name for name in decayed_names)
+
+
+def test_what_the_user_names_is_not_decayed() -> None:
+    model = VisionTransformer(
+        ModelConfig(image_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=1, num_classes=3)
+    )
+    names = {id(p): name for name, p in model.named_parameters()}
+
+    def decayed(*patterns: str) -> set[str]:
+        groups = build_optimizer(model, OptimConfig(weight_decay=0.3, no_decay=patterns)).param_groups
+        return {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+
+    assert decayed() - decayed("head.weight", "*.mlp.*") == {
+        "head.weight",
+        *(f"blocks.{block}.mlp.fc{layer}.weight" for block in range(2) for layer in (1, 2)),
+    }
+
+
+@pytest.mark.parametrize(("pattern", "hint"), [("haed.weight", "did you mean 'head.weight'"), ("?", "such as")])
+def test_a_name_that_no_parameter_has_is_refused(pattern: str, hint: str) -> None:
+    """Before Ray starts."""
+    config = RECIPES["sample"]()
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, no_decay=("pos_embed", pattern)))
+    with pytest.raises(
+        ValueError, match=rf"optim\.no_decay must name parameters .* got {re.escape(repr(pattern))}.*{hint}"
+    ):
+        resolve(config, open_dataset(config.data))
 
 
 def test_ema_by_hand() -> None:

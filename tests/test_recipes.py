@@ -19,7 +19,7 @@ from diffvit.training.launch import resolve
 EVERYWHERE = {
     "model.proj_bias": True, "model.init_values": None, "model.reg_tokens": 0, "model.no_embed_class": False,
     "optim.optimizer": "adamw", "optim.layer_decay": 1, "optim.beta1": 0.9, "optim.beta2": 0.999, "optim.ema_decay": 0,
-    "augment.color_jitter": 0, "augment.flip": 0.5, "model.in_channels": 3,
+    "augment.color_jitter": 0, "augment.flip": 0.5, "model.in_channels": 3, "optim.no_decay": (),
 }  # fmt: skip
 OURS = {  # what no paper has, or another field of the table decides
     "model.variant", "model.position_grid", "model.lambda_init", "model.lambda_max", "model.head_norm",

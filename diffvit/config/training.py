@@ -35,6 +35,8 @@ class OptimConfig:
     """Steps of linear warm-up instead, as some papers give it; then warmup_epochs must be 0."""
     weight_decay: float = 0.05
     """Decoupled weight decay; not applied to biases, norms, lambda, LayerScale, tokens and positions."""
+    no_decay: tuple[str, ...] = ()
+    """What else is not decayed: names of parameters as in a checkpoint, * for any characters ('head.*')."""
     beta1: float = 0.9
     """AdamW's decay of the gradient average."""
     beta2: float = 0.999

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray.train import TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig
 from ray.util.queue import Queue
@@ -33,6 +34,7 @@ from diffvit.training.elastic import FittingTrainer
 from diffvit.training.group import join_group, outlast_preemption
 from diffvit.training.logbook import Logbook
 from diffvit.training.loop import RunStopped, fit
+from diffvit.training.optim import require_no_decay
 from diffvit.training.run_folder import CONFIG_NAME, close_run, not_the_same_folder, open_run
 from diffvit.training.run_lock import RunLock
 
@@ -174,12 +176,15 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     if weights and not weights.startswith(HUB):
         weights = absolute(weights)
     mean, std = (config.data.mean, config.data.std) if config.data.mean else _channel_statistics(config, dataset)
+    model = dataclasses.replace(config.model, num_classes=found)
+    with torch.device("meta"):
+        require_no_decay(VisionTransformer(model), config.optim)
     return dataclasses.replace(
         config,
         storage=config.storage if config.is_remote else str(config.folder.parent),
         data=dataclasses.replace(config.data, path=path, mean=mean, std=std, classes=dataset.classes),
         init=dataclasses.replace(config.init, weights=weights),
-        model=dataclasses.replace(config.model, num_classes=found),
+        model=model,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +22,17 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     """AdamW (arXiv 1711.05101), or Muon beside it, over what is not frozen; it decays matrices and convolutions only.
 
     Biases, norms, lambda vectors and LayerScale (all with one dimension), tokens and position embeddings are not
-    decayed, as in DeiT and Big Vision. With `layer_decay` each block learns slower than the one above it (BEiT, arXiv
-    2106.08254): the classifier and the last norm at the full rate, block i of L at layer_decay^(L - i), and what comes
-    before the blocks at layer_decay^(L + 1).
+    decayed, as in DeiT and Big Vision, nor is what `no_decay` names. With `layer_decay` each block learns slower than
+    the one above it (BEiT, arXiv 2106.08254): the classifier and the last norm at the full rate, block i of L at
+    layer_decay^(L - i), and what comes before the blocks at layer_decay^(L + 1).
     """
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     depth = 1 + max((_layer(name) for name, _ in model.named_parameters()), default=0)
     groups: dict[tuple[int, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         layer = _layer(name, depth) if config.layer_decay < 1 else depth
-        decays = parameter.ndim >= 2 and name not in _NOT_DECAYED
+        spared = name in _NOT_DECAYED or any(fnmatchcase(name, pattern) for pattern in config.no_decay)
+        decays = parameter.ndim >= 2 and not spared
         muon = config.optimizer == "muon" and parameter.ndim == 2 and name.startswith("blocks.")
         groups.setdefault((layer, decays, muon), []).append(parameter)
     kind = MuonAdamW if config.optimizer == "muon" else AdamW
@@ -47,6 +50,20 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
         betas=(config.beta1, config.beta2),
         fused=True,
     )
+
+
+def require_no_decay(model: nn.Module, config: OptimConfig) -> None:
+    """Check that each entry of `no_decay` names parameters of the model.
+
+    Raises:
+        ValueError: one names none.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in config.no_decay:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            nearest = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ", such as 'head.weight'"
+            raise ValueError(f"optim.no_decay must name parameters of the model, got {pattern!r}{hint}")
 
 
 def _layer(name: str, above: int = 0) -> int:
