@@ -1,17 +1,20 @@
-"""Accuracy against seconds of training: a run of `pretrain.py` as a curve, and several curves as a picture."""
+"""Accuracy against seconds of training: of `pretrain.py` or of a plain loop, and several curves as a picture."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import matplotlib as mpl
+import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure
+from torch.multiprocessing.spawn import start_processes
 
 JOB = Path(__file__).parents[1] / "ray_jobs/pretrain.py"
 
@@ -30,6 +33,22 @@ def run_job(*options: str) -> tuple[Curve, dict[str, Any]]:
         metrics = [json.loads(manifest.read_text())["metrics"] for manifest in manifests]
         results = json.loads((Path(storage) / "run/results.json").read_text())
     return [(epoch["train_seconds"], epoch["top1"]) for epoch in metrics if "top1" in epoch], results
+
+
+def run_ranks(work: Callable[..., Any], *arguments: Any, ranks: int, threads: int = 1) -> Any:
+    """What `work(rank, *arguments)` returns on rank 0 of `ranks` new processes that can average over gloo; JSON."""
+    with TemporaryDirectory() as folder:
+        start_processes(_rank, (work, arguments, ranks, threads, folder), nprocs=ranks)
+        return json.loads((Path(folder) / "result.json").read_text())
+
+
+def _rank(rank: int, work: Callable[..., Any], arguments: Sequence[Any], ranks: int, threads: int, folder: str) -> None:
+    torch.set_num_threads(threads)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=ranks)
+    result = work(rank, *arguments)
+    if rank == 0:
+        (Path(folder) / "result.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
 
 
 def draw(

@@ -12,7 +12,6 @@ beside training, is in); seconds are those of `curves.py`.
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import time
@@ -27,11 +26,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from curves import Curve, draw, run_job
+from curves import Curve, draw, run_job, run_ranks
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
@@ -161,16 +159,11 @@ class Decoded(Dataset[tuple[Tensor, int]]):
 
 
 def train_plain(config: RunConfig, form: Plain) -> tuple[Curve, float]:
-    with TemporaryDirectory() as folder:
-        start_processes(_rank, (config, form, folder), nprocs=form.ranks)
-        curve, speed = json.loads((Path(folder) / "curve.json").read_text())
+    curve, speed = run_ranks(_train_plain, config, form, ranks=form.ranks, threads=form.threads)
     return [(seconds, accuracy) for seconds, accuracy in curve], speed
 
 
-def _rank(rank: int, config: RunConfig, form: Plain, folder: str) -> None:
-    """One process of the plain loop; rank 0 writes down what came of it."""
-    torch.set_num_threads(form.threads)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=form.ranks)
+def _train_plain(rank: int, config: RunConfig, form: Plain) -> tuple[Curve, float]:
     dataset = open_dataset(config.data)
     config = resolve(config, dataset)
     torch.manual_seed(config.seed)
@@ -203,9 +196,7 @@ def _rank(rank: int, config: RunConfig, form: Plain, folder: str) -> None:
         now = time.perf_counter()
         speed = len(loader) * config.optim.batch_size / (now - started)
         curve.append((now - began, top1(model, val_loader, config)))
-    if rank == 0:
-        (Path(folder) / "curve.json").write_text(json.dumps([curve, speed]))
-    dist.destroy_process_group()
+    return curve, speed
 
 
 @torch.no_grad()

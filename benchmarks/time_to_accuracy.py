@@ -15,24 +15,20 @@ whose evaluation reaches the target.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
-from curves import Curve, draw, run_job
+from curves import Curve, draw, run_job, run_ranks
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from diffvit.config import DataConfig
@@ -88,15 +84,11 @@ def train_ours(options: Options, seed: int) -> Curve:
 
 def train_peer(options: Options, seed: int) -> Curve:
     """Up to the first epoch that reaches the target, or `peer_seconds`."""
-    with TemporaryDirectory() as folder:
-        start_processes(_rank, (options, seed, folder), nprocs=options.cores)
-        return [(seconds, accuracy) for seconds, accuracy in json.loads((Path(folder) / "curve.json").read_text())]
+    curve = run_ranks(_train_peer, options, seed, ranks=options.cores)
+    return [(seconds, accuracy) for seconds, accuracy in curve]
 
 
-def _rank(rank: int, options: Options, seed: int, folder: str) -> None:
-    """One process of the peer's loop; rank 0 writes the curve down."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=options.cores)
+def _train_peer(rank: int, options: Options, seed: int) -> Curve:
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
     dataset = open_dataset(DataConfig(path=options.data_path))
@@ -121,9 +113,7 @@ def _rank(rank: int, options: Options, seed: int, folder: str) -> None:
         curve.append((float(told), top1(model, test_images, test_labels)))
         if curve[-1][1] >= options.target or curve[-1][0] >= options.peer_seconds:
             break
-    if rank == 0:
-        (Path(folder) / "curve.json").write_text(json.dumps(curve))
-    dist.destroy_process_group()
+    return curve
 
 
 def peer_lr(epoch: int) -> float:
