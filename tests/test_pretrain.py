@@ -147,6 +147,7 @@ def test_divergence_is_not_tried_again(config: RunConfig) -> None:
     assert "not finite" in results["reason"]
 
 
+@pytest.mark.faults
 def test_a_shard_that_is_lost_ends_the_run_with_its_name(config: RunConfig, tmp_path: Path) -> None:
     images = make_folder(tmp_path / "more", images_per_class=160, val_per_class=5)
     prepare(PrepareConfig(source=str(images), out=str(tmp_path / "shards"), shard_mib=0.01), lambda *_: None)

@@ -155,6 +155,7 @@ def test_two_objectives_give_a_front_of_whole_trials(sweep: SweepConfig) -> None
     assert "Accuracy against time" in (sweep.run.folder / "report.html").read_text()
 
 
+@pytest.mark.faults
 def test_a_trial_whose_process_dies_is_named_and_the_sweep_goes_on(
     sweep: SweepConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +175,7 @@ def test_a_trial_whose_process_dies_is_named_and_the_sweep_goes_on(
     assert "died" in dead["reason"]
 
 
+@pytest.mark.faults
 def test_a_killed_driver_costs_the_trial_that_was_under_way(sweep: SweepConfig) -> None:
     sweep = dataclasses.replace(
         sweep, search=dataclasses.replace(sweep.search, concurrent=1, trials=3, finalists=1, seeds=1)
