@@ -168,7 +168,7 @@ def fashion_mnist() -> RunConfig:
         pretrain.py fashion-mnist --data.path fashion-mnist
 
     Seed 0 in bf16, after the last epoch: plain 93.47, V1 93.06, V2 93.29 %. Two hours for each on one core of
-    an AMD EPYC, side by side, with short work beside them.
+    an AMD EPYC, with other work beside them.
 
     s-chh's plain ViT has 210,058 parameters and the same patches, width, blocks, heads and MLP; its 92.3 % is the best
     of 200 test epochs of one run. The training is our own: Muon, with which the sample is learnt better than with
