@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def measure(title: str, plain: ModelConfig, batch: int, options: Options) -> Table:
-    """Step times of all five models around the plain model's shape."""
+    """Step times of all models around the plain model's shape."""
     steps = {name: training_step(build(), plain, batch, options) for name, build in builders(plain).items()}
     names = list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -97,10 +97,14 @@ def measure(title: str, plain: ModelConfig, batch: int, options: Options) -> Tab
 
 
 def builders(plain: ModelConfig) -> dict[str, Callable[[], nn.Module]]:
-    """V1 has half the plain model's heads, as published; timm's get the same shape."""
+    """V1 has half the plain model's heads, as published; timm's get the same shape.
 
-    def ours(variant: Variant, num_heads: int) -> Callable[[], nn.Module]:
-        return lambda: VisionTransformer(dataclasses.replace(plain, variant=variant, num_heads=num_heads))
+    V2 comes as published, with D^2 more parameters in a block, and as it is compared: its MLP narrower by as many.
+    """
+
+    def ours(variant: Variant, num_heads: int, mlp_ratio: float = plain.mlp_ratio) -> Callable[[], nn.Module]:
+        config = dataclasses.replace(plain, variant=variant, num_heads=num_heads, mlp_ratio=mlp_ratio)
+        return lambda: VisionTransformer(config)
 
     def timms(attention: str, num_heads: int) -> Callable[[], nn.Module]:
         return lambda: TimmVisionTransformer(
@@ -121,6 +125,7 @@ def builders(plain: ModelConfig) -> dict[str, Callable[[], nn.Module]]:
         "plain ViT": ours("softmax", plain.num_heads),
         "V1": ours("diff", plain.num_heads // 2),
         "V2": ours("diff_v2", plain.num_heads),
+        "V2, parameters as plain's": ours("diff_v2", plain.num_heads, plain.mlp_ratio - 0.5),
         "timm plain ViT": timms("", plain.num_heads),
         "timm diff": timms("diff", plain.num_heads // 2),
     }
