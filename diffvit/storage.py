@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -27,6 +28,7 @@ from pyarrow import fs
 _REMOTE_SCHEMES = ("s3", "gs", "gcs")
 RETRY_SECONDS = 60.0
 _S3_ATTEMPTS = 3
+_GCS_RETRIES = timedelta(seconds=5)
 _OPEN_OBJECTS = 16_384
 """More than ImageNet has shards (about 2,200), of which a random order reads any at any time. An open object
 takes less than a kilobyte and no connection."""
@@ -39,6 +41,7 @@ _PERMANENT = (
     "' not found",  # Arrow's word for the bucket, where it asks for its region
     "INVALID_ACCESS_KEY_ID",
     "SIGNATURE_DOES_NOT_MATCH",
+    ": Permanent error",  # Google's word for what no second try will change
 )
 
 P = ParamSpec("P")
@@ -76,13 +79,20 @@ def _retried(operation: Callable[P, T]) -> Callable[P, T]:
                 if not storage.is_remote:
                     raise
                 if any(word in str(error) for word in _PERMANENT):
-                    raise StorageError(f"{storage.uri} refuses: {error}") from None
+                    raise StorageError(f"{storage.uri} refuses: {_reason(error)}") from None
                 if time.monotonic() + delay > deadline:
-                    raise StorageError(f"{storage.uri} is away, tried for {patience:.0f} s: {error}") from None
+                    raise StorageError(f"{storage.uri} is away, tried for {patience:.0f} s: {_reason(error)}") from None
+            except pa.ArrowException as error:  # what Arrow has no OSError for, as credentials that cannot be read
+                raise StorageError(f"{storage.uri} refuses: {_reason(error)}") from None
             time.sleep(delay)
             delay = min(2 * delay, _LONGEST_DELAY_SECONDS)
 
     return call
+
+
+def _reason(error: Exception) -> str:
+    """What a store said, without the page of details that Google's appends."""
+    return str(error).partition(" error_info={")[0]
 
 
 @dataclass(frozen=True)
@@ -106,12 +116,14 @@ class Storage:
                 f"a location must be a path or a URI of {', '.join(f'{s}://' for s in _REMOTE_SCHEMES)}; "
                 f"got {parts.scheme}://"
             )
-        if parts.username or parts.password or "secret_key" in parts.query or "access_key" in parts.query:
+        anonymous = parts.scheme != "s3" and parts.username == "anonymous"  # pyarrow's word for a public bucket
+        named = (parts.username and not anonymous) or parts.password
+        if named or "secret_key" in parts.query or "access_key" in parts.query:
             raise ValueError(
                 f"{parts.scheme}://…/{parts.path.lstrip('/')} carries credentials; leave them to the environment "
                 "(AWS_ACCESS_KEY_ID, a profile, an instance role), where they reach no log and no checkpoint"
             )
-        if not parts.netloc:
+        if not parts.hostname:
             raise ValueError(f"{self.uri!r} names no bucket")
 
     @property
@@ -156,8 +168,11 @@ class Storage:
         """Write the whole file or nothing. One that is not `durable` may be lost when a local disk loses power."""
         path = self.path(name)
         if self.is_remote:
-            with self.filesystem.open_output_stream(path, compression=None) as file:  # else by the name's ending
-                file.write(content)
+            try:
+                with self.filesystem.open_output_stream(path, compression=None) as file:  # else by the name's ending
+                    file.write(content)
+            except FileNotFoundError:  # from gs://; s3:// has a word of its own for it
+                raise StorageError(f"{self.uri} names a bucket that does not exist") from None
             return
         _write_local(Path(path), content, durable)
 
@@ -187,16 +202,21 @@ class Storage:
     def sizes(self, folder: str = "") -> dict[str, int]:
         """`{name: bytes}` of every file below `folder`, sorted by name."""
         root = self.path()
-        selector = fs.FileSelector(self.path(folder), recursive=True, allow_not_found=True)
-        infos = self.filesystem.get_file_info(selector)
-        files = {info.path[len(root) + 1 :]: int(info.size) for info in infos if info.type == fs.FileType.File}
-        return dict(sorted(files.items()))
+        return {info.path[len(root) + 1 :]: int(info.size) for info in self._files_below(folder)}
 
     @_retried
     def names(self, folder: str = "") -> list[str]:
         """What lies in `folder` itself, files and folders, sorted."""
+        if isinstance(self.filesystem, fs.GcsFileSystem):  # whose list leaves out folders that nobody made as such
+            start = len(self.path(folder)) + 1
+            return sorted({info.path[start:].partition("/")[0] for info in self._files_below(folder)})
         selector = fs.FileSelector(self.path(folder), allow_not_found=True)
         return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+
+    def _files_below(self, folder: str) -> list[fs.FileInfo]:
+        selector = fs.FileSelector(self.path(folder), recursive=True, allow_not_found=True)
+        files = (info for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File)
+        return sorted(files, key=lambda info: info.path)
 
     @_retried
     def delete(self, name: str) -> None:
@@ -208,7 +228,8 @@ class Storage:
     def delete_folder(self, name: str) -> None:
         """Delete `name` with all that is below; a folder that is not there is no error."""
         if self.filesystem.get_file_info(self.path(name)).type == fs.FileType.Directory:
-            self.filesystem.delete_dir(self.path(name))
+            with suppress(FileNotFoundError):  # gs:// has emptied a folder that nobody made, and misses it
+                self.filesystem.delete_dir(self.path(name))
 
 
 def _write_local(path: Path, content: bytes | pa.Buffer, durable: bool) -> None:
@@ -248,7 +269,7 @@ def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
         filesystem, path = fs.FileSystem.from_uri(uri)  # asks S3 for the bucket's region, unless the URI says it
     except pa.ArrowInvalid as error:
         raise StorageError(f"{uri} cannot be opened: {error}") from None
-    return _s3(uri, filesystem) or filesystem, path.rstrip("/")
+    return _s3(uri, filesystem) or _gcs(uri) or filesystem, path.rstrip("/")
 
 
 def _s3(uri: str, known: fs.FileSystem) -> fs.FileSystem | None:
@@ -265,6 +286,15 @@ def _s3(uri: str, known: fs.FileSystem) -> fs.FileSystem | None:
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS),
         allow_delayed_open=True,
     )
+
+
+def _gcs(uri: str) -> fs.FileSystem | None:
+    """Google's store with tries of its own for seconds, not a quarter of an hour, because `_retried` has some."""
+    parts = urlsplit(uri)
+    options = dict(parse_qsl(parts.query))
+    if parts.scheme == "s3" or not set(options) <= {"endpoint_override", "scheme", "project_id"}:
+        return None
+    return fs.GcsFileSystem(anonymous=parts.username == "anonymous", retry_time_limit=_GCS_RETRIES, **options)
 
 
 @lru_cache(maxsize=_OPEN_OBJECTS)

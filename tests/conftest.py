@@ -8,7 +8,9 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -142,6 +144,43 @@ class ObjectStore:
         return f"s3://bucket/{folder}?endpoint_override=127.0.0.1:{self._port}&scheme=http"
 
 
+class GoogleStore:
+    """A server of Google's storage on loopback that can be away for a while; what it holds outlives that.
+
+    A process of its own: pyarrow keeps Python's lock while it waits for this store.
+    """
+
+    _PROGRAM = """
+import sys
+from gcp_storage_emulator.server import create_server
+create_server("127.0.0.1", int(sys.argv[1]), data_dir=sys.argv[2], default_bucket="bucket").run()
+"""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with socket.create_server(("127.0.0.1", 0)) as door:
+            self._port = door.getsockname()[1]
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-c", self._PROGRAM, str(self._port), str(self._folder)]
+        self._server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self._server.poll() is None:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", self._port)):
+                return
+            time.sleep(0.05)
+        self.stop()
+        raise RuntimeError(f"the store did not start: {self._server.returncode}")
+
+    def stop(self) -> None:
+        self._server.kill()
+        self._server.wait()
+
+    def uri(self, folder: str) -> str:
+        return f"gs://anonymous@bucket/{folder}?endpoint_override=127.0.0.1:{self._port}&scheme=http"
+
+
 class Outage:
     """A job's `report` that takes the store away for a second and a half, once, when a part of `what` is done."""
 
@@ -173,6 +212,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def object_store() -> Iterator[ObjectStore]:
     store = ObjectStore()
+    yield store
+    store.stop()
+
+
+@pytest.fixture(scope="session")
+def google_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GoogleStore]:
+    store = GoogleStore(tmp_path_factory.mktemp("google"))
     yield store
     store.stop()
 

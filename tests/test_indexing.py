@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ObjectStore, make_folder, make_image
+from conftest import GoogleStore, ObjectStore, make_folder, make_image
 from PIL import Image
 from torchvision import datasets
 
@@ -660,6 +660,8 @@ def test_out_in_the_source_is_refused(tmp_path: Path) -> None:
         ("s3://b/in/out?region=x", "s3://b/in"),
         ("s3://b/in", "s3://b/in/?region=x"),
         ("gs://b/in", "gs://b"),
+        ("gs://anonymous@b/in/out", "gcs://b/in"),
+        ("s3://b/in/out?region=x&endpoint_override=h:1", "s3://b/in?endpoint_override=h:1"),
     ):
         with pytest.raises(ValueError, match=r"out must not lie in the folder that is read, .* choose another --out"):
             require_outside(out, source)
@@ -667,6 +669,8 @@ def test_out_in_the_source_is_refused(tmp_path: Path) -> None:
         (f"{root}/in2", f"{root}/in"),
         (root, f"{root}/in"),
         ("s3://b/in2", "s3://b/in"),
+        ("s3://b/in", "gs://b/in"),
+        ("s3://b/in/out?endpoint_override=h:1", "s3://b/in?endpoint_override=h:2"),
         (str(Path("sample").absolute()), "sample"),
     ):
         require_outside(out, source)
@@ -682,14 +686,16 @@ def test_mixed_and_empty_sources_are_refused(tmp_path: Path) -> None:
         find_units(str(tmp_path), SourceOptions())
 
 
-def test_a_bucket_is_a_source_like_a_disk(tmp_path: Path, object_store: ObjectStore) -> None:
-    bucket = Storage(object_store.uri("source"))
+@pytest.mark.parametrize("kind", ["object_store", "google_store"])
+def test_a_bucket_is_a_source_like_a_disk(tmp_path: Path, kind: str, request: pytest.FixtureRequest) -> None:
+    store: ObjectStore | GoogleStore = request.getfixturevalue(kind)
+    bucket = Storage(store.uri("source"))
     bucket.write("train/cat/1.png", picture(1))
     bucket.write("train/dog/2.png", picture(2))
     entries = index(bucket.uri, tmp_path / "s")
     assert [e["content"] for e in entries.values()] == [picture(1), picture(2)]
     path = make_tar(tmp_path / "x.tar", {f"cat/{i}.png": picture(i) for i in range(5)})
     bucket.write("tars/x.tar", path.read_bytes())
-    for source in (bucket.child("tars").uri, object_store.uri("source/tars/x.tar")):
+    for source in (bucket.child("tars").uri, store.uri("source/tars/x.tar")):
         entries = index(source, tmp_path / "s")
         assert [e["content"] for e in entries.values()] == [picture(i) for i in range(5)]

@@ -1,4 +1,4 @@
-"""Whole runs in an object store (moto, on loopback): what lies there, and what a cut or an outage costs."""
+"""Whole runs in object stores (emulators, on loopback): what lies there, and what a cut or an outage costs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ObjectStore, with_fields
+from conftest import GoogleStore, ObjectStore, with_fields
 from pyarrow import BufferReader
 from safetensors.torch import load
 
@@ -52,7 +52,13 @@ def dataset(tiny_config: RunConfig) -> Dataset:
 
 
 @pytest.fixture
-def config(tiny_config: RunConfig, dataset: Dataset, object_store: ObjectStore, tmp_path: Path) -> RunConfig:
+def store(request: pytest.FixtureRequest) -> ObjectStore | GoogleStore:
+    found: ObjectStore | GoogleStore = request.getfixturevalue(getattr(request, "param", "object_store"))
+    return found
+
+
+@pytest.fixture
+def config(tiny_config: RunConfig, dataset: Dataset, store: ObjectStore | GoogleStore, tmp_path: Path) -> RunConfig:
     """12 steps, saved at 3, 6, 9 and 12."""
     config = with_fields(
         tiny_config,
@@ -60,7 +66,7 @@ def config(tiny_config: RunConfig, dataset: Dataset, object_store: ObjectStore, 
         data={"classes": dataset.classes, "audit": True},
         optim={"epochs": 4},
     )
-    return dataclasses.replace(config, storage=object_store.uri(f"runs-{tmp_path.name}"))
+    return dataclasses.replace(config, storage=store.uri(f"runs-{tmp_path.name}"))
 
 
 def weights(config: RunConfig, checkpoint: str) -> dict[str, torch.Tensor]:
@@ -89,6 +95,7 @@ def cut(monkeypatch: pytest.MonkeyPatch, config: RunConfig, dataset: Dataset, ro
             train_alone(config, dataset)
 
 
+@pytest.mark.parametrize("store", ["object_store", "google_store"], indirect=True)
 def test_cut_it_goes_on_from_the_store_alone(
     config: RunConfig, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, scratch: Path, tmp_path: Path
 ) -> None:

@@ -1,26 +1,36 @@
-"""Local folders and an object store (moto, on loopback): the same operations, and what happens when a store is away."""
+"""Local folders and object stores (emulators, on loopback): the same operations, and an outage."""
 
 from __future__ import annotations
 
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ObjectStore
+from conftest import GoogleStore, ObjectStore
 from pyarrow import fs
 
 from diffvit import storage as module
 from diffvit.storage import Storage, StorageError
 
+STORES = ["object_store", "google_store"]
 
-@pytest.fixture(params=["local", "s3"])
+
+@pytest.fixture(params=["local", *STORES])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "local":
         return Storage(str(tmp_path / "data"))
-    store: ObjectStore = request.getfixturevalue("object_store")
+    store: ObjectStore | GoogleStore = request.getfixturevalue(request.param)
     return Storage(store.uri(f"data-{tmp_path.name}"))
+
+
+@pytest.fixture(params=STORES)
+def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ObjectStore | GoogleStore:
+    monkeypatch.setattr(module, "_GCS_RETRIES", timedelta(seconds=0.1))
+    found: ObjectStore | GoogleStore = request.getfixturevalue(request.param)
+    return found
 
 
 def test_what_is_written_is_read(storage: Storage) -> None:
@@ -32,9 +42,11 @@ def test_what_is_written_is_read(storage: Storage) -> None:
     assert storage.sizes() == {"a/b.bin": 11, "c.bin": 0}
     assert storage.child("a").sizes() == {"b.bin": 11}
     assert (storage.size("a/b.bin"), storage.size("a"), storage.size("x")) == (11, None, None)
+    assert (storage.names(), storage.names("a"), storage.names("x")) == (["a", "c.bin"], ["b.bin"], [])
     storage.delete_folder("a")
     storage.delete_folder("a")
     assert storage.sizes() == {"c.bin": 0}
+    storage.delete("a/b.bin")
     with pytest.raises(FileNotFoundError):
         storage.read("a/b.bin")
 
@@ -53,11 +65,11 @@ def test_writing_again_replaces(storage: Storage) -> None:
 
 
 @pytest.mark.slow
-def test_an_absent_store_is_waited_for(object_store: ObjectStore) -> None:
-    storage = Storage(object_store.uri("patience"))
+def test_an_absent_store_is_waited_for(store: ObjectStore | GoogleStore) -> None:
+    storage = Storage(store.uri("patience"))
     storage.write("x", b"still there")
-    object_store.stop()
-    back = threading.Timer(1.5, object_store.start)
+    store.stop()
+    back = threading.Timer(1.5, store.start)
     back.start()
     started = time.monotonic()
     assert storage.read("x") == b"still there"
@@ -87,15 +99,33 @@ def test_a_bucket_whose_region_cannot_be_asked_for_is_waited_for(monkeypatch: py
 
 
 @pytest.mark.slow
-def test_a_store_that_stays_away_is_named(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_stays_away_is_named(store: ObjectStore | GoogleStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.1)
-    storage = Storage(object_store.uri("gone"))
-    object_store.stop()
+    storage = Storage(store.uri("gone"))
+    store.stop()
     try:
-        with pytest.raises(StorageError, match=r"s3://bucket/gone.* is away, tried for"):
+        with pytest.raises(StorageError, match=r"://.*bucket/gone.* is away, tried for") as caught:
             storage.read("x")
     finally:
-        object_store.start()
+        store.start()
+    assert len(str(caught.value)) < 400  # Google's says everything twice, with its source lines
+
+
+@pytest.mark.parametrize("operation", ["write", "read"])
+def test_what_waiting_does_not_mend_is_not_waited_for(
+    operation: str, google_store: GoogleStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bucket that is not there, and credentials that cannot be read, which Arrow reports as no OSError."""
+    monkeypatch.setattr(module.time, "sleep", lambda _: pytest.fail("tried again"))
+    if operation == "write":
+        storage = Storage(google_store.uri("x").replace("bucket", "no-bucket"))
+        with pytest.raises(StorageError, match="names a bucket that does not exist"):
+            storage.write("x", b"1")
+    else:
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
+        storage = Storage(google_store.uri("x").replace("anonymous@", ""))
+        with pytest.raises(StorageError, match=r"refuses: .*Cannot open credentials file"):
+            storage.read("x")
 
 
 def test_a_full_disk_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +143,9 @@ def test_a_full_disk_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.Mon
     [
         ("http://host/data", "must be a path or a URI of s3://, gs://, gcs://; got http://"),
         ("s3://KEY:SECRET@bucket/data", "leave them to the environment"),
+        ("s3://anonymous@bucket/data", "leave them to the environment"),
+        ("gs://anonymous:SECRET@bucket/data", "leave them to the environment"),
+        ("gs://anonymous@/data", "names no bucket"),
         ("s3://bucket/data?access_key=KEY&secret_key=SECRET", "leave them to the environment"),
         ("s3:///data", "names no bucket"),
     ],

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 from diffvit.data.originals import Unit, listing_digest
 from diffvit.storage import Storage
@@ -30,7 +31,11 @@ def require_outside(out: str, source: str) -> None:
     """Raises ValueError where `out` lies in `source`, which would be another source as soon as something is written."""
 
     def place(location: str) -> PurePath:
-        return Path(location).resolve() if location.startswith("/") else PurePosixPath(location.partition("?")[0])
+        if "://" not in location:
+            return Path(location).resolve() if location.startswith("/") else PurePosixPath(location)
+        parts = urlsplit(location)
+        store = dict(parse_qsl(parts.query)).get("endpoint_override", parts.scheme.replace("gcs", "gs"))
+        return PurePosixPath(store, parts.hostname or "", parts.path.lstrip("/"))
 
     if place(out).is_relative_to(place(source)):
         raise ValueError(

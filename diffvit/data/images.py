@@ -7,6 +7,7 @@ the float32 size. Letters: C channels, S side of the model's input.
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ _LARGEST_RESIZED_PIXELS = 50_000_000
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _TIFF_BITS = 258
 """TIFF's number for the bits of a sample."""
+_TORCHVISION_PLACE = re.compile(r"^\w+, [^,]+:[0-9]+, ")
+"""Where torchvision's errors were raised, on the machine that it was built on: "decode_jpeg, FILE.cpp:LINE, reason"."""
 _PHOTO_MEAN, _PHOTO_STD = 114.4, 57.6
 """ImageNet's, averaged over its channels, in grey levels."""
 
@@ -93,7 +96,7 @@ def _opened(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
             raise ImageError(f"{image.width} x {image.height} pixels, more than max_pixels = {max_pixels}")
         try:
             yield image
-        except MemoryError:
+        except (MemoryError, ImageError):
             raise
         except Exception as error:  # as above
             raise ImageError(f"does not decode: {error}") from None
@@ -102,7 +105,10 @@ def _opened(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
 def _decode_jpeg(encoded: bytes, channels: int) -> Tensor:
     mode = tv_io.ImageReadMode.GRAY if channels == 1 else tv_io.ImageReadMode.RGB
     data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-    decoded: Tensor = tv_io.decode_jpeg(data, mode=mode, apply_exif_orientation=True)
+    try:
+        decoded: Tensor = tv_io.decode_jpeg(data, mode=mode, apply_exif_orientation=True)
+    except RuntimeError as error:
+        raise ImageError(f"does not decode: {_TORCHVISION_PLACE.sub('', str(error))}") from None
     return decoded
 
 
