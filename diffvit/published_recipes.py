@@ -4,7 +4,8 @@ A function gives the plain ViT as published, as far as its docstring does not sa
 differential ones: `-v1` (half the heads, so that its maps are as wide as the plain model's; DeiT-Ti's three become two,
 with narrower maps), `-v1-heads` (the same number of heads, maps half as wide, as timm's Diff-ViTs) and `-v2` (the plain
 model's heads). V1 has the plain model's parameters within 0.3 %; V2 has 8 to 13 % more (DeiT-S: 23.85 million to
-22.05), because its queries are twice as wide; only `fashion-mnist-v2`, as `compare` does, takes them from its MLP.
+22.05), because its queries are twice as wide. `compare` and the small recipes (`sample-v2`, `fashion-mnist-v2`,
+`cifar10-small-v2`) take as many from its MLP.
 
 Scores, hardware and times are the papers', for the plain ViT; none of the ImageNet recipes was run here. What one
 would take on your machines says `pretrain.py RECIPE --rehearse`. Their micro-batches, which change no result, are such
@@ -51,7 +52,9 @@ def imagenet_s16(epochs: Literal[90, 150, 300]) -> RunConfig:
     What differs: its RandAugment also has Cutout, Invert and SolarizeAdd, and no Identity; at its strength it always
     raises colour, contrast, brightness and sharpness by 0.9 (here raises or lowers) and solarises nothing (here all);
     it normalises tokens before their mean, and its head, with which it has these scores, is a tanh layer and one that
-    starts from 0; its matrices start from Xavier's distribution.
+    starts from 0; its matrices start from Xavier's distribution, and its GELU is the one approximated by tanh. It
+    resizes crops without antialiasing and, to evaluate, by area (here both bilinear with antialiasing), and keeps
+    AdamW's first moment in bf16.
     """
     return RunConfig(
         name=f"imagenet-s16-{epochs}ep",
@@ -91,7 +94,8 @@ def deit(size: Literal["tiny", "small", "base"]) -> RunConfig:
 
     What differs: its RandAugment also has Invert and SolarizeAdd, and no Identity; it turns with either interpolation
     and leaves ImageNet's mean colour where an image was (here nearest, and grey), and posterises further; its mixup
-    pairs a batch with its reverse; its learning rate changes by the epoch.
+    pairs a batch with its reverse, and each GPU's share of the batch draws for itself (here one draw for all); its
+    learning rate changes by the epoch, warms up from 1e-6, and its cosine counts the epochs of warm-up too.
     """
     return RunConfig(
         name=f"deit-{'ti' if size == 'tiny' else size[0]}16",
@@ -138,8 +142,8 @@ def cifar(classes: Literal[10, 100]) -> RunConfig:
     here, and `augment.repeats` is 1. Hardware and time are not given.
 
     What differs: its drop path is 0.1 in every block, its AdamW decays every parameter, it erases up to 40 % of an
-    image and fills that with the mean (here up to a third, and black), and its matrices start from Xavier's
-    distribution, class token and positions from N(0, 1).
+    image, with other proportions, and writes the mean into what is normalised already, a light grey (here up to a
+    third, and black), and its matrices start from Xavier's distribution, class token and positions from N(0, 1).
     """
     return RunConfig(
         name=f"cifar{classes}",

@@ -289,7 +289,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "finetune": finetune,
     "flowers": flowers,
     **PUBLISHED,
-    **in_variants("fashion-mnist", fashion_mnist, mlp_ratio=1.55),
+    **in_variants("fashion-mnist", fashion_mnist, mlp_ratio=1.5),
     "fashion-mnist-fast": fashion_mnist_fast,
     **in_variants("cifar10-small", cifar10_small, mlp_ratio=1.5),
 }

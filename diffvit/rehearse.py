@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import signal
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ from diffvit.console import format_duration, format_flops
 from diffvit.data.loader import plan_run
 from diffvit.data.order import TrainPlan
 from diffvit.data.sources import Dataset
-from diffvit.data.subset import Subset
+from diffvit.data.subset import Excerpt
 from diffvit.data.synthetic import rehearsal_data
 from diffvit.models.flops import training_flops
 from diffvit.storage import Storage
@@ -35,7 +37,8 @@ from diffvit.training.launch import require_weights, resolve, work_on_group
 from diffvit.training.rehearsal import Measured, rehearse_steps
 from diffvit.training.utilisation import PEAK_BF16_FLOPS
 
-_DELETE_TRIES = 10
+_STEPS = 50
+_DELETE_TRIES, _LOOKS_AFTER_AN_END = 30, 10
 
 
 def rehearse(config: RunConfig, options: RehearsalOptions) -> tuple[Measured, Forecast]:
@@ -58,7 +61,7 @@ def rehearse(config: RunConfig, options: RehearsalOptions) -> tuple[Measured, Fo
     config = resolve(config, dataset)
     plan, _ = plan_run(config, dataset, config.worker_counts[-1])
     require_weights(config)
-    steps = min(options.rehearse_steps, plan.total_steps)
+    steps = min(options.rehearse_steps or _STEPS, plan.total_steps)
     shown = min(len(dataset.val), steps * plan.batch_size)  # no more than a rehearsal's worth is evaluated
     console = rich.console.Console(highlight=False, soft_wrap=True)
     console.print(f"rehearsing {steps} of the {plan.total_steps:,} steps of [bold]{config.name}[/]")
@@ -67,7 +70,7 @@ def rehearse(config: RunConfig, options: RehearsalOptions) -> tuple[Measured, Fo
     wait_for_cluster(config.scale, print)
     require_resources(config.scale)
     require_packages(print)
-    with _beside(config) as temporary:
+    with _ends_when_told(), _beside(config) as temporary:
         work = partial(_rehearse_worker, steps=steps)
         measured: Measured = work_on_group(temporary, _with_fewer(dataset, shown), work)
     startup = time.monotonic() - started - measured.seconds
@@ -81,6 +84,23 @@ def rehearse(config: RunConfig, options: RehearsalOptions) -> tuple[Measured, Fo
 def _rehearse_worker(job: dict[str, Any], steps: int) -> Measured:
     group = join_group(job)
     return rehearse_steps(group.config, group.train_plan, group.eval_plan, group.stream, group.worker, steps)
+
+
+@contextmanager
+def _ends_when_told() -> Iterator[None]:
+    """SIGTERM, as `ray job stop` sends it, ends this like an error; Ray's own answer to it aborts the process."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 @contextmanager
@@ -101,26 +121,30 @@ def _beside(config: RunConfig) -> Iterator[RunConfig]:
         folder = Path(tempfile.mkdtemp(prefix=".rehearsal-", dir=storage))
     except OSError as error:
         raise ValueError(f"storage {storage} cannot be written: {error.strerror or error}") from None
+    looks = _LOOKS_AFTER_AN_END
     try:
         yield dataclasses.replace(config, storage=str(folder), scale=scale)
+        looks = 1
     finally:
-        _delete(folder)
+        _delete(folder, looks)
         if not existed:
             with suppress(OSError):  # somebody else has put something there
                 storage.rmdir()
 
 
-def _delete(folder: Path) -> None:
-    """Also where Ray, which is ending, still writes into it."""
+def _delete(folder: Path, looks: int) -> None:
+    """Also where workers that are being ended still write into it; it must then be gone at so many `looks` in a row."""
+    gone = 0
     for _ in range(_DELETE_TRIES):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
+        gone = 0 if folder.exists() else gone + 1
+        if gone == looks:
             return
+        shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.2)
 
 
 def _with_fewer(dataset: Dataset, val_images: int) -> Dataset:
-    return dataclasses.replace(dataset, val=Subset(dataset.val, np.arange(val_images)))
+    return dataclasses.replace(dataset, val=Excerpt(dataset.val, np.arange(val_images)))
 
 
 def table(
@@ -128,7 +152,7 @@ def table(
 ) -> list[tuple[str, str]]:
     """What a rehearsal says, line by line."""
     speed = plan.batch_size / measured.step_seconds
-    rate = speed * training_flops(config.model)
+    rate = speed * training_flops(config.model, config.init.train)
     peak = PEAK_BF16_FLOPS.get(measured.device)
     share = f", {100 * rate / (peak * measured.workers):.1f} % of the bf16 peak" if peak else ""
     compute = measured.step_seconds - measured.wait_seconds - measured.communication_seconds

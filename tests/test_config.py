@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import with_fields
 
 from diffvit.cli import job_ends, parse_finetune_config, parse_pretrain_config, parse_sweep_config
@@ -78,6 +79,12 @@ def test_recipes_are_valid_and_round_trip(recipe: str) -> None:
         ({"checkpoint": {"keep_last": 0}}, "keep_last must be at least 1, got 0"),
         ({"checkpoint": {"keep_every_epochs": 0}}, "keep_every_epochs must be at least 1, got 0"),
         ({"optim": {"max_skipped_steps": -1}}, "max_skipped_steps must not be negative"),
+        ({"optim": {"muon_lr": 0.1}}, "muon_momentum are for optim.optimizer = 'muon', got 'adamw'"),
+        ({"checkpoint": {"retry_minutes": float("inf")}}, "^checkpoint.retry_minutes must be finite, got inf"),
+        ({"model": {"init_values": float("nan")}}, "^model.init_values must be finite, got nan"),
+        ({"data": {"mean": (float("nan"),)}}, r"^data.mean must be finite, got \(nan,\)"),
+        ({"scale": {"cpus_per_worker": 1e-5}}, "cpus_per_worker must be at least 0.0001, and finite, got 1e-05"),
+        ({"scale": {"cpus_per_worker": float("inf")}}, "cpus_per_worker must be at least 0.0001, and finite, got inf"),
     ],
 )
 def test_impossible_combinations_say_rule_and_value(tiny_config: RunConfig, sections, message: str) -> None:
@@ -264,3 +271,10 @@ def test_a_fine_tune_can_be_rehearsed_and_its_recipe_misspelt(
     (tmp_path / "config.json").write_text(to_json(RECIPES["flowers"]()))
     config, rehearsal = parse_finetune_config("", ["--config", str(tmp_path / "config.json"), "--rehearse"])
     assert (config, rehearsal) == (RECIPES["flowers"](), RehearsalOptions(rehearse=True))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_is_one_that_torch_takes(tiny_config: RunConfig, seed: int) -> None:
+    torch.manual_seed(dataclasses.replace(tiny_config, seed=2**63 - 1).seed)
+    with pytest.raises(ValueError, match=f"seed must be from 0 to .*, got {seed}"):
+        dataclasses.replace(tiny_config, seed=seed)

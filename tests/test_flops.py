@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from diffvit.config import ModelConfig
+from diffvit.config import InitConfig, ModelConfig, RunConfig
 from diffvit.console import format_flops
 from diffvit.models.flops import training_flops
 from diffvit.training.utilisation import arithmetic
@@ -40,6 +40,15 @@ def test_forward_and_backward_by_hand(variant: str, heads: int, qkv_rows: int, m
     assert training_flops(shape(variant, heads)) == 3 * forward + 2 * patches
 
 
+def test_of_a_linear_probe_only_the_head_has_a_backward_pass() -> None:
+    config = shape("diff", 2)
+    head, patches = 2 * WIDTH * CLASSES, 2 * GRID**2 * (CHANNELS * PATCH**2) * WIDTH
+    forward = (training_flops(config) - 2 * patches) // 3 + patches
+    assert training_flops(config, "head") == forward + head
+    run = RunConfig(model=config, init=InitConfig(weights="x", train="head"))
+    assert arithmetic({"images_per_second": 1.0, "world_sizes": [1]}, run)["flops_per_image"] == forward + head
+
+
 def test_vit_s_is_three_times_its_published_4_6_billion_multiply_adds() -> None:
     config = ModelConfig(variant="softmax", num_heads=6, num_classes=1000)
     assert training_flops(config) == pytest.approx(3 * 2 * 4.6e9, rel=0.02)
@@ -49,10 +58,11 @@ def test_utilisation_is_the_share_of_all_workers_peak() -> None:
     config = shape("diff", 2)
     flops = training_flops(config)
     results = {"images_per_second": 3e12 / flops, "world_sizes": [1, 4], "device": "NVIDIA L4"}
-    assert arithmetic(results, config)["flops_per_second"] == pytest.approx(3e12)
-    assert arithmetic(results, config)["utilisation"] == pytest.approx(3 / (4 * 121))
-    assert arithmetic({**results, "device": "cpu"}, config)["utilisation"] is None
-    assert arithmetic({}, config) == {}
+    run = RunConfig(model=config)
+    assert arithmetic(results, run)["flops_per_second"] == pytest.approx(3e12)
+    assert arithmetic(results, run)["utilisation"] == pytest.approx(3 / (4 * 121))
+    assert arithmetic({**results, "device": "cpu"}, run)["utilisation"] is None
+    assert arithmetic({}, run) == {}
 
 
 def test_rates_are_readable() -> None:

@@ -204,6 +204,8 @@ def test_learned_policies_change_most_images(policy: str) -> None:
     image = decode_image(encode(photo(size=(16, 16))), 3, ANY_SIZE)
     changes = mean_change(AugmentConfig(**STILL, auto_augment=policy), image)
     assert sum(change > 0 for change in changes) > 20
+    filled = mean_change(AugmentConfig(**STILL, auto_augment=policy, policy_fill=200), image)
+    assert any(change != other for change, other in zip(changes, filled, strict=True))
 
 
 def test_rand_augment_draws_its_magnitude_from_around_the_one_asked_for() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from diffvit.config import RehearsalOptions, RunConfig
 from diffvit.data.batches import Batch
 from diffvit.data.loader import BatchLoader, LocalStream, plan_run
 from diffvit.data.synthetic import rehearsal_data
-from diffvit.rehearse import rehearse
+from diffvit.rehearse import _delete, rehearse
 from diffvit.training import loop, rehearsal, saver
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.loop import Worker
@@ -123,6 +124,16 @@ def test_on_the_cluster(tiny_config: RunConfig, capsys: pytest.CaptureFixture[st
     assert "at 7 an hour for each of 1 node\n" in shown
 
 
+def test_a_folder_that_a_dying_worker_makes_anew_goes_too(tmp_path: Path) -> None:
+    folder = tmp_path / "rehearsal"
+    folder.mkdir()
+    late = threading.Timer(0.5, lambda: (folder / "tensorboard").mkdir(parents=True))
+    late.start()
+    _delete(folder, looks=10)
+    late.join()
+    assert not folder.exists()
+
+
 def test_options() -> None:
     config, options = parse_pretrain_config("", ["sample-vit", "--rehearse", "--price-per-hour", "2.5", "--seed", "3"])
     assert (config.name, config.seed) == ("sample-vit", 3)
@@ -134,7 +145,11 @@ def test_options() -> None:
     ("arguments", "message"),
     [
         (["sample", "--price-per-hour", "2"], "needs --rehearse"),
-        (["sample", "--rehearse", "--rehearse-steps", "1"], "rehearse_steps must be at least 2, got 1"),
+        (
+            ["sample", "--rehearse", "--rehearse-steps", "1"],
+            "at least 2, and needs --rehearse; got 1",
+        ),
+        (["sample", "--rehearse-steps", "5"], "needs --rehearse; got 5"),
     ],
 )
 def test_wrong_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,7 @@ from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.prepare import prepare
 from diffvit.data.sources import Split, open_dataset
 from diffvit.data.stream import RayStream
+from diffvit.data.subset import Excerpt, Subset
 from diffvit.storage import Storage
 from diffvit.training.audit import Audit
 
@@ -220,6 +221,18 @@ def test_few_evaluation_images_are_made_once_by_the_ranks(
     monkeypatch.setattr(loader_module, "_KEPT_BYTES", size - 1)
     assert not val.own_evaluation(0, 2).is_small
     assert not val.own_evaluation(1, 2).is_small
+
+
+@pytest.mark.parametrize("kind", [Subset, Excerpt])
+def test_an_excerpt_is_kept_only_where_the_whole_would_be(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, kind: type[Subset]
+) -> None:
+    """A rehearsal evaluates a few images of a split that is decoded anew each time."""
+    dataset = open_dataset(tiny_config.data)
+    few = BatchLoader(tiny_config, kind(dataset.val, np.arange(8)), EvalPlan(8, 4))
+    monkeypatch.setattr(loader_module, "_KEPT_BYTES", 12 * few.channels * few.image_size**2)
+    assert few.own_evaluation(0, 1).is_small is (kind is Subset)
+    assert sum(len(batch.samples) for batch in few.own_evaluation(0, 1).batches()) == 8
 
 
 def test_making_a_batch_draws_no_random_numbers_of_the_caller(tiny_config: RunConfig) -> None:

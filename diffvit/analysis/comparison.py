@@ -178,7 +178,7 @@ def _arm(arm: str, arms: Arms, measures: dict[RunKey, RunMeasures], options: Com
         "seeds": [run.seed for run in runs],
         "parameters": parameters,
         "parameters_to_baseline": parameters / sum(p.numel() for p in base[0].model.parameters()),
-        "training_flops_per_image": training_flops(runs[0].config.model),
+        "training_flops_per_image": training_flops(runs[0].config.model, runs[0].config.init.train),
         "num_heads": runs[0].config.model.num_heads,
         "differences": differences(arms[baseline][0], runs[0]),
         "top1": mean_and_std([100 * a[0].mean() for a in answers]),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from typing import Any
+
 from pydantic import ConfigDict
 
 STRICT = ConfigDict(extra="forbid")
@@ -20,6 +24,16 @@ MAX_PIXELS = 178_956_970
 def require_pixels(name: str, pixels: int) -> None:
     """Raises ValueError unless `pixels` is a bound that decoding can hold to."""
     require(1 <= pixels <= MAX_PIXELS, f"{name} must be from 1 to {MAX_PIXELS} (PIL's own bound), got {pixels}")
+
+
+def require_finite(config: Any, prefix: str = "") -> None:
+    """Raises ValueError where a number in a dataclass, or in a section of it, is infinite or none: JSON has no such."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            require_finite(value, f"{name}.")
+        for number in value if isinstance(value, tuple) else (value,):
+            require(not isinstance(number, float) or math.isfinite(number), f"{name} must be finite, got {value}")
 
 
 def require_fraction(name: str, value: float) -> None:

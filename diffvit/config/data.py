@@ -75,7 +75,7 @@ class AugmentConfig:
     rand_augment_probability: float = 1.0
     """Probability that an operation is applied at all (0.5 in timm)."""
     policy_fill: int = 0
-    """Grey level, 0 to 255, of what AutoAugment's and RandAugment's shifts and turns uncover."""
+    """Grey level, 0 to 255, of what shifts and turns of AutoAugment, TrivialAugment and RandAugment uncover."""
     erasing: float = 0.0
     """Probability of erasing a random rectangle (arXiv 1708.04896)."""
     erasing_fill: Literal["black", "noise"] = "black"

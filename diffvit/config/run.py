@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from diffvit.config.checks import STRICT, require
+from diffvit.config.checks import STRICT, require, require_finite
 from diffvit.config.data import AugmentConfig, DataConfig
 from diffvit.config.init import InitConfig
 from diffvit.config.model import ModelConfig
@@ -52,7 +52,8 @@ class RunConfig:
             "optim.optimizer = 'muon' works on whole matrices, so scale.sharding must be 'none', "
             f"got {self.scale.sharding!r}",
         )
-        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        require(0 <= self.seed < 2**63, f"seed must be from 0 to 2**63 - 1, got {self.seed}")
+        require_finite(self)
         require(
             len(self.data.mean) in (0, 1, self.model.in_channels),
             f"data.mean must have 1 or model.in_channels = {self.model.in_channels} values, got {self.data.mean}",

@@ -8,6 +8,8 @@ from typing import Literal
 
 from diffvit.config.checks import STRICT, require, require_fraction
 
+_MUON_LR, _MUON_MOMENTUM = 0.02, 0.95
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -23,9 +25,9 @@ class OptimConfig:
     """muon: the matrices of the blocks are trained by Muon (Jordan et al. 2024), all else by AdamW."""
     lr: float = 1e-3
     """Peak learning rate, at this batch size (nothing is rescaled behind your back)."""
-    muon_lr: float = 0.02
+    muon_lr: float = _MUON_LR
     """Peak learning rate of the matrices that Muon trains."""
-    muon_momentum: float = 0.95
+    muon_momentum: float = _MUON_MOMENTUM
     """Muon's decay of the gradient average."""
     min_lr_ratio: float = 0.0
     """Learning rate at the end, as a share of the peak."""
@@ -34,7 +36,7 @@ class OptimConfig:
     warmup_steps: int | None = None
     """Steps of linear warm-up instead, as some papers give it; then warmup_epochs must be 0."""
     weight_decay: float = 0.05
-    """Decoupled weight decay; not applied to biases, norms, lambda, LayerScale, tokens and positions."""
+    """Decoupled weight decay; not applied to biases, norms, V1's lambda, LayerScale, tokens and positions."""
     no_decay: tuple[str, ...] = ()
     """What else is not decayed: names of parameters as in a checkpoint, * for any characters ('head.*')."""
     beta1: float = 0.9
@@ -63,6 +65,10 @@ class OptimConfig:
         for name in ("lr", "muon_lr"):
             rate = getattr(self, name)
             require(0 < rate < math.inf, f"optim.{name} must be positive and finite, got {rate}")
+        require(
+            self.optimizer == "muon" or (self.muon_lr, self.muon_momentum) == (_MUON_LR, _MUON_MOMENTUM),
+            f"optim.muon_lr and optim.muon_momentum are for optim.optimizer = 'muon', got {self.optimizer!r}",
+        )
         require(
             0.0 <= self.warmup_epochs <= self.epochs,
             f"optim.warmup_epochs must be between 0 and optim.epochs = {self.epochs}, got {self.warmup_epochs}",
@@ -117,7 +123,10 @@ class ScaleConfig:
             1 <= self.min_workers <= self.max_workers,
             f"scale.workers must be at least 1, or two numbers in order, got {self.workers}",
         )
-        require(self.cpus_per_worker > 0, f"scale.cpus_per_worker must be positive, got {self.cpus_per_worker}")
+        require(
+            1e-4 <= self.cpus_per_worker < math.inf,  # Ray counts ten-thousandths
+            f"scale.cpus_per_worker must be at least 0.0001, and finite, got {self.cpus_per_worker}",
+        )
         require(
             self.sharding == "none" or not self.compile,
             "scale.compile is not offered with scale.sharding = 'fsdp', because nobody has tried the two together; "

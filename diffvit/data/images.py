@@ -161,7 +161,7 @@ def train_transform(augment: AugmentConfig, image_size: int) -> v2.Transform:
     if augment.color_jitter:
         steps.append(v2.ColorJitter(*[augment.color_jitter] * 3))
     if augment.auto_augment == "trivial":
-        steps.append(v2.TrivialAugmentWide())
+        steps.append(v2.TrivialAugmentWide(fill=augment.policy_fill))
     elif augment.auto_augment != "none":
         steps.append(v2.AutoAugment(v2.AutoAugmentPolicy(augment.auto_augment), fill=augment.policy_fill))
     if augment.rand_augment_layers:

@@ -18,6 +18,7 @@ from diffvit.data.batches import SKIPPED_LABEL, Batch
 from diffvit.data.images import ImageError, decode_image, eval_transform, train_transform
 from diffvit.data.order import EvalPlan, Indices, TrainPlan
 from diffvit.data.sources import Dataset, Split
+from diffvit.data.subset import Excerpt
 
 Images = npt.NDArray[np.uint8]
 
@@ -114,7 +115,8 @@ class OwnEvaluation:
     def __init__(self, loader: BatchLoader, rank: int, workers: int) -> None:
         assert isinstance(loader.plan, EvalPlan)
         self._loader, self._rows = loader, range(rank, loader.plan.num_rows, workers)
-        self._most = -(-loader.plan.num_rows // workers)
+        split = loader.split.split if isinstance(loader.split, Excerpt) else loader.split
+        self._most = -(-EvalPlan(len(split), loader.plan.row_size).num_rows // workers)
         self._kept: list[Batch] | None = None
 
     @property

@@ -32,6 +32,11 @@ class Subset:
         return self.split.read_many(self.rows[indices])
 
 
+@dataclass(frozen=True)
+class Excerpt(Subset):
+    """A part that stands for the whole split: what goes by a split's size goes by that of the whole."""
+
+
 def parted_for_search(dataset: Dataset, fraction: float, seed: int) -> Dataset:
     """The training set alone, `fraction` of each class held out of it to judge by in the place of validation.
 

@@ -7,6 +7,7 @@ two maps before they meet the values, which is the least; the fused path of a GP
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,8 +17,10 @@ from diffvit.models.vit import VisionTransformer
 
 
 @lru_cache
-def training_flops(config: ModelConfig) -> int:
+def training_flops(config: ModelConfig, train: Literal["all", "head"] = "all") -> int:
     """Floating-point operations of one forward and one backward pass over one image of the config's size.
+
+    Where only the classifier is trained, the backward pass is its own.
 
     A multiplication and an addition count as two. Matrix products and convolutions are counted; norms, softmax and
     activations, which are a per cent of it, are not.
@@ -25,6 +28,8 @@ def training_flops(config: ModelConfig) -> int:
     with torch.device("meta"):
         model = VisionTransformer(config)
         image = torch.empty(1, config.in_channels, config.image_size, config.image_size)
+        model.requires_grad_(train == "all")
+        model.head.requires_grad_(True)
     with FlopCounterMode(display=False) as counter:
         model(image).sum().backward()
     return int(counter.get_total_flops())

@@ -77,7 +77,7 @@ class VisionTransformer(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """As timm and DeiT: matrices and learned positions N(0, 0.02) cut at 2, biases 0, tokens near 0.
+        """As timm: matrices and learned positions N(0, 0.02) cut at 2, biases 0, tokens near 0.
 
         The patch projection keeps torch's own; lambda vectors N(0, 0.1) and norms 1 come from their modules.
         """

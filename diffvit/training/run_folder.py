@@ -113,7 +113,7 @@ def close_run(config: RunConfig, status: str, reason: str | None, started: float
             logbook.cut(reason.splitlines()[0])
         results |= summarise(CheckpointStore(config.location, patience).entries())
         results |= _start(results.pop("first_step_at", None), started)
-        results |= arithmetic(results, config.model)
+        results |= arithmetic(results, config)
         results |= {
             "interruptions": logbook.interruptions,
             "seed": config.seed,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from diffvit.config import ModelConfig
+from diffvit.config import RunConfig
 from diffvit.models.flops import training_flops
 
 PEAK_BF16_FLOPS: dict[str, float] = {
@@ -40,7 +40,7 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def arithmetic(results: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+def arithmetic(results: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     """`flops_per_image`, `flops_per_second` over all workers and `utilisation`, for a run's results.
 
     `utilisation` is the share of the workers' bf16 peak, in whatever precision the run is; None where the peak of the
@@ -48,7 +48,7 @@ def arithmetic(results: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     """
     if "images_per_second" not in results:
         return {}
-    flops = training_flops(model)
+    flops = training_flops(config.model, config.init.train)
     rate = flops * results["images_per_second"]
     peak = PEAK_BF16_FLOPS.get(results.get("device", ""))
     return {
