@@ -31,7 +31,7 @@ _S3_ATTEMPTS = 3
 _GCS_RETRIES = timedelta(seconds=5)
 _OPEN_OBJECTS = 16_384
 """More than ImageNet has shards (about 2,200), of which a random order reads any at any time. An open object
-takes less than a kilobyte and no connection."""
+takes less than a kilobyte, and no connection that is kept."""
 _COPIED_BYTES = 8 * 2**20
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.5, 15.0
 _PERMANENT = (
@@ -132,7 +132,7 @@ class Storage:
 
     def child(self, name: str) -> Storage:
         """The folder `name` below this one."""
-        head, mark, query = self.uri.partition("?")
+        head, mark, query = self.uri.partition("?") if self.is_remote else (self.uri, "", "")
         return Storage(f"{head.rstrip('/')}/{name}{mark}{query}", self.retry_seconds)
 
     def path(self, name: str = "") -> str:
@@ -150,7 +150,7 @@ class Storage:
 
     @_retried
     def read(self, name: str) -> bytes:
-        with self.filesystem.open_input_file(self.path(name)) as file:
+        with _opened_file(self.filesystem, self.path(name)) as file:
             content: bytes = file.read()
         return content
 
@@ -301,4 +301,15 @@ def _gcs(uri: str) -> fs.FileSystem | None:
 def _open_object(uri: str, name: str) -> pa.NativeFile:
     """Kept open, because opening an object asks the store for its size."""
     filesystem, root = _filesystem(uri)
-    return filesystem.open_input_file(f"{root}/{name}")
+    file = _opened_file(filesystem, f"{root}/{name}")
+    if isinstance(filesystem, fs.GcsFileSystem):  # has begun to download the whole of it, and would wait with the rest
+        file.seek(max(file.size() - 1, 0))
+    return file
+
+
+def _opened_file(filesystem: fs.FileSystem, path: str) -> pa.NativeFile:
+    """Raises OSError too where gs:// gives a file that is closed already, because its content did not come."""
+    file = filesystem.open_input_file(path)
+    if file.closed:
+        raise OSError(f"{path} was found, but its content did not come")
+    return file

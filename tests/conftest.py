@@ -152,8 +152,10 @@ class GoogleStore:
 
     _PROGRAM = """
 import sys
-from gcp_storage_emulator.server import create_server
-create_server("127.0.0.1", int(sys.argv[1]), data_dir=sys.argv[2], default_bucket="bucket").run()
+from http.server import ThreadingHTTPServer
+from gcp_storage_emulator import server
+server.server.HTTPServer = ThreadingHTTPServer  # or a download that is not read on holds up all other requests
+server.create_server("127.0.0.1", int(sys.argv[1]), data_dir=sys.argv[2], default_bucket="bucket").run()
 """
 
     def __init__(self, folder: Path) -> None:

@@ -201,6 +201,27 @@ def test_every_extension_that_is_read_is_listed() -> None:
     assert read == IMAGE_EXTENSIONS
 
 
+def test_links_to_folders_are_followed_but_not_round_in_circles(tmp_path: Path) -> None:
+    for name in ("in/a/0.png", "in/b/1.png", "beside/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture(1))
+    (tmp_path / "in/a/up").symlink_to("..")
+    (tmp_path / "in/c").symlink_to("../beside")
+    (tmp_path / "in/d").symlink_to("../beside")
+    (unit,) = find_units(str(tmp_path / "in"), SourceOptions())
+    assert unit.files == ("a/0.png", "b/1.png", "c/2.png", "d/2.png")
+
+
+def test_a_question_mark_is_part_of_a_folders_name(tmp_path: Path) -> None:
+    folder = tmp_path / "what?now"
+    (folder / "a").mkdir(parents=True)
+    (folder / "a/0.png").write_bytes(picture(1))
+    (unit,) = find_units(str(folder), SourceOptions())
+    assert (unit.location, unit.files) == (str(folder), ("a/0.png",))
+    Storage(str(folder)).child("below").write("x", b"1")
+    assert (folder / "below/x").read_bytes() == b"1"
+
+
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     path = make_tar(tmp_path / "x.tar", {b"a/\xff.png".decode(errors="surrogateescape"): picture(1)})
     assert index(path, tmp_path / "s")["x.tar/a/\\udcff.png"]["content"] == picture(1)
@@ -329,6 +350,18 @@ def test_labels_of_no_image_are_refused(tmp_path: Path) -> None:
     make_image(tmp_path / "in/img_7.png", hue=0, seed=0)
     with pytest.raises(ValueError, match="such as '0'; such an image is 'img_7'"):
         index(tmp_path / "in", tmp_path / "s", labels=str(labels))
+
+
+def test_labels_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    labels = tmp_path / "labels.csv"
+    labels.write_bytes("\ufeffx/0.png,cat\ny/0.png,cat\n".encode())  # as spreadsheets begin UTF-8
+    assert read_labels(str(labels)) == {"0": "cat"}
+    labels.write_text("x/0.png,cat\ny/0.png,dog\n")
+    with pytest.raises(ValueError, match=r"labels.csv, line 2: an image '0' is 'dog' here and 'cat' above"):
+        read_labels(str(labels))
+    labels.write_bytes("0.png,caf\xe9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"labels must be a file in UTF-8, '.*labels.csv' is not"):
+        read_labels(str(labels))
 
 
 def test_webdataset(tmp_path: Path) -> None:
@@ -517,6 +550,9 @@ def test_plain_parquet_with_named_columns(tmp_path: Path) -> None:
         ([1.0, 0.0, float("nan"), -1.0], ["1", "0", None, None], [1, 0, None, None]),
         ([0.5, 2.0, None, 1.0], ["0.5", "2", None, "1"], [None, 2, None, 1]),
         (["cat", "", "  ", " dog"], ["cat", None, None, " dog"], [None] * 4),
+        ([True, False, None, True], ["True", "False", None, "True"], [None] * 4),
+        (pa.array([2**63, 1, None, 0], pa.uint64()), ["9223372036854775808", "1", None, "0"], [None, 1, None, 0]),
+        ([b"cat", b"", None, b"dog"], ["cat", None, None, "dog"], [None] * 4),
     ],
 )
 def test_parquet_labels_as_pandas_writes_them(
@@ -526,6 +562,12 @@ def test_parquet_labels_as_pandas_writes_them(
     entries = list(index(tmp_path / "x.parquet", tmp_path / "s").values())
     assert [e["class_name"] for e in entries] == classes
     assert [e["label"] for e in entries] == numbers
+
+
+def test_parquet_labels_that_are_none_of_one_class(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [picture(0)], "label": [[1, 2]]}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"labels must be numbers or text, got \[1, 2\]; name another"):
+        index(tmp_path / "x.parquet", tmp_path / "s")
 
 
 def test_keys_that_start_anew_in_each_parquet_file(tmp_path: Path) -> None:

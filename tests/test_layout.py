@@ -72,6 +72,8 @@ def test_what_cannot_be_used_is_named() -> None:
 def test_classes_that_are_numbers_sort_as_numbers() -> None:
     assert sort_classes({"10", "9", "2"}) == ("2", "9", "10")
     assert sort_classes({"10", "9", "x"}) == ("10", "9", "x")
+    names = ["01", "1", "001", "2", "02"]
+    assert {sort_classes(set(names[i:] + names[:i])) for i in range(5)} == {("001", "01", "1", "02", "2")}
 
 
 def numbered(*rows: tuple[str, int | None]) -> pa.Table:

@@ -176,3 +176,14 @@ def test_a_split_is_small_to_send() -> None:
     )  # fmt: skip
     columns = (split.shard, split.offset, split.length, split.labels)
     assert sum(c.nbytes for c in columns) + split.keys.nbytes < 64 * 2**20
+
+
+@pytest.mark.parametrize("content", [None, b"PAR1 and no more"])
+def test_an_index_that_is_missing_or_damaged_is_named(tmp_path: Path, content: bytes | None) -> None:
+    storage = Storage(str(tmp_path))
+    make_dataset(storage)
+    storage.delete(index_name("train"))
+    if content is not None:
+        storage.write(index_name("train"), content)
+    with pytest.raises(ValueError, match=r"index/train.parquet is missing or damaged; copy or prepare"):
+        open_dataset(DataConfig(path=str(tmp_path)))

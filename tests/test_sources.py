@@ -120,3 +120,13 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     keys = [train.key(index) for index in range(len(train))]
     assert len(keys) == 3 * 4 + 1
     assert [key for key in keys if key.endswith("9.png")] == ["train/red/again/9.png"]
+
+
+def test_splits_are_found_by_their_name_in_any_case_and_hidden_folders_are_left_out(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, images_per_class=4, val_per_class=2)
+    (root / "train").rename(root / "Train")
+    (root / "val").rename(root / "TEST")
+    make_image(root / "Train/red/.ipynb_checkpoints/000-checkpoint.png", hue=0, seed=0)
+    dataset = open_dataset(DataConfig(path=str(root)))
+    assert (dataset.classes, len(dataset.train), len(dataset.val)) == (("blue", "green", "red"), 12, 6)
+    assert dataset.train.key(0) == "Train/blue/000.png"

@@ -111,6 +111,33 @@ def test_a_store_that_stays_away_is_named(store: ObjectStore | GoogleStore, monk
     assert len(str(caught.value)) < 400  # Google's says everything twice, with its source lines
 
 
+def test_a_file_whose_content_did_not_come_is_asked_for_again(
+    google_store: GoogleStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pyarrow gives it as a file that is closed."""
+    storage = Storage(google_store.uri(f"late-{tmp_path.name}"))
+    storage.write("x", b"content")
+    monkeypatch.setattr(module, "_FIRST_DELAY_SECONDS", 0.01)
+    closed, root = storage.filesystem.open_input_file(storage.path("x")), storage.path()
+    closed.close()
+    answers = [closed, storage.filesystem.open_input_file(storage.path("x"))]
+    late = SimpleNamespace(open_input_file=lambda _: answers.pop(0))
+    monkeypatch.setattr(module, "_filesystem", lambda _: (late, root))
+    assert storage.read("x") == b"content"
+    assert not answers
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open descriptors by /proc")
+def test_shards_that_were_read_keep_no_download_open(google_store: GoogleStore, tmp_path: Path) -> None:
+    storage = Storage(google_store.uri(f"shards-{tmp_path.name}"))
+    for number in range(8):
+        storage.write(str(number), bytes(4 * 2**20))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert all(storage.read_range(str(number), 100, 10) == bytes(10) for number in range(8))
+    assert all(storage.read_range(str(number), 7, 3) == bytes(3) for number in range(8))
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
+
+
 @pytest.mark.parametrize("operation", ["write", "read"])
 def test_what_waiting_does_not_mend_is_not_waited_for(
     operation: str, google_store: GoogleStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from diffvit.config.checks import require, require_pixels
@@ -53,8 +54,11 @@ class PrepareConfig(SourceOptions):
         require(bool(self.source) or self.verify, "source is missing: the images to prepare (--source FOLDER)")
         require(bool(self.out), "out is missing: the folder that receives the data set (--out FOLDER)")
         require(0.0 < self.val_fraction < 1.0, f"val_fraction must be between 0 and 1, got {self.val_fraction}")
-        for name in ("shard_mib", "max_image_bytes"):
-            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        require(
+            0.001 <= self.shard_mib < math.inf, f"shard_mib must be at least 0.001, and finite, got {self.shard_mib}"
+        )
+        require(self.max_image_bytes > 0, f"max_image_bytes must be positive, got {self.max_image_bytes}")
         require_pixels("max_pixels", self.max_pixels)
         require(self.max_side is None or self.max_side >= 1, f"max_side must be at least 1, got {self.max_side}")
 

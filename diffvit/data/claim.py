@@ -57,6 +57,7 @@ def claim(target: Storage, identity: dict[str, Any]) -> None:
             raise ValueError(
                 f"out must be an empty folder, {target.uri!r} holds {len(others)} files, among them {others[0]}"
             ) from None
+        target.delete_folder(STAGING)  # what a killed job left of it belongs to nobody knows what
         _begin(target, identity)
         return
     require_same(begun, identity, f"out = {target.uri!r} was begun")

@@ -5,8 +5,10 @@ A *unit* is a part that one task indexes: a tar, a Parquet file, a split of a to
 
 from __future__ import annotations
 
+import os
+import stat
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -29,7 +31,7 @@ from diffvit.data.originals import (
 )
 from diffvit.data.parquet_images import index_parquet
 from diffvit.data.shards import INFO_NAME, open_shards, read_info
-from diffvit.data.sources import IMAGE_EXTENSIONS, SAMPLE, SAMPLE_FOLDER, not_utf8, walk
+from diffvit.data.sources import IMAGE_EXTENSIONS, SAMPLE, SAMPLE_FOLDER, not_utf8
 from diffvit.data.tars import index_tar
 from diffvit.data.torchvision_sets import find_splits, index_torchvision
 from diffvit.storage import Storage, absolute
@@ -58,7 +60,6 @@ def find_units(source: str, options: SourceOptions) -> list[Unit]:
         return [
             Unit("shards", storage.uri, (split,), (info.images,)) for split, info in read_info(storage).splits.items()
         ]
-    files = dict(sorted({**files, **dict.fromkeys(_no_files(source, files), -1)}.items()))
     by_kind: dict[Kind, dict[str, int]] = {"folder": {}, "tar": {}, "parquet": {}}
     ignored: Counter[str] = Counter()
     for name, size in files.items():
@@ -103,30 +104,41 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def _list(source: str) -> tuple[Storage, dict[str, int]]:
-    """The files and their sizes, hidden ones too."""
+    """The files and their sizes, hidden ones too, sorted; on a disk -1 for what is there by name alone."""
     storage = Storage(absolute(source))
-    head, mark, query = source.partition("?")
+    head, mark, query = source.partition("?") if storage.is_remote else (source, "", "")
     if _kind_of(head) is not None:
         parent, _, name = head.rstrip("/").rpartition("/")
         folder = Storage((parent or ("" if storage.is_remote else "/" if head.startswith("/") else ".")) + mark + query)
         size = folder.size(name)
         if size is not None:
             return folder, {name: size}
-    try:
-        files = storage.sizes()
-    except UnicodeDecodeError as error:
-        raise not_utf8(error.object) from None
+    files = storage.sizes() if storage.is_remote else dict(sorted(_files_below(Path(storage.path()))))
     if not files:
         raise ValueError(f"source {source!r} does not exist or is empty")
     return storage, files
 
 
-def _no_files(source: str, files: Mapping[str, int]) -> Iterator[str]:
-    """What is there by name alone, which a listing of `files` leaves out; in a store there is nothing such."""
-    root = absolute(source)
-    paths = (f"{folder}/{name}" for folder, names in walk(root) for name in names)
-    odd = (path for path in paths if path[len(root) + 1 :] not in files and not Path(path).is_file())
-    return (_text(path[len(root) + 1 :]) for path in odd)
+def _files_below(folder: Path, name: str = "", *above: Path) -> Iterator[tuple[str, int]]:
+    """(name, bytes) of each. Links to folders are followed, but not to one that they lie in, without end."""
+    place = folder.resolve()
+    if place in above or not folder.is_dir():
+        return
+    with os.scandir(folder) as found:
+        for entry in found:
+            below = f"{name}{entry.name}"
+            try:
+                mode, size = entry.stat().st_mode, entry.stat().st_size
+            except OSError:  # a link to nothing, or to itself
+                mode, size = 0, -1
+            if stat.S_ISDIR(mode):
+                yield from _files_below(folder / entry.name, f"{below}/", *above, place)
+            elif not stat.S_ISREG(mode):
+                yield _text(below), -1
+            elif _text(below) != below:
+                raise not_utf8(os.fsencode(entry.path))
+            else:
+                yield below, size
 
 
 def index_unit(unit: Unit, options: SourceOptions, staging: Staging) -> pa.Table:

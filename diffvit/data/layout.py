@@ -88,7 +88,7 @@ def order_classes(names: list[str], numbers: list[int | None]) -> tuple[str, ...
 def sort_classes(names: set[str]) -> tuple[str, ...]:
     """By number where all of them are numbers, else by name."""
     if all(name.isdecimal() for name in names):
-        return tuple(sorted(names, key=int))
+        return tuple(sorted(names, key=lambda name: (int(name), name)))  # 1 and 01 are two
     return tuple(sorted(names))
 
 

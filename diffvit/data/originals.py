@@ -220,17 +220,21 @@ def read_labels(path: str) -> dict[str, str]:
     In ImageNet's own, which begins with a line of column names, boxes follow the class.
 
     Raises:
-        ValueError: there is no such file, or a line has no class.
+        ValueError: there is no such file, it is not UTF-8, a line has no class, or two lines give one image two.
     """
     if not path:
         return {}
     head, mark, query = path.partition("?") if "://" in path else (path, "", "")
     folder, _, name = head.rpartition("/")
     try:
-        text = Storage((folder or ("/" if head.startswith("/") else ".")) + mark + query).read(name).decode()
+        content = Storage((folder or ("/" if head.startswith("/") else ".")) + mark + query).read(name)
+        text = content.decode("utf-8-sig")  # spreadsheets write a mark in front
     except FileNotFoundError:
         raise ValueError(f"labels must name a file, got {path!r}: there is none") from None
-    labels, has_boxes = {}, False
+    except UnicodeDecodeError as error:
+        raise ValueError(f"labels must be a file in UTF-8, {path!r} is not: {error}") from None
+    labels: dict[str, str] = {}
+    has_boxes = False
     for number, row in enumerate(csv.reader(io.StringIO(text)), start=1):
         if not row:
             continue
@@ -239,7 +243,12 @@ def read_labels(path: str) -> dict[str, str]:
             continue
         if len(row) < 2 or not row[1].split():
             raise ValueError(f"{path}, line {number}: expected 'image name,class', got {','.join(row)!r}")
-        labels[Path(row[0]).stem] = row[1].split()[0] if has_boxes else row[1].strip()
+        image, label = Path(row[0]).stem, row[1].split()[0] if has_boxes else row[1].strip()
+        if labels.setdefault(image, label) != label:
+            raise ValueError(
+                f"{path}, line {number}: an image {image!r} is {label!r} here and {labels[image]!r} above; names count "
+                "without folder and extension"
+            )
     return labels
 
 

@@ -44,7 +44,7 @@ def index_parquet(unit: Unit, options: SourceOptions, staging: Staging) -> Itera
                 if content is None:
                     yield Entry(key, name, reason="no image bytes")
                     continue
-                own = found if class_name is not None and isinstance(found, int) else None
+                own = found if class_name is not None and type(found) is int and found < 2**63 else None
                 yield Entry(key, split=split_of_file(name), class_name=class_name, label=own, **staging.add(content))
 
 
@@ -82,7 +82,15 @@ def _class_names(schema: pa.Schema, label: str | None) -> list[str] | None:
 
 
 def _label_of(value: object) -> object:
-    """As pandas writes it where rows have none: numbers as floats, and NaN or an empty text for none."""
+    """As pandas writes it where rows have none: numbers as floats, and NaN or an empty text for none.
+
+    Raises:
+        ValueError: it is no number and no text.
+    """
+    if isinstance(value, bytes):
+        value = value.decode()
+    if not isinstance(value, bool | int | float | str | None):
+        raise ValueError(f"labels must be numbers or text, got {value!r}; name another column with --label-column")
     if isinstance(value, float):
         return None if math.isnan(value) else int(value) if value.is_integer() else value
     return None if isinstance(value, str) and not value.strip() else value

@@ -49,7 +49,7 @@ from diffvit.data.shards import (
     write_info,
 )
 from diffvit.data.tasks import Report, map_anywhere
-from diffvit.storage import Storage, absolute
+from diffvit.storage import Storage, StorageError, absolute
 
 
 def prepare(config: PrepareConfig, report: Report) -> DatasetInfo:
@@ -194,7 +194,8 @@ def _pack_all(layout: Layout, target: Storage, limits: Limits, report: Report) -
 
 
 def _require(packed: PackedShard | None) -> PackedShard:
-    assert packed is not None, "a packed shard must be there"
+    if packed is None:
+        raise StorageError("a shard that was written is gone: has another prepare filled this folder meanwhile?")
     return packed
 
 
@@ -241,6 +242,7 @@ def _finish(
         quarantined=len(quarantined),
         ignored=ignored,
     )
+    target.sweep()
     write_info(target, info)
     return info
 

@@ -211,7 +211,12 @@ def _open_split(storage: Storage, name: str, split: SplitInfo) -> ShardSplit:
             f"{len(wrong)} of {len(split.shards)} shards of {storage.uri} are missing or have another size than "
             f"{INFO_NAME} says, among them {wrong[0]}; copy or prepare the data set again"
         )
-    table = read_index(storage, name)
+    try:
+        table = read_index(storage, name)
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        raise ValueError(
+            f"{storage.uri}/{index_name(name)} is missing or damaged; copy or prepare the data set again: {error}"
+        ) from None
     if table.num_rows != split.images:
         raise ValueError(
             f"{storage.uri}/{index_name(name)} lists {table.num_rows} images, {INFO_NAME} {split.images}; "

@@ -150,17 +150,19 @@ def _open_folder(config: DataConfig) -> Dataset:
             f"data.path must be an image folder or '{SAMPLE}', got {config.path!r}: "
             f"{'it is a file' if root.exists() else 'it does not exist'}"
         )
-    if not _class_folders(root / _TRAIN_FOLDER):  # none, or a class of that name
+    named = {name.lower(): root / name for name in reversed(_class_folders(root))}  # Train too, but rather train
+    train_folder = named.get(_TRAIN_FOLDER, root / _TRAIN_FOLDER)
+    if not _class_folders(train_folder):  # none, or a class of that name
         return _split_folder(root, config)
-    train_files = _files_by_class(root / _TRAIN_FOLDER)
-    val_folder = next((root / name for name in _VAL_FOLDERS if (root / name).is_dir()), None)
+    train_files = _files_by_class(train_folder)
+    val_folder = next((named[name] for name in _VAL_FOLDERS if name in named), None)
     if val_folder is None:
-        return _split_folder(root / _TRAIN_FOLDER, config)
+        return _split_folder(train_folder, config)
     val_files = _files_by_class(val_folder)
     if set(train_files) != set(val_files):
         odd = sorted(set(train_files) ^ set(val_files))
         raise ValueError(
-            f"{root / _TRAIN_FOLDER} and {val_folder} must hold the same class folders; only one has: {_some(odd)}"
+            f"{train_folder} and {val_folder} must hold the same class folders; only one has: {_some(odd)}"
         )
     return Dataset(
         tuple(train_files),
@@ -232,7 +234,8 @@ def _files_by_class(root: Path) -> dict[str, list[Path]]:
             Path(folder, file)
             for folder, files in walk(root / name, root)
             for file in files
-            if Path(file).suffix.lower() in IMAGE_EXTENSIONS and not file.startswith(".")
+            if Path(file).suffix.lower() in IMAGE_EXTENSIONS
+            and not any(part.startswith(".") for part in (*Path(folder).relative_to(root).parts, file))
         )
         for name in folders
     }
