@@ -50,7 +50,16 @@ def _run_or_rehearsal(default: RunConfig, arguments: list[str], description: str
     ) -> tuple[RunConfig, RehearsalOptions]:
         return run, rehearsal
 
-    return _parsed(job, arguments, description)
+    run, rehearsal = _parsed(job, arguments, description)
+    _require_heeded(run, default)
+    return run, rehearsal
+
+
+def _require_heeded(run: RunConfig, default: RunConfig) -> None:
+    """Refuse what was asked of an optimizer that is not there. A file's own values may say anything of it."""
+    for name in ("muon_lr", "muon_momentum"):
+        if run.optim.optimizer != "muon" and getattr(run.optim, name) != getattr(default.optim, name):
+            raise ValueError(f"optim.{name} is for optim.optimizer = 'muon', got {run.optim.optimizer!r}")
 
 
 def parse_sweep_config(description: str, arguments: list[str] | None = None) -> SweepConfig:

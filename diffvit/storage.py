@@ -180,7 +180,7 @@ class Storage:
         """Delete what processes that were killed in `write` left beside the files of a local folder, at any depth."""
         if not self.is_remote:
             for path in Path(self.path()).rglob(".*"):
-                if path.suffix[1:].isdigit():  # see `_write_local`
+                if path.suffix[1:].isdigit() and path.is_file() and not path.is_symlink():  # see `_write_local`
                     path.unlink(missing_ok=True)
 
     @_retried

@@ -79,7 +79,6 @@ def test_recipes_are_valid_and_round_trip(recipe: str) -> None:
         ({"checkpoint": {"keep_last": 0}}, "keep_last must be at least 1, got 0"),
         ({"checkpoint": {"keep_every_epochs": 0}}, "keep_every_epochs must be at least 1, got 0"),
         ({"optim": {"max_skipped_steps": -1}}, "max_skipped_steps must not be negative"),
-        ({"optim": {"muon_lr": 0.1}}, "muon_momentum are for optim.optimizer = 'muon', got 'adamw'"),
         ({"checkpoint": {"retry_minutes": float("inf")}}, "^checkpoint.retry_minutes must be finite, got inf"),
         ({"model": {"init_values": float("nan")}}, "^model.init_values must be finite, got nan"),
         ({"data": {"mean": (float("nan"),)}}, r"^data.mean must be finite, got \(nan,\)"),
@@ -278,3 +277,13 @@ def test_a_seed_is_one_that_torch_takes(tiny_config: RunConfig, seed: int) -> No
     torch.manual_seed(dataclasses.replace(tiny_config, seed=2**63 - 1).seed)
     with pytest.raises(ValueError, match=f"seed must be from 0 to .*, got {seed}"):
         dataclasses.replace(tiny_config, seed=seed)
+
+
+def test_a_rate_of_muon_is_refused_where_adamw_trains(tiny_config: RunConfig, tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_pretrain_config("", ["sample", "--optim.muon-lr", "0.1"])
+    assert ended.value.code == 2
+    assert "optim.muon_lr is for optim.optimizer = 'muon', got 'adamw'" in capsys.readouterr().err
+    old = with_fields(tiny_config, optim={"muon_lr": 0.1})  # written before that was refused
+    (tmp_path / "config.json").write_text(to_json(old))
+    assert parse_pretrain_config("", ["--config", str(tmp_path / "config.json")])[0] == old

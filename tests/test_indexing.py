@@ -567,7 +567,9 @@ def test_parquet_labels_as_pandas_writes_them(
 def test_parquet_labels_that_are_none_of_one_class(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [picture(0)], "label": [[1, 2]]}), tmp_path / "x.parquet")
     with pytest.raises(ValueError, match=r"labels must be numbers or text, got \[1, 2\]; name another"):
-        index(tmp_path / "x.parquet", tmp_path / "s")
+        index(tmp_path / "x.parquet", tmp_path / "s", label_column="label")
+    (entry,) = index(tmp_path / "x.parquet", tmp_path / "s").values()  # one that is not asked for is passed over
+    assert (entry["class_name"], entry["label"]) == (None, None)
 
 
 def test_keys_that_start_anew_in_each_parquet_file(tmp_path: Path) -> None:

@@ -319,10 +319,10 @@ def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("arguments", "message"),
     [
         (["--source", "x"], "out is missing"),
-        (["--source", "x", "--out", "x", "--shard-mib", "0"], "must be at least 0.001, and finite, got 0.0"),
+        (["--source", "x", "--out", "x", "--shard-mib", "0"], "shard_mib must be at least 0.001"),
         (
             ["--source", "x", "--out", "x", "--shard-mib", "inf"],
-            "must be at least 0.001, and finite, got inf",
+            "shard_mib must be at least 0.001",
         ),
         (["--source", "x", "--out", "x", "--seed", "-1"], "seed must not be negative, got -1"),
         (["--out", "x", "--sead", "1"], "--seed"),

@@ -125,6 +125,10 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
 def test_splits_are_found_by_their_name_in_any_case_and_hidden_folders_are_left_out(tmp_path: Path) -> None:
     root = make_folder(tmp_path, images_per_class=4, val_per_class=2)
     (root / "train").rename(root / "Train")
+    make_folder(tmp_path / "both/train", 2)
+    make_folder(tmp_path / "both/Train", 5)
+    make_folder(tmp_path / "both/val", 2)
+    assert len(open_dataset(DataConfig(path=str(tmp_path / "both"))).train) == 6
     (root / "val").rename(root / "TEST")
     make_image(root / "Train/red/.ipynb_checkpoints/000-checkpoint.png", hue=0, seed=0)
     dataset = open_dataset(DataConfig(path=str(root)))

@@ -8,8 +8,6 @@ from typing import Literal
 
 from diffvit.config.checks import STRICT, require, require_fraction
 
-_MUON_LR, _MUON_MOMENTUM = 0.02, 0.95
-
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -25,9 +23,9 @@ class OptimConfig:
     """muon: the matrices of the blocks are trained by Muon (Jordan et al. 2024), all else by AdamW."""
     lr: float = 1e-3
     """Peak learning rate, at this batch size (nothing is rescaled behind your back)."""
-    muon_lr: float = _MUON_LR
+    muon_lr: float = 0.02
     """Peak learning rate of the matrices that Muon trains."""
-    muon_momentum: float = _MUON_MOMENTUM
+    muon_momentum: float = 0.95
     """Muon's decay of the gradient average."""
     min_lr_ratio: float = 0.0
     """Learning rate at the end, as a share of the peak."""
@@ -65,10 +63,6 @@ class OptimConfig:
         for name in ("lr", "muon_lr"):
             rate = getattr(self, name)
             require(0 < rate < math.inf, f"optim.{name} must be positive and finite, got {rate}")
-        require(
-            self.optimizer == "muon" or (self.muon_lr, self.muon_momentum) == (_MUON_LR, _MUON_MOMENTUM),
-            f"optim.muon_lr and optim.muon_momentum are for optim.optimizer = 'muon', got {self.optimizer!r}",
-        )
         require(
             0.0 <= self.warmup_epochs <= self.epochs,
             f"optim.warmup_epochs must be between 0 and optim.epochs = {self.epochs}, got {self.warmup_epochs}",

@@ -54,6 +54,9 @@ def _columns(schema: pa.Schema, options: SourceOptions, name: str) -> tuple[str,
             return bool(field.type.get_field_index("bytes") >= 0)
         return bool(pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type))
 
+    def names_classes(column: str) -> bool:
+        return column in schema.names and not pa.types.is_nested(schema.field(column).type)
+
     for option, asked in (("image_column", options.image_column), ("label_column", options.label_column)):
         if asked and asked not in schema.names:
             raise ValueError(f"{option} must be a column of {name}, got {asked!r}; there are {', '.join(schema.names)}")
@@ -65,7 +68,7 @@ def _columns(schema: pa.Schema, options: SourceOptions, name: str) -> tuple[str,
             f"{name} must have a column of encoded images (binary, or a struct with 'bytes'); it has "
             f"{', '.join(schema.names)}; name it with --image-column"
         )
-    label = options.label_column or next((column for column in _LABEL_COLUMNS if column in schema.names), None)
+    label = options.label_column or next((column for column in _LABEL_COLUMNS if names_classes(column)), None)
     return image, label
 
 
@@ -88,8 +91,8 @@ def _label_of(value: object) -> object:
         ValueError: it is no number and no text.
     """
     if isinstance(value, bytes):
-        value = value.decode()
-    if not isinstance(value, bool | int | float | str | None):
+        value = value.decode("utf-8", "backslashreplace")
+    if isinstance(value, list | dict):
         raise ValueError(f"labels must be numbers or text, got {value!r}; name another column with --label-column")
     if isinstance(value, float):
         return None if math.isnan(value) else int(value) if value.is_integer() else value

@@ -242,7 +242,8 @@ def _finish(
         quarantined=len(quarantined),
         ignored=ignored,
     )
-    target.sweep()
+    for split in splits:
+        target.child(split).sweep()
     write_info(target, info)
     return info
 
