@@ -150,9 +150,7 @@ def _open_folder(config: DataConfig) -> Dataset:
             f"data.path must be an image folder or '{SAMPLE}', got {config.path!r}: "
             f"{'it is a file' if root.exists() else 'it does not exist'}"
         )
-    named = {
-        name.lower(): root / name for name in _class_folders(root)
-    }  # Train too, but rather train, which sorts last
+    named = {name.lower(): root / name for name in _class_folders(root)}  # of Train and train, the last in order
     train_folder = named.get(_TRAIN_FOLDER, root / _TRAIN_FOLDER)
     if not _class_folders(train_folder):  # none, or a class of that name
         return _split_folder(root, config)
