@@ -250,8 +250,8 @@ def cifar10_small() -> RunConfig:
         pretrain.py cifar10-small --data.path cifar10
 
     From JPEG copies, bf16, after the last epoch, means of two seeds: plain 80.53, V1 79.49, V2 80.33 %; V2 took 50
-    minutes on one core of an AMD EPYC, with short work beside it. Half a million parameters; few and wide blocks, Muon and little
-    augmentation, because the epochs are few.
+    minutes on one core of an AMD EPYC, with short work beside it. Half a million parameters; few and wide blocks, Muon
+    and little augmentation, because the epochs are few.
     """
     return RunConfig(
         name="cifar10-small",
