@@ -10,6 +10,7 @@ from typing import Any
 import rich.console
 from ray.util.queue import Empty, Queue
 from rich.live import Live
+from rich.markup import escape
 from rich.text import Text
 
 from diffvit.config import RunConfig
@@ -68,7 +69,7 @@ class Console:
         device = "GPU" if scale.gpu else "CPU"
         workers = scale.workers if isinstance(scale.workers, int) else "{} to {}".format(*scale.workers)
         self._console.print(
-            f"[bold]{self._config.name}[/]: {_VARIANT_NAMES[model.variant]}, {model.embed_dim} wide, "
+            f"[bold]{escape(self._config.name)}[/]: {_VARIANT_NAMES[model.variant]}, {model.embed_dim} wide, "
             f"{model.depth} blocks, {heads}, {model.image_size} px in patches of {model.patch_size}"
         )
         self._console.print(
@@ -76,7 +77,8 @@ class Console:
             f"{len(self._dataset.classes)} classes; {workers} worker{'s' * (scale.max_workers > 1)} on {device}, "
             f"{self._plan.epochs} epochs of {self._plan.steps_per_epoch} steps"
         )
-        self._console.print(f"watch:  tensorboard --logdir {self._folder.rpartition('/')[0]}", style="dim")
+        watch = f"watch:  tensorboard --logdir {self._folder.rpartition('/')[0]}"
+        self._console.print(watch, style="dim", markup=False)
         self._console.print("".join(f"{name:>{width}}" for name, width in _COLUMNS), style="bold")
 
     def _show(self) -> None:
@@ -126,7 +128,8 @@ class Console:
             if self._skipped <= _SKIPPED_SHOWN:
                 self._console.print(f"skipped {image}", style="yellow", markup=False)
             elif self._skipped == _SKIPPED_SHOWN + 1:
-                self._console.print(f"more are skipped; see {self._folder}/{SKIPPED_FILE}", style="yellow")
+                more = f"more are skipped; see {self._folder}/{SKIPPED_FILE}"
+                self._console.print(more, style="yellow", markup=False)
 
     def _show_warning(self, fields: dict[str, Any]) -> None:
         self._console.print(fields["message"], style="yellow", markup=False)
@@ -139,12 +142,13 @@ def print_results(location: str, results: dict[str, Any]) -> None:
     console = rich.console.Console(highlight=False, soft_wrap=True)
     best, last = results["best"], results["last"]
     console.print(
-        f"[bold]{name} {results['status']}[/]: "
+        f"[bold]{escape(name)} {results['status']}[/]: "
         f"top-1 {last['top1']:.2f} % after the last epoch ({last['epoch']}), best {best['top1']:.2f} % "
         f"(epoch {best['epoch']}); {_duration(results)}"
     )
     if results["skipped_images"]:
-        console.print(f"{results['skipped_images']} images were skipped: {folder}/{SKIPPED_FILE}", style="yellow")
+        skipped = f"{results['skipped_images']} images were skipped: {folder}/{SKIPPED_FILE}"
+        console.print(skipped, style="yellow", markup=False)
     rows = {
         "speed": _speed(results),
         "results": f"{folder}/results.json",
@@ -153,7 +157,7 @@ def print_results(location: str, results: dict[str, Any]) -> None:
         "curves": f"tensorboard --logdir {storage}",
     }
     for title, value in rows.items():
-        console.print(f"  {title:<16} {value}")
+        console.print(f"  {title:<16} {value}", markup=False)
 
 
 def _duration(results: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from diffvit.config import ExportConfig
@@ -61,7 +62,10 @@ def export(config: ExportConfig) -> Exported:
 def _write(saved: SavedModel, config: ExportConfig, folder: Path, out: Path) -> Exported:
     difference = None
     if "timm" in config.format:
-        save_file(timm_weights(saved.model), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        try:
+            save_file(timm_weights(saved.model), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        except SafetensorError as error:  # how it reports a full disk
+            raise OSError(f"{out.parent} cannot be written: {error}") from None
         (folder / CONFIG_NAME).write_text(json.dumps(timm_config(saved), indent=2) + "\n")
     if "onnx" in config.format:
         write_onnx(saved, folder / ONNX_NAME)

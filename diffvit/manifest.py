@@ -33,17 +33,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no manifest, so this is not a finished checkpoint.
-        ValueError: another format version, or a file that is missing or whose sha256 differs.
+        ValueError: it cannot be read, is of another format version, or a file is missing or its sha256 differs.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a checkpoint: it has no {MANIFEST_NAME}")
-    manifest: dict[str, Any] = json.loads(path.read_text())
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        files = dict(manifest["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {folder} is damaged: {MANIFEST_NAME} cannot be read ({error!r})") from None
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {manifest.get('format_version')!r}; this diffvit reads {FORMAT_VERSION}"
         )
-    for name, expected in manifest["sha256"].items():
+    for name, expected in files.items():
         file = folder / name
         if not file.is_file():
             raise ValueError(f"checkpoint {folder} is damaged: {name} is missing")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,3 +134,11 @@ def test_few_validation_images_are_decoded_once(
     monkeypatch.setattr(loader_module, "_KEPT_BYTES", 0)
     list(stream.evaluate())
     assert made == [0, 0]
+
+
+def test_a_bad_image_counts_once_however_often_it_is_repeated(config: RunConfig, dataset: Dataset) -> None:
+    config = with_fields(config, augment={"repeats": 3}, optim={"epochs": 3})
+    path = config.data.path + "/" + dataset.train.key(0)
+    Path(path).write_bytes(b"no image")
+    results = train_alone(config, dataset)
+    assert (results["status"], results["skipped_images"]) == ("finished", 1)

@@ -116,3 +116,21 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", ["disk", "object_store"])
+def test_what_somebody_keeps_beside_the_checkpoints_is_left_alone(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    where = str(tmp_path / "run") if kind == "disk" else request.getfixturevalue(kind).uri(f"kept-{tmp_path.name}")
+    store, files = CheckpointStore(where, CheckpointConfig(keep_last=1)), Storage(where)
+    store.put(snapshot(3))
+    copies = ["checkpoint_step_00000003_good/model.safetensors", "checkpoint_step_00000003.tar", "checkpoint_step_x/y"]
+    for name in copies:
+        files.write(name, b"mine")
+    newest = store.newest_whole(pytest.fail)
+    assert newest is not None
+    assert newest.step == 3
+    store.sweep()
+    store.drop_others(3)
+    assert all(files.read(name) == b"mine" for name in copies)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 from collections import namedtuple
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import with_fields
 
-from diffvit.config import RunConfig, to_json
+from diffvit.config import RunConfig, from_json, to_json
 from diffvit.training import run_folder
 from diffvit.training.run_folder import close_run, not_the_same_folder, open_run, write_results
 
@@ -119,3 +120,46 @@ def test_storage_below_a_file(tiny_config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written: Not a directory"):
         open_run(dataclasses.replace(tiny_config, storage=str(tmp_path / "file")))
+
+
+def test_results_of_a_sitting_that_was_cut_go_and_damaged_ones_are_no_matter(tiny_config: RunConfig) -> None:
+    """While the next one is under way they would name a best checkpoint that is none any more."""
+    open_run(tiny_config)
+    write_results(tiny_config.folder, {"status": "interrupted"})
+    earlier = open_run(tiny_config)
+    assert earlier is not None
+    assert earlier["status"] == "interrupted"
+    for content in ("", "{}", "[]", '{"status": '):
+        (tiny_config.folder / "results.json").write_text(content)
+        assert open_run(tiny_config) is None
+        assert not (tiny_config.folder / "results.json").exists()
+
+
+def test_other_images_are_refused(tiny_config: RunConfig) -> None:
+    open_run(tiny_config, 36)
+    for number, count in enumerate((None, 36), start=3):
+        folder = tiny_config.folder / f"checkpoint_step_0000000{number}"
+        folder.mkdir()
+        metrics = {"epoch": 1} | ({} if count is None else {"train_images": count})
+        (folder / "checkpoint.json").write_text(json.dumps({"metrics": metrics}))
+        open_run(tiny_config, 36)
+        if count is None:
+            open_run(tiny_config, 72)  # an earlier version's, which does not say
+    with pytest.raises(ValueError, match=r"was begun with 36 training images, .* has 72 now; bring them back"):
+        open_run(tiny_config, 72)
+
+
+def test_a_start_that_was_killed_does_not_block_the_name(tiny_config: RunConfig) -> None:
+    tiny_config.folder.mkdir(parents=True)
+    for name in (".write-test-123", ".config.json.123"):
+        (tiny_config.folder / name).write_text("half")
+    assert open_run(tiny_config) is None
+
+
+def test_a_run_that_was_begun_with_no_resume_can_be_continued_from_its_config(tiny_config: RunConfig) -> None:
+    begun = dataclasses.replace(tiny_config, resume=False)
+    open_run(begun)
+    assert not_the_same_folder(begun) is None
+    written = from_json((tiny_config.folder / "config.json").read_bytes(), "test")
+    assert written == tiny_config
+    open_run(written)

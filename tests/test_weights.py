@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import with_fields, write_untrained
 from safetensors.torch import save_file
 
-from diffvit.config import ModelConfig
+from diffvit.config import ModelConfig, RunConfig
 from diffvit.manifest import write_manifest
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
@@ -201,3 +203,25 @@ def test_damaged_checkpoint(tmp_path: Path, damage: str) -> None:
         file.write_bytes(data if damage == "flip" else data[:-7])
     with pytest.raises(ValueError, match=r"is damaged: .*model\.safetensors"):
         load_weights(model(2), folder)
+
+
+def test_weights_of_another_lambda_are_refused(tiny_config: RunConfig, tmp_path: Path) -> None:
+    config = with_fields(tiny_config, model={"num_classes": 3, "lambda_init": 0.5})
+    source = write_untrained(config, tmp_path / "run")
+    target = VisionTransformer(config.model)
+    load_weights(target, tmp_path / "run")
+    assert same(target, source)
+    for fields, message in (
+        ({"lambda_init": "depth"}, "trained with model.lambda_init = 0.5, got 'depth'"),
+        ({"lambda_max": 0.9}, "trained with model.lambda_max = None, got 0.9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_weights(VisionTransformer(dataclasses.replace(config.model, **fields)), tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 1}', '{"format_version": 1, "sha256": 3}'])
+def test_a_manifest_that_cannot_be_read_is_named(tmp_path: Path, content: str) -> None:
+    folder = save_checkpoint(tmp_path / "run", model())
+    (folder / "checkpoint.json").write_text(content)
+    with pytest.raises(ValueError, match=r"checkpoint .*run is damaged: checkpoint.json cannot be read"):
+        load_weights(model(), folder)

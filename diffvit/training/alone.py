@@ -44,7 +44,7 @@ def train_alone(
     require_compiler(config.scale)
     plans = plan_run(config, dataset)
     with RunLock(config.location):
-        earlier = open_run(config)
+        earlier = open_run(config, plans[0].num_samples)
         if earlier is not None and earlier["status"] == "finished":
             return earlier
         return _train(config, dataset, plans, publish or (lambda *_: None), decoders)

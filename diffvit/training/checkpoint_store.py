@@ -23,7 +23,9 @@ from diffvit.scratch import scratch_folder
 from diffvit.storage import Storage, StorageError, sync
 from diffvit.training.checkpoint import Snapshot, checkpoint_name
 
-_MANIFEST = re.compile(rf"checkpoint_step_(\d+)/{re.escape(MANIFEST_NAME)}")
+_CHECKPOINT = re.compile(r"checkpoint_step_(\d+)")
+"""A folder of ours, and no copy that somebody keeps beside it under a longer name."""
+_MANIFEST = re.compile(rf"{_CHECKPOINT.pattern}/{re.escape(MANIFEST_NAME)}")
 _PARTIAL, _DELETED = ".partial-", ".deleted-"
 
 Warn = Callable[[str], None]
@@ -68,8 +70,8 @@ class CheckpointStore:
         Raises:
             ValueError: there are checkpoints, and all are damaged.
         """
-        names = {name.split("/")[0] for name in self._storage.sizes() if name.startswith("checkpoint_step_")}
-        steps = sorted((int(name.rpartition("_")[2]) for name in names), reverse=True)
+        found = {_CHECKPOINT.fullmatch(name.split("/")[0]) for name in self._storage.sizes() if "/" in name}
+        steps = sorted({int(match[1]) for match in found if match}, reverse=True)
         problems = []
         for step in steps:
             if up_to is not None and step > up_to:
@@ -110,7 +112,7 @@ class CheckpointStore:
             return
         with suppress(StorageError):
             names = self._hasty.sizes()
-            found = {name.split("/")[0] for name in names if name.startswith("checkpoint_step_")}
+            found = {name.split("/")[0] for name in names if _CHECKPOINT.fullmatch(name.split("/")[0])}
             for name in found - {name.split("/")[0] for name in names if _MANIFEST.fullmatch(name)}:
                 self._hasty.delete_folder(name)
 

@@ -79,7 +79,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     if _RAYS_COPY in config.location:
         print(f"warning: Ray deletes {config.location}, in the job's copy of its folder; give --storage another place")
     with RunLock(config.location):
-        earlier = open_run(config)
+        earlier = open_run(config, train_plan.num_samples)
         if earlier is not None and earlier["status"] == "finished":
             return earlier
         return _train(config, dataset, train_plan, started)

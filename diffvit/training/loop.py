@@ -109,7 +109,7 @@ def _train(
             _note_unusable(unusable, read["skipped"], state, worker)
             tracker.log_steps(read)
             saves = saver.answer(ask) or saves
-            _require_usable(tracker.epoch_skipped, train_plan.num_samples, config, "training")
+            _require_usable(tracker.epoch_skipped / train_plan.repeats, train_plan.num_samples, config, "training")
             # only at steps that do not depend on the clock, so that a run that is cut goes the way of one that is not
             if judges and state.health.is_sick:
                 undone = saver.roll_back()

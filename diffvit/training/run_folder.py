@@ -41,33 +41,41 @@ _TEMPORARY_SECONDS = 60.0
 """What was not written to for so long is nobody's."""
 
 
-def open_run(config: RunConfig) -> dict[str, Any] | None:
+def open_run(config: RunConfig, train_images: int | None = None) -> dict[str, Any] | None:
     """Make sure that the run can be written and is not another one of the same name.
+
+    The `results.json` of a sitting that did not finish goes: while another one is under way it would be out of date.
+
+    Args:
+        config: of the run, as `resolve` completes it.
+        train_images: how many there are, for a run that goes on must have as many as before.
 
     Returns:
         The results of an earlier sitting, or None.
 
     Raises:
-        ValueError: the name is taken by a run with another config (or by any run, with `resume` off), or the folder
-            cannot be written or has too little space.
+        ValueError: the name is taken by a run with another config or other images (or by any run, with `resume` off),
+            or the folder cannot be written or has too little space.
     """
     run = Storage(config.location)
     try:
         existing = _read(run, CONFIG_NAME)
         if existing is not None:
             _require_same_run(existing, config)
-        elif any(LOCK_NAME not in name for name in run.names()):
+        elif any(LOCK_NAME not in name and not _TEMPORARY.fullmatch(name) for name in run.names()):
             where = run.uri.partition("?")[0]
             raise ValueError(f"{where} holds files but no {CONFIG_NAME}: it is not a run; choose another --name")
-        content = _read(run, RESULTS_NAME) if existing is not None else None
-        results: dict[str, Any] | None = None if content is None else json.loads(content)
+        results = _results(run) if existing is not None else None
         if results is not None and results["status"] == "finished":
             return results
+        if train_images is not None:
+            _require_same_images(config, train_images)
         if not config.is_remote:
             there = len(list(config.folder.glob("checkpoint_step_*")))
             # the last ones, the best and the one being written
             _require_writable(config.folder, _checkpoint_bytes(config), max(config.checkpoint.keep_last + 2 - there, 1))
-        run.write(CONFIG_NAME, to_json(config).encode())
+        run.write(CONFIG_NAME, _content(config))
+        run.delete(RESULTS_NAME)
         if not config.is_remote:
             _sweep(config.folder)
     except StorageError as error:
@@ -80,13 +88,18 @@ def not_the_same_folder(config: RunConfig) -> str | None:
 
     There the run would begin at its first step again whenever its rank 0 comes to lie on another node.
     """
-    if _read(Storage(config.location), CONFIG_NAME) == to_json(config).encode():
+    if _read(Storage(config.location), CONFIG_NAME) == _content(config):
         return None
     where = config.location.partition("?")[0]
     return (
         f"storage must be a folder that every node sees, or s3:// or gs://, got {config.storage.partition('?')[0]!r}: "
         f"{where}/{CONFIG_NAME} on node {socket.gethostname()} is not the one that this job has written"
     )
+
+
+def _content(config: RunConfig) -> bytes:
+    """That of `config.json`, from which the run can be continued however it was begun."""
+    return to_json(dataclasses.replace(config, resume=True)).encode()
 
 
 def _sweep(folder: Path) -> None:
@@ -145,6 +158,15 @@ def _read(run: Storage, name: str) -> bytes | None:
         return None
 
 
+def _results(run: Storage) -> dict[str, Any] | None:
+    """None too where they cannot be read: of a run that goes on they are written anew."""
+    with suppress(ValueError):
+        results = json.loads(_read(run, RESULTS_NAME) or b"")
+        if isinstance(results, dict) and "status" in results:
+            return results
+    return None
+
+
 def summarise(checkpoints: Sequence[Entry]) -> dict[str, Any]:
     """The best and the last checkpoint, and the speed of the last epoch."""
     if not checkpoints:
@@ -184,6 +206,17 @@ def _require_same_run(existing: bytes, config: RunConfig) -> None:
         raise ValueError(
             f"run {config.name!r} exists in {where} with another config; choose another --name, "
             f"or the same values to continue it:{lines}"
+        )
+
+
+def _require_same_images(config: RunConfig, now: int) -> None:
+    """A step is a place in an order of all images: with more or fewer of them it is another place."""
+    entries = CheckpointStore(config.location, config.checkpoint).entries()
+    before = entries[-1].metrics.get("train_images", now) if entries else now  # earlier checkpoints do not say
+    if before != now:
+        raise ValueError(
+            f"run {config.name!r} was begun with {before:,} training images, {config.data.path} has {now:,} now; bring "
+            "them back to continue it, or choose another --name"
         )
 
 

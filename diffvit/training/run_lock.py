@@ -78,7 +78,7 @@ class RunLock:
     ) -> None:
         self._released.set()
         self._thread.join()
-        with suppress(StorageError):  # left behind in a store that is away; half a minute later it is nobody's
+        with suppress(OSError, StorageError):  # left behind in a store that is away; soon it is nobody's
             if self._holder() == self._me.id:
                 self._file.delete()
 

@@ -185,6 +185,7 @@ class Tracker:
             "images_per_second": (epoch["images"] + epoch["skipped"]) / seconds,
             "data_wait_fraction": min(epoch["waited"] / seconds, 1.0),
             "train_seconds": self._state.train_seconds,
+            "train_images": self._plan.num_samples,
             "skipped_images": len(self._state.skipped_samples),
             "world_sizes": list(self._state.world_sizes),
             "device": device_name(self._device),
