@@ -217,6 +217,9 @@ def test_weights_of_another_lambda_are_refused(tiny_config: RunConfig, tmp_path:
     ):
         with pytest.raises(ValueError, match=message):
             load_weights(VisionTransformer(dataclasses.replace(config.model, **fields)), tmp_path / "run")
+        other = VisionTransformer(dataclasses.replace(config.model, **fields))
+        report = load_weights(other, tmp_path / "run", from_plain=True)  # to train from, as a search of lambda does
+        assert str(report) == f"trained with another {next(iter(fields))}, their own classifier"
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 1}', '{"format_version": 1, "sha256": 3}'])

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from diffvit.config import ModelConfig
 from diffvit.manifest import MANIFEST_NAME, WEIGHTS_NAME, read_manifest
 from diffvit.models.convert import convert_plain, is_plain
 from diffvit.models.fetched import on_disk
@@ -39,9 +40,12 @@ class LoadReport:
     """Parameters of the classifier that were left as initialised."""
     converted: bool = False
     """Whether they were a plain ViT's and the model is not."""
+    changed: tuple[str, ...] = ()
+    """Fields of V1's lambda that the weights were trained with otherwise: the model computes something else."""
 
     def __str__(self) -> str:
         done = ["converted from a plain ViT"] if self.converted else []
+        done += [f"trained with another {name}" for name in self.changed]
         done += ["positions resampled to the model's grid"] if self.resampled else []
         return ", ".join([*done, "a new classifier" if self.replaced else "their own classifier"])
 
@@ -64,7 +68,8 @@ def load_weights(
             grid resampled.
         replace_head: leave the classifier as initialised where the source has one of another size or for other classes,
             or none.
-        from_plain: convert a plain ViT's weights where the model is differential (`diffvit.models.convert`).
+        from_plain: the weights are a start to train from: a plain ViT's are converted where the model is differential
+            (`diffvit.models.convert`), and V1's lambda may begin elsewhere, as in a search, which the report tells.
         classes: names of the model's, by label; a source that names others has a classifier for other classes.
 
     Raises:
@@ -77,8 +82,9 @@ def load_weights(
     converted = from_plain and model.config.variant != "softmax" and is_plain(weights)
     if converted:
         weights = convert_plain(weights, model, None if origin is None else origin.model.num_heads)
+    changed = () if origin is None else _changed_lambda(origin.model, model.config)
     if origin is not None:
-        _require_same_function(origin, model, converted)
+        _require_same_function(origin, model, converted, () if from_plain else changed)
     own = model.state_dict()
     resampled = _resample_positions(weights, own, model)
     replaced = []
@@ -94,7 +100,7 @@ def load_weights(
     model.load_state_dict({**own, **weights})
     if origin is not None and not converted:
         model.open_gates(origin.gate_opening)
-    return LoadReport(tuple(resampled), tuple(replaced), converted)
+    return LoadReport(tuple(resampled), tuple(replaced), converted, changed)
 
 
 def _read(source: str | Path | Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Origin | None]:
@@ -224,7 +230,12 @@ def _resample_positions(weights: dict[str, Tensor], own: dict[str, Tensor], mode
     return [name]
 
 
-def _require_same_function(origin: Origin, model: VisionTransformer, converted: bool) -> None:
+def _changed_lambda(was: ModelConfig, now: ModelConfig) -> tuple[str, ...]:
+    names = ("lambda_init", "lambda_max") if was.variant == now.variant == "diff" else ()
+    return tuple(name for name in names if getattr(was, name) != getattr(now, name))
+
+
+def _require_same_function(origin: Origin, model: VisionTransformer, converted: bool, changed: tuple[str, ...]) -> None:
     """What the shapes of the weights do not show, but what the model computes depends on."""
     was, config = origin.model, model.config
     if not converted and was.variant == config.variant and was.num_heads != config.num_heads:
@@ -232,12 +243,11 @@ def _require_same_function(origin: Origin, model: VisionTransformer, converted: 
             f"the weights are of a model with model.num_heads = {was.num_heads}, got {config.num_heads}: "
             "heads cut otherwise compute something else"
         )
-    for name in ("lambda_init", "lambda_max") if was.variant == config.variant == "diff" else ():
+    for name in changed:
         before, now = getattr(was, name), getattr(config, name)
-        if before != now:
-            raise ValueError(
-                f"the weights were trained with model.{name} = {before!r}, got {now!r}: that computes something else"
-            )
+        raise ValueError(
+            f"the weights were trained with model.{name} = {before!r}, got {now!r}: that computes something else"
+        )
     grid = origin.position_grid
     if grid is not None and config.pos_embed == "sincos2d" and (config.position_grid or config.grid) != grid:
         raise ValueError(
