@@ -152,6 +152,13 @@ def test_weights_at_a_url(config: RunConfig, dataset: Dataset, scratch: Path) ->
     with on_disk(file) as path:
         assert path.name == "model.safetensors"
         assert load(path.read_bytes()).keys() == best.keys()
+    written = Storage(config.location).read("results.json")
+    for content, outcome in ((b'{"best":', "results.json cannot be read"), (b'{"best": {"checkpoint": "gone"}}', None)):
+        Storage(config.location).write("results.json", content)
+        with pytest.raises(ValueError, match=outcome) if outcome else nullcontext():
+            saved = load_saved(config.location).model.state_dict()
+            assert all(torch.equal(saved[name], best[name]) for name in best)
+    Storage(config.location).write("results.json", written)
     name = "checkpoint_step_00000003/model.safetensors"
     Storage(config.location).write(name, Storage(config.location).read(name)[:-1])
     url = config.location.partition("?")[0]

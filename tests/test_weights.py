@@ -183,12 +183,26 @@ def test_damaged_json_is_named(tmp_path: Path, file: str, text: str, message: st
             {f"blocks.0.attn.{part}_proj.weight": (12, 7 if part == "k" else 12) for part in "qkv"},
             "unexpected: blocks.0.attn.k_proj.weight (12 x 7)",
         ),
+        (
+            {f"blocks.0.attn.{part}_proj.weight": () for part in "qkv"},
+            "unexpected: blocks.0.attn.q_proj.weight (scalar)",
+        ),
     ],
 )
 def test_odd_tensors_are_listed_and_not_dropped(odd: dict[str, tuple[int, ...]], message: str) -> None:
     weights = {**model(1).state_dict(), **{name: torch.zeros(shape) for name, shape in odd.items()}}
     with pytest.raises(ValueError, match=re.escape(message)):
         load_weights(model(2), weights)
+
+
+def test_what_is_no_mapping_of_floating_point_tensors() -> None:
+    weights = model(1).state_dict()
+    with pytest.raises(ValueError, match=r"got dict for 'model'; .* give source\['model'\]"):
+        load_weights(model(2), {"model": dict(weights)})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"got int for 'epoch'$"):
+        load_weights(model(2), {**weights, "epoch": 3})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"not floating-point: head.bias is torch.int8; quantised"):
+        load_weights(model(2), {**weights, "head.bias": weights["head.bias"].to(torch.int8)})
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])

@@ -50,7 +50,9 @@ def _fetch(store: Storage, copy: Path, which: str, only: str | None) -> None:
         Storage(f"{parent}{mark}{query}").fetch(name, copy)
         return
     run = "results.json" in names
-    wanted = f"{_checkpoint_of(json.loads(store.read('results.json')), which)}/" if run else ""
+    wanted = f"{_checkpoint_of(store.read('results.json'), which)}/" if run else ""
+    if wanted not in ("", "none/") and not any(name.startswith(wanted) for name in names):
+        wanted = ""  # deleted: who reads the copy takes the best of the others, as from a disk
     for name in names:
         folder, _, file = name.rpartition("/")
         in_checkpoint = name.startswith(wanted) and (folder.startswith(_CHECKPOINT) or not run)
@@ -62,5 +64,10 @@ def _fetch(store: Storage, copy: Path, which: str, only: str | None) -> None:
         store.fetch(name, copy / name)
 
 
-def _checkpoint_of(results: dict[str, dict[str, str] | None], which: str) -> str:
-    return ((results.get(which) or results.get("last") or {}).get("checkpoint")) or "none"
+def _checkpoint_of(results: bytes, which: str) -> str:
+    """Its folder's name; `none` where there is none, or `results` are damaged, which who reads the copy tells."""
+    try:
+        content = json.loads(results)
+        return str((content.get(which) or content.get("last") or {}).get("checkpoint") or "none")
+    except (ValueError, AttributeError):
+        return "none"

@@ -78,6 +78,7 @@ def load_weights(
             timm's name.
     """
     read, origin = _read(source)
+    _require_tensors(read)
     weights = join_unilm_projections(dict(read))
     converted = from_plain and model.config.variant != "softmax" and is_plain(weights)
     if converted:
@@ -101,6 +102,15 @@ def load_weights(
     if origin is not None and not converted:
         model.open_gates(origin.gate_opening)
     return LoadReport(tuple(resampled), tuple(replaced), converted, changed)
+
+
+def _require_tensors(weights: Mapping[str, object]) -> None:
+    for name, value in weights.items():
+        if not isinstance(value, Tensor):
+            inside = f"; its weights may be those inside: give source[{name!r}]" if isinstance(value, Mapping) else ""
+            raise ValueError(
+                f"weights must map names of parameters to tensors, got {type(value).__name__} for {name!r}{inside}"
+            )
 
 
 def _read(source: str | Path | Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Origin | None]:
@@ -209,7 +219,8 @@ def join_unilm_projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         parent, _, leaf = module.rpartition(".")
         base = f"{parent}." if parent else ""
         parts = [f"{base}{part}.{kind}" for part in ("q_proj", "k_proj", "v_proj")]
-        if name in parts and all(part in weights and weights[part].shape[1:] == tensor.shape[1:] for part in parts):
+        fit = [part in weights and weights[part].ndim and weights[part].shape[1:] == tensor.shape[1:] for part in parts]
+        if name in parts and all(fit):
             joined[f"{base}qkv.{kind}"] = torch.cat([weights[part] for part in parts])
         elif leaf in _UNILM_NAMES:
             joined[f"{base}{_UNILM_NAMES[leaf]}.{kind}"] = tensor
@@ -267,6 +278,11 @@ def _require_fit(weights: dict[str, Tensor], own: dict[str, Tensor], replaced: l
         f"another shape: {name} is {shape(tensor)}, the model's {shape(own[name])}"
         for name, tensor in weights.items()
         if name in own and tensor.shape != own[name].shape
+    ]
+    problems += [
+        f"not floating-point: {name} is {tensor.dtype}; quantised weights need their scales, convert them first"
+        for name, tensor in weights.items()
+        if name in own and not tensor.is_floating_point()
     ]
     if problems:
         head = any("head." in problem for problem in problems)
