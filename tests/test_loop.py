@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -19,7 +20,7 @@ from conftest import with_fields
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffvit.config import RunConfig
+from diffvit.config import ModelConfig, RunConfig
 from diffvit.data.batches import Batch
 from diffvit.data.loader import BatchLoader, LocalStream, plan_run
 from diffvit.data.order import EvalPlan, TrainPlan, epoch_permutation
@@ -425,11 +426,11 @@ def test_a_run_is_claimed_before_its_newest_checkpoint_is_looked_for(
     taken_for_lost.claim()
     newest_whole = CheckpointStore.newest_whole
 
-    def look(store: CheckpointStore, warn: Warn, up_to: int | None = None) -> Entry | None:
+    def look(store: CheckpointStore, warn: Warn, up_to: int | None, model: ModelConfig) -> Entry | None:
         with pytest.raises(Superseded):
             taken_for_lost.require_ours()
         looks.append(up_to)
-        return newest_whole(store, warn, up_to)
+        return newest_whole(store, warn, up_to, model)
 
     monkeypatch.setattr(CheckpointStore, "newest_whole", look)
     Run(tiny_config, tmp_path)
@@ -488,8 +489,22 @@ def test_no_whole_checkpoint_ends_the_run(tiny_config: RunConfig, tmp_path: Path
     Run(tiny_config, tmp_path)
     for step in (3, 6):
         damage(checkpoint(tmp_path, step) / "model.safetensors")
-    with pytest.raises(RunStopped, match=r"none of the 2 checkpoints in .* is whole.*sha256 of model.safetensors"):
+    with pytest.raises(RunStopped, match=r"none of the 2 checkpoints in .* can be used.*sha256 of model.safetensors"):
         Run(tiny_config, tmp_path)
+
+
+def test_checkpoint_of_another_model_is_passed_over(tiny_config: RunConfig, tmp_path: Path) -> None:
+    Run(with_fields(tiny_config, model={"mlp_ratio": 3.0}), tmp_path / "other")
+    Run(with_fields(tiny_config, optim={"epochs": 1}), tmp_path / "run")
+    shutil.copytree(checkpoint(tmp_path / "other", 6), checkpoint(tmp_path / "run", 6))
+    resumed = Run(tiny_config, tmp_path / "run")
+    assert re.search(r"checkpoint_step_0*6 is passed over: .* is of another model", resumed.warnings[0])
+    assert [metrics["step"] for metrics in resumed.epochs] == [6]  # it went on from step 3
+    shutil.rmtree(checkpoint(tmp_path / "run", 3))
+    shutil.rmtree(checkpoint(tmp_path / "run", 6))
+    shutil.copytree(checkpoint(tmp_path / "other", 6), checkpoint(tmp_path / "run", 6))
+    with pytest.raises(RunStopped, match=r"none of the 1 checkpoints in .* can be used"):
+        Run(tiny_config, tmp_path / "run")
 
 
 def test_checkpoint_describes_itself(tiny_config: RunConfig, tmp_path: Path) -> None:

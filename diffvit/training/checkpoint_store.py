@@ -17,8 +17,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from diffvit.config import CheckpointConfig
+from diffvit.config import CheckpointConfig, ModelConfig
 from diffvit.manifest import MANIFEST_NAME, read_manifest
+from diffvit.models.origin import origin_of_manifest
 from diffvit.scratch import scratch_folder
 from diffvit.storage import Storage, StorageError, sync
 from diffvit.training.checkpoint import Snapshot, checkpoint_name
@@ -61,14 +62,19 @@ class CheckpointStore:
         """Every checkpoint whose manifest can be read, by step; its files may still turn out to be damaged."""
         return _entries(self._storage)
 
-    def newest_whole(self, warn: Warn, up_to: int | None = None) -> Entry | None:
+    def newest_whole(self, warn: Warn, up_to: int | None = None, model: ModelConfig | None = None) -> Entry | None:
         """The last checkpoint (at or before step `up_to`) of which every file is what its manifest says.
+
+        Args:
+            warn: hears of those that are passed over.
+            up_to: a step, or None for all.
+            model: pass over what others have saved, as somebody may have copied there.
 
         Returns:
             None where nothing was ever saved.
 
         Raises:
-            ValueError: there are checkpoints, and all are damaged.
+            ValueError: there are checkpoints, and none can be used.
         """
         found = {_CHECKPOINT.fullmatch(name.split("/")[0]) for name in self._storage.sizes() if "/" in name}
         steps = sorted({int(match[1]) for match in found if match}, reverse=True)
@@ -78,15 +84,18 @@ class CheckpointStore:
                 continue
             try:
                 with self.opened(step) as folder:
-                    return Entry(step, read_manifest(folder)["metrics"])
+                    manifest = read_manifest(folder)
+                    if model is not None and origin_of_manifest(manifest, folder).model != model:
+                        raise ValueError(f"checkpoint {folder} is of another model than the run's")
+                    return Entry(step, manifest["metrics"])
             except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
                 if not (self._storage.is_remote and isinstance(error, FileNotFoundError)):  # there: an upload was cut
                     problems.append(str(error))
                 warn(f"{checkpoint_name(step)} is passed over: {error}")
         if problems:
             raise ValueError(
-                f"none of the {len(problems)} checkpoints in {self._storage.uri} is whole; delete them to start from "
-                f"the first step, or put one back. The last one: {problems[0]}"
+                f"none of the {len(problems)} checkpoints in {self._storage.uri} can be used; delete them to start "
+                f"from the first step, or put one back. The last one: {problems[0]}"
             )
         return None
 

@@ -46,7 +46,7 @@ def fit(config: RunConfig, train_plan: TrainPlan, eval_plan: EvalPlan, stream: S
     """Train to the end of the plan. What comes out goes into the store, `worker.report` and TensorBoard.
 
     Raises:
-        RunStopped: rank 0's GPU is too old for the installed torch, no checkpoint is whole or can be written, the
+        RunStopped: rank 0's GPU is too old for the installed torch, no checkpoint can be used or written, the
             weights went bad more often than allowed, or more images than allowed cannot be used.
         RuntimeError: another rank's GPU is too old.
     """
@@ -157,7 +157,7 @@ def start_state(config: RunConfig, plan: TrainPlan, worker: Worker) -> TrainStat
     """The state before the first step, or that of the newest checkpoint that is whole."""
     torch.manual_seed(config.seed)
     model = VisionTransformer(config.model)
-    step = newest_step(worker, worker.store)
+    step = newest_step(worker, worker.store, config.model)
     if step is None and config.init.weights:
         report = load_weights(
             model, config.init.weights, replace_head=True, from_plain=True, classes=config.data.classes

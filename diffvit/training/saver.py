@@ -8,7 +8,7 @@ from collections.abc import Callable
 from enum import IntFlag
 from typing import Any
 
-from diffvit.config import RunConfig
+from diffvit.config import ModelConfig, RunConfig
 from diffvit.training.checkpoint import TrainState, checkpoint_name, roll_back, take_snapshot
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.checkpoint_writer import CheckpointWriter
@@ -37,12 +37,14 @@ class Ask(IntFlag):
     """To be asked at every step, because steps are slow."""
 
 
-def newest_step(worker: Worker, store: CheckpointStore | None, up_to: int | None = None) -> int | None:
-    """Step of the newest whole checkpoint; rank 0 looks, and all take its word."""
+def newest_step(
+    worker: Worker, store: CheckpointStore | None, model: ModelConfig, up_to: int | None = None
+) -> int | None:
+    """Step of the newest whole checkpoint of `model`; rank 0 looks, and all take its word."""
     step, problem = None, None
     if worker.rank == 0 and store is not None:
         try:
-            entry = store.newest_whole(worker.warn, up_to)
+            entry = store.newest_whole(worker.warn, up_to, model)
             step = entry and entry.step
         except ValueError as error:
             problem = str(error)
@@ -145,7 +147,7 @@ class Saver:
         if self._writer is not None:
             self._writer.wait()
         store = self._worker.store
-        step = None if good_step is None else newest_step(self._worker, store, good_step)
+        step = None if good_step is None else newest_step(self._worker, store, self._config.model, good_step)
         if store is None or step is None or self._state.rollbacks >= config.max_rollbacks:
             raise RunStopped(
                 f"the loss or its gradient is not finite at step {health.last_poisoned}, after {health.counted} such "
