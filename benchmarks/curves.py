@@ -19,9 +19,9 @@ from torch.multiprocessing.spawn import start_processes
 JOB = Path(__file__).parents[1] / "ray_jobs/pretrain.py"
 
 Curve = list[tuple[float, float]]
-"""(seconds, top-1 in per cent) of every epoch, start-up left out. Those of a plain loop begin with the first step and
-end before the epoch's own evaluation; those of `pretrain.py`, its `train_seconds`, begin when the loop does, so that
-the wait for the first images is in, and end after that evaluation: they are a little too long."""
+"""(seconds, top-1 in per cent) of every epoch, start-up left out. Those of a plain loop begin with the first step;
+those of `pretrain.py`, its `train_seconds`, begin when the loop does, so that the wait for the first images is in, and
+end after the epoch's evaluation. The plain loops of overhead.py end after it too, time_to_accuracy.py's before it."""
 
 
 def run_job(*options: str) -> tuple[Curve, dict[str, Any]]:

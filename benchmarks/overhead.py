@@ -3,9 +3,12 @@
 All train the model of a recipe with the same decoding, augmentation and optimiser, for the same epochs, and evaluate
 all test images after each. What differs is all that stands between: the stream, the checkpoints and the recording. The
 plain loop is measured in two forms: two ranks whose gradients are averaged, as in `pretrain.py`, each of which decodes
-for itself; and one process with as many threads, for which others decode. In turn; speed is that of each run's last
-epoch, without the evaluation and, in `pretrain.py`, without copying the state for a checkpoint (writing the copy,
-beside training, is in); seconds are those of `curves.py`.
+for itself; and one process with as many threads, for which others decode. In turn.
+
+Seconds are those of `curves.py`, to the end of the last evaluation. `pretrain.py`'s begin before its first images come,
+a plain loop's with its first step. Images/s are those of all epochs but the first, evaluations and checkpoints
+included. The stream decodes ahead, so what it did for later epochs in the first one is missing there, and not in the
+seconds of the whole.
 
     python benchmarks/overhead.py --plot docs/overhead.png
 """
@@ -77,24 +80,27 @@ def main() -> None:
     console = Console(width=110, highlight=False)
     cores = options.cores
     plain = f"plain, {cores} ranks"
-    ways: dict[str, Callable[[RunConfig], tuple[Curve, float]]] = {
+    ways: dict[str, Callable[[RunConfig], Curve]] = {
         "diffvit": train_by_job,
         plain: partial(train_plain, form=Plain(cores, 1, 0)),
         f"plain, {cores} threads": partial(train_plain, form=Plain(1, cores, cores)),
     }
     names = list(ways)
+    steps = len(open_dataset(config.data).train) // config.optim.batch_size
+    trained = (config.optim.epochs - 1) * steps * config.optim.batch_size
     curves: dict[str, list[Curve]] = {name: [] for name in names}
     speeds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(options.rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            curve, speed = ways[name](replace(config, seed=number))
+            curve = ways[name](replace(config, seed=number))
+            (started, _), (seconds, accuracy) = curve[0], curve[-1]
+            speed = trained / (seconds - started)
             curves[name].append(curve)
             speeds[name].append(speed)
-            seconds, accuracy = curve[-1]
             console.print(f"round {number + 1}: {name} {speed:,.0f} images/s, {accuracy:.2f} % after {seconds:.1f} s")
     title = f"{options.recipe}, {config.optim.epochs} epochs, {platform.machine()}"
-    table = Table("", "images/s", f"to {plain}", "seconds", f"to {plain}", "top-1, %", title=title)
+    table = Table("", "images/s after epoch 1", f"to {plain}", "seconds", f"to {plain}", "top-1, %", title=title)
     for name in names:
         lasted, theirs = ([curve[-1][0] for curve in curves[way]] for way in (name, plain))
         table.add_row(
@@ -126,6 +132,8 @@ def config_of(options: Options) -> RunConfig:
             f"got {options.recipe!r}: take another, such as 'sample'"
         )
     epochs = options.epochs or optim.epochs
+    if epochs < 2:
+        raise SystemExit(f"epochs must be at least 2, for the speed after the first one, got {epochs}")
     return replace(
         config,
         data=replace(config.data, path=options.data_path or config.data.path),
@@ -134,12 +142,11 @@ def config_of(options: Options) -> RunConfig:
     )
 
 
-def train_by_job(config: RunConfig) -> tuple[Curve, float]:
+def train_by_job(config: RunConfig) -> Curve:
     with TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         file.write_text(to_json(config))
-        curve, results = run_job("--config", str(file))
-    return curve, float(results["images_per_second"])
+        return run_job("--config", str(file))[0]
 
 
 class Decoded(Dataset[tuple[Tensor, int]]):
@@ -158,12 +165,12 @@ class Decoded(Dataset[tuple[Tensor, int]]):
         return self._transform(decode_image(encoded, self._channels, self._max_pixels)), int(self._labels[index])
 
 
-def train_plain(config: RunConfig, form: Plain) -> tuple[Curve, float]:
-    curve, speed = run_ranks(_train_plain, config, form, ranks=form.ranks, threads=form.threads)
-    return [(seconds, accuracy) for seconds, accuracy in curve], speed
+def train_plain(config: RunConfig, form: Plain) -> Curve:
+    curve = run_ranks(_train_plain, config, form, ranks=form.ranks, threads=form.threads)
+    return [(seconds, accuracy) for seconds, accuracy in curve]
 
 
-def _train_plain(rank: int, config: RunConfig, form: Plain) -> tuple[Curve, float]:
+def _train_plain(rank: int, config: RunConfig, form: Plain) -> Curve:
     dataset = open_dataset(config.data)
     config = resolve(config, dataset)
     torch.manual_seed(config.seed)
@@ -181,10 +188,9 @@ def _train_plain(rank: int, config: RunConfig, form: Plain) -> tuple[Curve, floa
     optimizer = build_optimizer(model, config.optim)
     schedule = build_schedule(optimizer, config.optim, len(loader))
     loss_of = nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing)
-    curve, speed, began = [], 0.0, 0.0
+    curve, began = [], 0.0
     for epoch in range(config.optim.epochs):
         sampler.set_epoch(epoch)
-        started = time.perf_counter()
         for images, labels in loader:
             began = began or time.perf_counter()
             loss = loss_of(replica(normalize(images, config.data.mean, config.data.std)), labels)
@@ -193,10 +199,9 @@ def _train_plain(rank: int, config: RunConfig, form: Plain) -> tuple[Curve, floa
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-        now = time.perf_counter()
-        speed = len(loader) * config.optim.batch_size / (now - started)
-        curve.append((now - began, top1(model, val_loader, config)))
-    return curve, speed
+        accuracy = top1(model, val_loader, config)
+        curve.append((time.perf_counter() - began, accuracy))
+    return curve
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from diffvit.storage import StorageError
 from diffvit.training.alone import train_alone
 from diffvit.training.launch import resolve
 from diffvit.training.loop import RunStopped
+from diffvit.training.notes import Notes
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def train_arms(recipe: RunConfig, seeds: int, room: ArmRoom, report: Report) -> 
     waiting = sorted(range(len(configs)), key=lambda place: configs[place].seed)
     running: dict[Any, RunConfig] = {}
     stopped: list[str] = []
+    told: set[str] = set()
     report("training", 0, len(configs))
     while waiting or running:
         while waiting and len(running) < (room.concurrent or limit):
@@ -96,7 +99,11 @@ def train_arms(recipe: RunConfig, seeds: int, room: ArmRoom, report: Report) -> 
             running[train_arm.remote(to_json(chosen), data, room.decoders)] = chosen
         (done,), _ = ray.wait(list(running), num_returns=1)
         finished = running.pop(done)
-        reason = _reason(done)
+        reason, messages = _outcome(done)
+        for message in messages:
+            if message not in told:
+                print(f"{finished.name}: {message}")
+            told.add(message)
         if reason:
             stopped.append(f"{finished.name}: {reason}")
         report("training", len(configs) - len(waiting) - len(running), len(configs))
@@ -119,24 +126,26 @@ def _limit(recipe: RunConfig, needs: dict[str, float], runs: int) -> int:
     return runs if can_grow() else room  # those that wait are what the autoscaler brings nodes for
 
 
-def _train_arm(config: str, dataset: Dataset, decoders: int = 0) -> str | None:
-    """Train one run; why it stopped, or None."""
+def _train_arm(config: str, dataset: Dataset, decoders: int = 0) -> tuple[str | None, list[str]]:
+    """Train one run; why it stopped, or None, and what it had to say."""
     run = from_json(config, "arm")
     if not run.is_remote and not Path(run.storage).is_dir():
-        return f"its node does not see {run.storage}; --storage must be a folder that every node sees, or an s3:// URL"
+        blind = f"its node does not see {run.storage}; --storage must be a folder that every node sees, or an s3:// URL"
+        return blind, []
     torch.set_num_threads(1)  # many runs share a machine, one to a CPU
-    try:
-        train_alone(run, dataset, decoders=decoders)
-    except (RunStopped, ValueError, StorageError, OSError) as stop:
-        return str(stop)
-    return None
+    with closing(Notes(run.location)) as notes:
+        try:
+            train_alone(run, dataset, notes.publish, decoders=decoders)
+        except (RunStopped, ValueError, StorageError, OSError) as stop:
+            return str(stop), notes.messages
+        return None, notes.messages
 
 
-def _reason(done: Any) -> str | None:
-    """Why the run that `done` refers to stopped, or None; a lost process is a reason and does not end the others."""
+def _outcome(done: Any) -> tuple[str | None, list[str]]:
+    """What `_train_arm` returned; a lost process is a reason too, and does not end the others."""
     try:
-        reason: str | None = ray.get(done)
+        outcome: tuple[str | None, list[str]] = ray.get(done)
     except RayError as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        return lines[-1] if isinstance(error, RayTaskError) else lines[0]
-    return reason
+        return (lines[-1] if isinstance(error, RayTaskError) else lines[0]), []
+    return outcome

@@ -118,7 +118,7 @@ def parse_compare_config(description: str, arguments: list[str] | None = None) -
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         described = _described(description, arguments)
-        recipe = dataclasses.replace(_take_default(arguments), storage=RunConfig.storage)
+        recipe = dataclasses.replace(_take_default(arguments), storage="")
         config = _parsed(CompareConfig, arguments, described, default=CompareConfig(recipe))
         _require_used(config, recipe)
         return config

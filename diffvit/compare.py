@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,15 +23,13 @@ from diffvit.analysis.figures import draw
 from diffvit.analysis.finished_runs import load_run
 from diffvit.analysis.report import write_report
 from diffvit.arms import ArmRoom, train_arms
-from diffvit.config import RunConfig, ScaleConfig, differing_fields
+from diffvit.config import VARIANT_NAMES, RunConfig, ScaleConfig, differing_fields
 from diffvit.data.boxes import BoxedSplit
 from diffvit.data.loader import validation_batches
 from diffvit.data.sources import open_dataset
 from diffvit.data.tasks import Report
 from diffvit.models.fetched import on_disk
 from diffvit.training.precision import set_float32_products
-
-_ARM_NAMES = {"softmax": "plain ViT", "diff": "Diff-ViT V1", "diff_v2": "Diff-ViT V2"}
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,7 @@ class CompareConfig:
     @property
     def recipe(self) -> RunConfig:
         """What the arms are trained by, where they are kept."""
-        given = self.run.storage != RunConfig.storage
-        return self.run if given else dataclasses.replace(self.run, storage=str(self.folder / "runs"))
+        return self.run if self.run.storage else dataclasses.replace(self.run, storage=str(self.folder / "runs"))
 
 
 def run_comparison(config: CompareConfig, report: Report) -> Path:
@@ -122,8 +120,10 @@ def _name(run: FinishedRun, arms: dict[str, list[FinishedRun]]) -> str:
     for name, runs in arms.items():
         if set(differing_fields(runs[0].config, run.config)) <= {"seed"}:
             return name
-    name = _ARM_NAMES[run.config.model.variant]
-    return name if name not in arms else f"{name} ({run.config.name})"
+    plain = VARIANT_NAMES[run.config.model.variant]
+    named = f"{plain} ({run.config.name})"
+    numbered = (f"{plain} ({run.config.name}, {number})" for number in itertools.count(2))
+    return next(name for name in itertools.chain((plain, named), numbered) if name not in arms)
 
 
 def _write_tensorboard(result: dict[str, Any], folder: Path) -> None:

@@ -13,12 +13,11 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from diffvit.config import RunConfig
+from diffvit.config import VARIANT_NAMES, RunConfig
 from diffvit.data.order import TrainPlan
 from diffvit.data.sources import Dataset
-from diffvit.training.skipped import SKIPPED_FILE, SkippedImages
+from diffvit.training.notes import SKIPPED_FILE, LineFile
 
-_VARIANT_NAMES = {"softmax": "plain ViT", "diff": "Diff-ViT V1", "diff_v2": "Diff-ViT V2"}
 _LINE_EVERY_SECONDS = 5.0
 """Between progress lines where the terminal cannot redraw one."""
 _SKIPPED_SHOWN = 10
@@ -46,7 +45,7 @@ class Console:
         self._thread = threading.Thread(target=self._show, name="console", daemon=True)
         self._last_line = time.monotonic()
         self._folder = config.location.partition("?")[0]
-        self._images, self._skipped = SkippedImages(config.location), 0
+        self._images, self._skipped = LineFile(config.location, SKIPPED_FILE), 0
 
     def __enter__(self) -> Console:
         self._print_header()
@@ -69,7 +68,7 @@ class Console:
         device = "GPU" if scale.gpu else "CPU"
         workers = scale.workers if isinstance(scale.workers, int) else "{} to {}".format(*scale.workers)
         self._console.print(
-            f"[bold]{escape(self._config.name)}[/]: {_VARIANT_NAMES[model.variant]}, {model.embed_dim} wide, "
+            f"[bold]{escape(self._config.name)}[/]: {VARIANT_NAMES[model.variant]}, {model.embed_dim} wide, "
             f"{model.depth} blocks, {heads}, {model.image_size} px in patches of {model.patch_size}"
         )
         self._console.print(

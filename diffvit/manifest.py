@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 MANIFEST_NAME = "checkpoint.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT_VERSION = 1
+CHECKPOINT_FOLDER = re.compile(r"checkpoint_step_(\d+)")
+"""Name of a checkpoint in its run's folder, with the step; not that of a copy which somebody keeps beside it."""
+
+
+def checkpoints_in(run: Path) -> list[Path]:
+    """The folders of a run's checkpoints, by step; they may turn out to be damaged."""
+    return sorted(path for path in run.glob("checkpoint_step_*") if CHECKPOINT_FOLDER.fullmatch(path.name))
 
 
 def sha256_of(path: Path) -> str:

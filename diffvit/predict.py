@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 import ray.data
 from ray.data import DataContext
@@ -30,11 +29,10 @@ from diffvit.data.claim import STAGING, claim, identity_of, release, reopen, req
 from diffvit.data.indexing import find_units, with_absolute_paths
 from diffvit.data.originals import read_labels
 from diffvit.data.prepare import collect_entries
+from diffvit.data.tables import read_table
 from diffvit.data.tasks import STORE_ERRORS, Report, fetch
-from diffvit.manifest import WEIGHTS_NAME, sha256_of
-from diffvit.models.fetched import on_disk
+from diffvit.manifest import WEIGHTS_NAME
 from diffvit.models.saved import SavedModel, load_saved
-from diffvit.models.weights import find_checkpoint
 from diffvit.prediction import PARTS, Job, Predictor, cut_parts, load_part, part_name
 from diffvit.storage import Storage, StorageError
 
@@ -54,14 +52,12 @@ def predict(config: PredictConfig, report: Report) -> dict[str, Any]:
     config = with_absolute_paths(config)
     require_outside(config.out, config.images)
     target = Storage(config.out)
-    with on_disk(config.checkpoint) as found:
-        checkpoint = find_checkpoint(found)
-        saved, weights = load_saved(checkpoint), sha256_of(checkpoint / WEIGHTS_NAME)
+    saved = load_saved(config.checkpoint)
     units = find_units(config.images, config)
     skipped = ("out", "download", "workers", "gpu", "batch_size", "checkpoint")
     options = {name: value for name, value in asdict(config).items() if name not in skipped}
     labels = read_labels(config.labels)
-    identity = identity_of({**options, "weights_sha256": weights}, units, labels)
+    identity = identity_of({**options, "weights_sha256": saved.manifest["sha256"][WEIGHTS_NAME]}, units, labels)
     finished = _finished(target, identity)
     if finished is not None:
         release(target)
@@ -163,7 +159,7 @@ def _summarise(job: Job, saved: SavedModel, identity: dict[str, Any], without_sp
     confusion = np.zeros((len(known), len(known)), np.int64)
     seen = skipped = labelled = top5 = 0
     for name in [part_name(number) for number in range(job.parts)]:  # killed writers may have left others
-        table = pq.read_table(pa.BufferReader(target.read(name)))
+        table = read_table(target, name)
         seen += table.num_rows
         columns = (table[column].to_pylist() for column in ("class", "predicted", "top_classes"))
         for true, predicted, top in zip(*columns, strict=True):

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from diffvit.config import AugmentConfig, ModelConfig, PredictConfig, ScaleConfig
@@ -20,6 +19,7 @@ from diffvit.data.claim import STAGING
 from diffvit.data.images import ImageError, decode_image, eval_transform, normalize
 from diffvit.data.originals import places_of
 from diffvit.data.packing import read_entries_content
+from diffvit.data.tables import write_table
 from diffvit.data.tasks import STORE_ERRORS, fetch, require_seen
 from diffvit.models.saved import SavedModel
 from diffvit.storage import Storage
@@ -138,9 +138,7 @@ class Predictor:
             "top_probabilities": [None if b else row for b, row in zip(bad, top.values.tolist(), strict=True)],
             "reason": reasons,
         }
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.table(columns, schema=_PREDICTION_SCHEMA), sink)
-        self._job.target.write(part_name(number), sink.getvalue())
+        write_table(self._job.target, part_name(number), pa.table(columns, schema=_PREDICTION_SCHEMA))
         return len(reasons)
 
     @torch.inference_mode()

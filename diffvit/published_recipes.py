@@ -8,8 +8,8 @@ model's heads). V1 has the plain model's parameters within 0.3 %; V2 has 8 to 13
 `cifar10-small-v2`) take as many from its MLP.
 
 Scores, hardware and times are the papers', for the plain ViT; none of the ImageNet recipes was run here. What one
-would take on your machines says `pretrain.py RECIPE --rehearse`. Their micro-batches, which change no result, are such
-that activations take 12 GiB at most (counted, not run).
+would take on your machines is what `pretrain.py RECIPE --rehearse` tells. Their micro-batches, which change no result,
+are such that activations take 12 GiB at most (counted, not run).
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ def imagenet_s16(epochs: Literal[90, 150, 300]) -> RunConfig:
         prepare.py --source TRAIN_FOLDER --out imagenet --val-fraction 0.01
         pretrain.py imagenet-s16-90ep --data.path imagenet
 
-    Source: arXiv 2205.01580, table 1: 90 epochs in under seven hours, 300 in less than a day, on a TPUv3-8. Its weight
-    decay of 1e-4 is multiplied by the schedule alone, ours by schedule and peak rate, so 1e-4 there is 0.1 here. It
-    trains on 99 % of the training set: for shards that is prepare's to decide, for a folder `data.val_fraction`, which
-    a folder with a validation set of its own does not ask; its scores are those of the official one (`predict.py`).
+    Source: arXiv 2205.01580, table 1: 90 epochs in under seven hours, 300 in less than a day, on a TPUv3-8; the time of
+    150 is not told (half of 300's, by their number). Its weight decay of 1e-4 is multiplied by the schedule alone, ours
+    by schedule and peak rate, so 1e-4 there is 0.1 here. It trains on 99 % of the training set: for shards that is
+    prepare's to decide, for a folder `data.val_fraction`, which a folder with a validation set of its own does not ask;
+    its scores are those of the official one (`predict.py`).
 
     What differs: its RandAugment also has Cutout, Invert and SolarizeAdd, and no Identity; at its strength it always
     raises colour, contrast, brightness and sharpness by 0.9 (here raises or lowers) and solarises nothing (here all);

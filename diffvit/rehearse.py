@@ -19,7 +19,6 @@ import numpy as np
 import ray
 import rich.console
 
-from diffvit.cluster.packages import require_packages
 from diffvit.config import RehearsalOptions, RunConfig
 from diffvit.console import format_duration, format_flops
 from diffvit.data.loader import plan_run
@@ -29,13 +28,13 @@ from diffvit.data.subset import Excerpt
 from diffvit.data.synthetic import rehearsal_data
 from diffvit.models.flops import training_flops
 from diffvit.storage import Storage
-from diffvit.training.cluster import connect, require_resources, wait_for_cluster
+from diffvit.training.cluster import enter_cluster
 from diffvit.training.compilation import require_compiler
-from diffvit.training.forecast import Forecast, bottleneck, predict
+from diffvit.training.forecast import Forecast, bottleneck, caveat, predict
 from diffvit.training.group import join_group
 from diffvit.training.launch import require_weights, resolve, work_on_group
 from diffvit.training.rehearsal import Measured, rehearse_steps
-from diffvit.training.utilisation import PEAK_BF16_FLOPS
+from diffvit.training.utilisation import utilisation
 
 _STEPS = 50
 _DELETE_TRIES, _LOOKS_AFTER_AN_END = 30, 10
@@ -66,10 +65,7 @@ def rehearse(config: RunConfig, options: RehearsalOptions) -> tuple[Measured, Fo
     console = rich.console.Console(highlight=False, soft_wrap=True)
     console.print(f"rehearsing {steps} of the {plan.total_steps:,} steps of [bold]{config.name}[/]")
     console.print(f"images: {description}", markup=False)
-    connect(config.scale)
-    wait_for_cluster(config.scale, print)
-    require_resources(config.scale)
-    require_packages(print)
+    enter_cluster(config.scale, print)
     with _ends_when_told(), _beside(config) as temporary:
         work = partial(_rehearse_worker, steps=steps)
         measured: Measured = work_on_group(temporary, _with_fewer(dataset, shown), work)
@@ -107,10 +103,12 @@ def _ends_when_told() -> Iterator[None]:
 def _beside(config: RunConfig) -> Iterator[RunConfig]:
     """The same run in a folder of its own in the same storage, which is then deleted; a lost worker ends it."""
     scale = dataclasses.replace(config.scale, max_failures=0, max_preemptions=0)  # nothing to go on from
+    checkpoint = dataclasses.replace(config.checkpoint, every_steps=None, every_minutes=None)  # one, which is timed
+    config = dataclasses.replace(config, scale=scale, checkpoint=checkpoint)
     if config.is_remote:
         name = f"rehearsal-{uuid.uuid4().hex}"
         try:
-            yield dataclasses.replace(config, name=name, scale=scale)
+            yield dataclasses.replace(config, name=name)
         finally:
             Storage(config.storage).delete_folder(name)
         return
@@ -123,7 +121,7 @@ def _beside(config: RunConfig) -> Iterator[RunConfig]:
         raise ValueError(f"storage {storage} cannot be written: {error.strerror or error}") from None
     looks = _LOOKS_AFTER_AN_END
     try:
-        yield dataclasses.replace(config, storage=str(folder), scale=scale)
+        yield dataclasses.replace(config, storage=str(folder))
         looks = 1
     finally:
         _delete(folder, looks)
@@ -153,8 +151,8 @@ def table(
     """What a rehearsal says, line by line."""
     speed = plan.batch_size / measured.step_seconds
     rate = speed * training_flops(config.model, config.init.train)
-    peak = PEAK_BF16_FLOPS.get(measured.device)
-    share = f", {100 * rate / (peak * measured.workers):.1f} % of the bf16 peak" if peak else ""
+    used = utilisation(rate, measured.device, measured.workers)
+    share = f", {100 * used:.1f} % of the bf16 peak" if used else ""
     compute = measured.step_seconds - measured.wait_seconds - measured.communication_seconds
     workers = f"{measured.workers} worker{'s' * (measured.workers > 1)} on {measured.device}, in {measured.precision}"
     averaged = _part(measured.communication_seconds, measured) if measured.workers > 1 else "none, one worker"
@@ -168,7 +166,11 @@ def table(
         ("bottleneck", f"{what}: {why}"),
         ("memory of a worker", f"{measured.peak_bytes / 2**30:.2f} GiB at most"),
         ("checkpoint", f"{measured.writing_seconds:.1f} s to write, beside training"),
-        ("whole run", f"{format_duration(forecast.total_seconds)} for {plan.epochs} epochs, without interruptions"),
+        (
+            "whole run",
+            f"{format_duration(forecast.total_seconds)} for {plan.epochs} epochs, without interruptions"
+            f"{caveat(measured)}",
+        ),
         ("  start-up", format_duration(forecast.startup_seconds)),
         ("  training", format_duration(forecast.training_seconds)),
         ("  evaluation", format_duration(forecast.evaluation_seconds)),

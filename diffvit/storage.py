@@ -34,6 +34,8 @@ _OPEN_OBJECTS = 16_384
 takes less than a kilobyte, and no connection that is kept."""
 _COPIED_BYTES = 8 * 2**20
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.5, 15.0
+UNFINISHED_SUFFIX = ".unfinished"
+"""Of the file that `write` makes beside a local one; left behind where the process was killed meanwhile."""
 _PERMANENT = (
     "ACCESS_DENIED",
     "NO_SUCH_BUCKET",
@@ -179,8 +181,8 @@ class Storage:
     def sweep(self) -> None:
         """Delete what processes that were killed in `write` left beside the files of a local folder, at any depth."""
         if not self.is_remote:
-            for path in Path(self.path()).rglob(".*"):
-                if path.suffix[1:].isdigit() and path.is_file() and not path.is_symlink():  # see `_write_local`
+            for path in Path(self.path()).rglob(f".*{UNFINISHED_SUFFIX}"):
+                if path.is_file() and not path.is_symlink():
                     path.unlink(missing_ok=True)
 
     @_retried
@@ -234,7 +236,7 @@ class Storage:
 
 def _write_local(path: Path, content: bytes | pa.Buffer, durable: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED_SUFFIX}")
     try:
         with temporary.open("wb") as file:
             file.write(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import os
 import shutil
@@ -13,18 +14,18 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
-from moto.server import ThreadedMotoServer
 from PIL import Image
 from pyarrow import fs
 
 from diffvit.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, ScaleConfig
 from diffvit.models.vit import VisionTransformer
+from diffvit.training import tracking
 from diffvit.training.checkpoint import TrainState, take_snapshot
 from diffvit.training.optim import build_optimizer, build_schedule
 
@@ -36,10 +37,17 @@ torch.set_num_threads(1)  # the models are tiny: more threads would only wait fo
 
 def make_image(path: Path, *, hue: int, seed: int, size: tuple[int, int] = (20, 17)) -> None:
     """A noisy picture whose colour tells its class."""
-    pixels = np.random.default_rng(seed).integers(0, 60, (*reversed(size), 3))
-    pixels[..., hue % 3] += 150
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.astype(np.uint8)).save(path)
+    path.write_bytes(_png(hue % 3, seed, size))
+
+
+@cache
+def _png(channel: int, seed: int, size: tuple[int, int]) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 60, (*reversed(size), 3))
+    pixels[..., channel] += 150
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
 
 
 def make_folder(root: Path, images_per_class: int = 12, val_per_class: int = 0) -> Path:
@@ -51,6 +59,13 @@ def make_folder(root: Path, images_per_class: int = 12, val_per_class: int = 0) 
         for number in range(val_per_class):
             make_image(root / "val" / name / f"{number:03d}.png", hue=2 - hue, seed=10_000 + 100 * hue + number)
     return root
+
+
+@pytest.fixture(autouse=True)
+def _no_drawing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process draw no attention maps, which takes longer than an epoch, but in tests marked `draws`."""
+    if request.node.get_closest_marker("draws") is None:
+        monkeypatch.setattr(tracking, "draws_attention", lambda *_: False)
 
 
 @pytest.fixture
@@ -108,6 +123,8 @@ class ObjectStore:
         bucket.create_dir("bucket")
 
     def start(self) -> None:
+        from moto.server import ThreadedMotoServer  # seconds, which processes that import this file need not wait for
+
         self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self._port, verbose=False)
         self._server.start()
         self._port = self._server.get_host_and_port()[1]
@@ -228,9 +245,12 @@ def google_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GoogleSto
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One local Ray for all tests: starting it takes longer than any of them."""
+    import ray
+
     ray.init(
         address="local",
         num_cpus=6,
+        num_gpus=0,
         include_dashboard=True,  # as a sweep of worker groups has it: Ray asks it which groups have ended
         log_to_driver=False,
         logging_level=logging.ERROR,

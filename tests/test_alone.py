@@ -17,9 +17,10 @@ from diffvit.data import loader as loader_module
 from diffvit.data.batches import Batch
 from diffvit.data.loader import BatchLoader, LocalStream, plan_run
 from diffvit.data.sources import Dataset, open_dataset
-from diffvit.training import logbook
+from diffvit.training import logbook, loop
 from diffvit.training.alone import train_alone
 from diffvit.training.loop import RunStopped
+from diffvit.training.notes import read_messages
 
 
 @pytest.fixture
@@ -48,6 +49,20 @@ def test_leaves_what_a_run_leaves(config: RunConfig, dataset: Dataset) -> None:
     assert (config.folder / "results.json").stat().st_mtime_ns == finished
     with pytest.raises(ValueError, match="with another config"):
         train_alone(with_fields(config, optim={"lr": 1.0}), dataset)
+
+
+def test_what_no_console_shows_is_kept(
+    config: RunConfig, dataset: Dataset, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "train/red/003.png").write_bytes(b"not an image")
+    (folder / "val/blue/001.png").write_bytes(b"")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(loop, "LOG_EVERY_STEPS", 1)
+    train_alone(with_fields(config, scale={"precision": "bf16"}), dataset)
+    (message,) = read_messages(config.location)
+    assert "scale.precision = 'bf16', but this CPU would emulate bf16" in message
+    lines = (config.folder / "skipped.txt").read_text().splitlines()
+    assert [line.split(":")[0] for line in lines] == ["train/red/003.png", "val/blue/001.png"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import ray
 from conftest import with_fields
 
 from diffvit.analysis.comparison import CompareOptions
-from diffvit.arms import _reason, _train_arm, arm_configs
+from diffvit.arms import _outcome, _train_arm, arm_configs
 from diffvit.cli import parse_compare_config
 from diffvit.compare import CompareConfig, run_comparison
 from diffvit.config import RunConfig, differing_fields, to_json
@@ -61,7 +61,8 @@ def test_arms_are_kept_below_out_or_where_storage_says(tmp_path: Path) -> None:
     earlier.write_text(to_json(dataclasses.replace(RECIPES["sample"](), storage="/elsewhere", seed=3)))
     config = parse_compare_config("", ["--config", str(earlier), "--out", str(tmp_path / "out")])
     assert config.recipe.storage == str(tmp_path / "out" / "runs")
-    assert parse_compare_config("", ["sample", "--storage", "s3://bucket/arms"]).recipe.storage == "s3://bucket/arms"
+    for storage in ("s3://bucket/arms", "runs"):
+        assert parse_compare_config("", ["sample", "--storage", storage]).recipe.storage == storage
 
 
 @pytest.mark.parametrize(
@@ -133,12 +134,12 @@ class TestRuns:
         def broken() -> None:
             raise TypeError("a defect of ours")
 
-        assert "worker" in (_reason(ray.remote(max_retries=0)(lost).remote()) or "")
-        assert _reason(ray.remote(broken).remote()) == "TypeError: a defect of ours"
+        assert "worker" in (_outcome(ray.remote(max_retries=0)(lost).remote())[0] or "")
+        assert _outcome(ray.remote(broken).remote()) == ("TypeError: a defect of ours", [])
 
     def test_a_folder_that_another_node_does_not_see(self, config: CompareConfig, tmp_path: Path) -> None:
         arm = dataclasses.replace(config.run, storage=str(tmp_path / "not here"))
-        assert "its node does not see" in (_train_arm(to_json(arm), open_dataset(arm.data)) or "")
+        assert "its node does not see" in (_train_arm(to_json(arm), open_dataset(arm.data))[0] or "")
 
     def test_a_cluster_without_gpus_is_refused(self, config: CompareConfig) -> None:
         run = with_fields(config.run, scale={"gpu": True})

@@ -150,11 +150,11 @@ def test_command_line_starts_from_a_file(tmp_path) -> None:
     ("arguments", "message"),
     [
         (["smaple"], "did you mean 'sample'?"),
-        (["--optim.lrr", "1"], "--optim.lr"),
-        (["--optim.lr", "fast"], "fast"),
-        (["--model.num-heads", "7"], "num_heads"),
+        (["--optim.warmpu-epochs", "1"], "--optim.warmup-epochs"),
+        (["--optim.lr", "fast"], "could not convert string to float: 'fast'"),
+        (["--model.num-heads", "7"], "got 96 and num_heads=7"),
         (["--config"], "--config needs a file"),
-        (["--config", "nowhere.json"], "nowhere.json"),
+        (["--config", "nowhere.json"], "must name a JSON file"),
     ],
 )
 def test_wrong_command_lines_end_with_status_2_and_a_hint(arguments, message, capsys) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,46 @@ def test_a_job_joins_what_submitted_it_else_what_runs_here_else_starts_its_own(
     cluster.connect()
     assert addresses == ([joined, "nodes can idle"] if joined == "auto" else [joined])
     assert (token.stat().st_mode & 0o077 == 0) == (joined == "local")  # Ray made it, for everybody to read
+
+
+LISTENING = """
+import os
+from pathlib import Path
+from diffvit.training.cluster import connect
+
+connect()
+parents = {}
+for process in Path("/proc").glob("[0-9]*"):
+    try:
+        parents[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:  # it ended
+        pass
+
+def is_own(pid):
+    return pid == os.getpid() or (pid in parents and is_own(parents[pid]))
+
+sockets = set()
+for pid in filter(is_own, parents):
+    for link in Path("/proc", str(pid), "fd").iterdir():
+        try:
+            sockets.add(os.readlink(link))
+        except OSError:
+            pass
+for table in ("tcp", "tcp6"):
+    for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+            print("listens", fields[1].partition(":")[0])
+"""
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+"""127.0.0.1, ::1 and ::ffff:127.0.0.1 as /proc writes them."""
+
+
+@pytest.mark.ray
+def test_a_local_ray_listens_on_loopback_only() -> None:
+    command = [sys.executable, "-c", LISTENING]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=120)
+    listening = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("listens")]
+    assert len(listening) > 3
+    assert set(listening) <= LOOPBACK

@@ -180,13 +180,13 @@ def test_lambda_is_not_rounded_to_bf16() -> None:
     torch.testing.assert_close(out.float(), torch.full_like(out, 0.002).float(), rtol=0.01, atol=0)
 
 
-def test_sharded_by_nccl_it_is_the_same_function() -> None:
+def test_sharded_by_nccl_it_is_the_same_function(tmp_path: Path) -> None:
     config = ModelConfig(variant="diff", image_size=32, patch_size=8, embed_dim=96, depth=2, num_heads=3, num_classes=7)
     torch.manual_seed(0)
     model = VisionTransformer(config)
     expected = copy.deepcopy(model).to(GPU)
     images = torch.randn(5, 3, 32, 32, device=GPU)
-    dist.init_process_group("nccl", init_method="tcp://127.0.0.1:29531", rank=0, world_size=1)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
         shard(model, 1, GPU)
         assert is_sharded(model)

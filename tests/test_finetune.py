@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from diffvit.models.pretrained import model_from, origin_of
 from diffvit.models.saved import load_saved
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
+from diffvit.training import launch
 from diffvit.training.alone import train_alone
 from diffvit.training.launch import resolve
 from diffvit.training.loop import RunStopped
@@ -204,7 +206,7 @@ def pretrained(tiny_config: RunConfig) -> RunConfig:
         tiny_config,
         model={"variant": "softmax", "num_classes": 3},
         data={"classes": dataset.classes},
-        optim={"epochs": 6},
+        optim={"epochs": 1},
     )
     train_alone(config, dataset)
     return config
@@ -361,6 +363,28 @@ def test_the_normalisation_is_that_of_the_weights(pretrained: RunConfig) -> None
     resolved = resolve(tuned, dataset).data
     assert (resolved.mean, resolved.std) == (pretrained.data.mean, pretrained.data.std)
     assert resolve(with_fields(tuned, data={"mean": (0.7,), "std": (0.6,)}), dataset).data.mean == (0.7,)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_the_weights_that_it_began_from(
+    pretrained: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also without what they alone knew, their images' mean and deviation."""
+    begun: list[RunConfig] = []
+    monkeypatch.setattr(launch, "_train", lambda config, *_: begun.append(config) or {})
+    tuned = with_fields(
+        dataclasses.replace(pretrained, name="tuned"),
+        data={"mean": (), "std": ()},
+        init={"weights": str(pretrained.folder)},
+    )
+    launch.train(tuned)
+    (tuned.folder / "checkpoint_step_00000003").mkdir()
+    shutil.rmtree(pretrained.folder)
+    launch.train(tuned)
+    assert begun[1] == begun[0]
+    assert begun[0].data.mean == pretrained.data.mean
+    with pytest.raises(ValueError, match="not found"):
+        launch.train(dataclasses.replace(tuned, name="anew"))
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from conftest import with_fields
 from diffvit.config import RunConfig
 from diffvit.data.order import TrainPlan
 from diffvit.rehearse import table
-from diffvit.training.forecast import Forecast, bottleneck, predict
+from diffvit.training.forecast import Forecast, bottleneck, caveat, predict
 from diffvit.training.rehearsal import Measured
 
 MEASURED = Measured(
@@ -54,8 +54,6 @@ def test_cost_is_for_every_node() -> None:
 def test_bottleneck_is_what_takes_more_than_a_tenth(wait: float, communication: float, name: str) -> None:
     measured = dataclasses.replace(MEASURED, wait_seconds=wait, communication_seconds=communication)
     assert bottleneck(measured)[0] == name
-    assert ("--rehearse-steps" in bottleneck(measured)[1]) == (name == "data")  # timed for 20 s
-    assert "--rehearse-steps" not in bottleneck(dataclasses.replace(measured, steps=80))[1]
 
 
 def test_table_adds_up(tiny_config: RunConfig) -> None:
@@ -69,5 +67,7 @@ def test_table_adds_up(tiny_config: RunConfig) -> None:
     ]  # fmt: skip
     assert lines["memory of a worker"].startswith("1.50 GiB")
     assert lines["whole run"].startswith("3m39s for 11 epochs")  # 218.75 s
+    assert "timed for 20 s only" in lines["whole run"]
+    assert not caveat(dataclasses.replace(MEASURED, steps=60))  # 30 s
     assert lines["cost"].startswith("1.09 at 9 an hour for each of 2 nodes")
     assert "cost" not in dict(table(config, PLAN, MEASURED, forecast, nodes=2, price=None))

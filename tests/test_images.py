@@ -145,8 +145,8 @@ def test_broken_images_say_why(encoded: bytes, reason: str) -> None:
 
 
 def test_size_is_refused_from_the_header() -> None:
-    bomb = encode(Image.new("1", (20_000, 20_000)))  # 50 kB that would be 400 MB
-    with pytest.raises(ImageError, match=r"pixels"):
+    bomb = encode(Image.new("1", (10_000, 10_000)))[:100]  # whose header alone is read
+    with pytest.raises(ImageError, match=r"10000 x 10000 pixels, more than max_pixels = 50000000"):
         decode_image(bomb, 1, 50_000_000)
     decode_image(encode(photo()), 3, 37 * 23)
     with pytest.raises(ImageError, match=r"37 x 23 pixels, more than max_pixels = 850"):

@@ -1,4 +1,4 @@
-"""SIGKILL of the command and of each worker, at moments that could be bad ones, in one run whose folder is on S3."""
+"""SIGKILL of the command and of workers, at moments that could be bad ones and at random ones."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
 import ray.train
 import torch
-from conftest import ObjectStore, with_fields
+from conftest import ObjectStore, make_folder, with_fields
 from pyarrow import BufferReader
 from safetensors.torch import load, load_file
 
 from diffvit.config import RunConfig, to_json
 from diffvit.storage import Storage
 from diffvit.training import launch
+from diffvit.training.checkpoint import checkpoint_name
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.run_lock import RunLock
 
@@ -135,3 +137,57 @@ def test_killed_at_every_moment(
     assert not [name for name in run.names() if name.startswith(".")]  # nothing of Ray's
     checkpoints = {name for name in run.names() if name.startswith("checkpoint_step_")}
     assert checkpoints == {entry.name for entry in CheckpointStore(config.location, config.checkpoint).entries()}
+
+
+def killed_at(step: int, rank: int, saved: Path) -> Callable[[dict[str, Any]], str | None]:
+    """What a worker runs: training, in which the process of `rank` dies once there are `step` steps and `saved`."""
+    train_worker, loop = launch._train_worker, LOOP
+
+    def train_and_die(job: dict[str, Any]) -> str | None:
+        module = pkgutil.resolve_name(loop)
+        take_step = module.take_step
+
+        def take_step_or_die(config: Any, plan: Any, model: Any, state: Any, *others: Any) -> Any:
+            if state.step == step and ray.train.get_context().get_world_rank() == rank:
+                while not saved.exists():
+                    time.sleep(0.01)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return take_step(config, plan, model, state, *others)
+
+        module.take_step = take_step_or_die
+        return train_worker(job)
+
+    return train_and_die
+
+
+def test_runs_of_one_to_four_workers_cut_at_random_steps(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each goes on with another number of workers; the audit is that of a run by one which nothing happened to."""
+    images = make_folder(tmp_path / "more", images_per_class=40, val_per_class=5)  # 20 steps of 12
+    whole = with_fields(
+        tiny_config,
+        data={"path": str(images), "audit": True},
+        scale={"max_failures": 0},
+        checkpoint={"every_steps": 3},
+    )
+    launch.train(dataclasses.replace(whole, name="whole"))
+    rng = np.random.default_rng(11)
+    saves = (3 * np.sort(rng.choice(np.arange(1, 6), 4, replace=False))).tolist()
+    for workers, save in zip(rng.permutation([1, 2, 3, 4]).tolist(), saves, strict=True):
+        config = with_fields(whole, scale={"workers": workers})
+        saved = whole.folder / checkpoint_name(save) / "checkpoint.json"
+        with monkeypatch.context() as patch:
+            dying = killed_at(save + int(rng.integers(1, 3)), int(rng.integers(workers)), saved)
+            patch.setattr(launch, "_train_worker", dying)
+            with pytest.raises(launch.TrainingFailedError):
+                launch.train(config)
+    results = launch.train(with_fields(whole, scale={"workers": 3}))
+    assert (results["last"]["step"], len(results["interruptions"])) == (20, 4)
+    assert sorted(results["world_sizes"][:-1]) == [1, 2, 3, 4]
+
+    def samples(config: RunConfig) -> list[tuple[Any, ...]]:  # the ranks differ, of course
+        return [tuple(row[name] for name in ("epoch", "step", "position", "key")) for row in audited(config)]
+
+    assert samples(whole) == samples(dataclasses.replace(whole, name="whole"))
+    assert len(set(samples(whole))) == len(samples(whole)) == 2 * 120

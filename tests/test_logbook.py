@@ -73,7 +73,7 @@ def test_nobody_waits_for_a_store_that_is_away(object_store: ObjectStore, tmp_pa
     try:
         started = time.perf_counter()
         book.alive(7, 3.0, 1)
-        assert time.perf_counter() - started < 0.1
+        assert time.perf_counter() - started < 1
         book.cut("lost with the store")
         assert time.perf_counter() - started < 10
         assert book._signing is not None

@@ -31,6 +31,7 @@ from diffvit.training import step as step_module
 from diffvit.training.checkpoint import Snapshot
 from diffvit.training.checkpoint_store import CheckpointStore, Entry, Superseded, Warn
 from diffvit.training.checkpoint_writer import CheckpointWriter
+from diffvit.training.event_log import EventLog
 from diffvit.training.logbook import Logbook
 from diffvit.training.loop import RunStopped, Worker, fit
 
@@ -48,7 +49,7 @@ def _every_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Run:
-    """Runs `fit` as rank 0 of 1, with every checkpoint in `folder`; `stop_after` ends it there as a crash would.
+    """Runs `fit` as rank 0 of 1, with the last `keep_last` checkpoints in `folder`; `stop_after` is as a crash there.
 
     `source` makes the images look otherwise to the loop: it maps a batch to the one that is seen.
     """
@@ -64,7 +65,9 @@ class Run:
         preempted: Callable[[], bool] = lambda: False,
     ) -> None:
         dataset = open_dataset(config.data)
-        config = with_fields(config, model={"num_classes": len(dataset.classes)}, checkpoint={"keep_last": keep_last})
+        config = with_fields(
+            config, model={"num_classes": len(dataset.classes)}, checkpoint={"keep_last": keep_last or 1}
+        )
         self.stop_after = stop_after
         self.epochs: list[dict[str, Any]] = []
         self.published: list[tuple[str, dict[str, Any]]] = []
@@ -75,7 +78,7 @@ class Run:
             config.optim.epochs,
             config.optim.batch_size,
             1,
-            config.accumulation_steps,
+            config.accumulation_steps_of(1),
             config.augment.repeats,
         )
         eval_plan = EvalPlan(len(dataset.val), 4)
@@ -86,7 +89,7 @@ class Run:
             torch.device("cpu"),
             self.epochs.append,
             lambda *event: self.published.append(event),
-            store=self.store,
+            store=self.store if keep_last else None,
             preempted=preempted,
         )
         fit(config, plan, eval_plan, stream, worker)
@@ -155,6 +158,7 @@ def test_learns_and_reports_each_epoch(tiny_config: RunConfig, tmp_path: Path) -
     assert last["images_per_second"] > 0
 
 
+@pytest.mark.draws
 def test_tensorboard_has_every_curve(tiny_config: RunConfig, tmp_path: Path) -> None:
     run = Run(tiny_config, tmp_path)
     assert scalars(tiny_config, "val/top1") == [(3, run.metrics[0]["top1"]), (6, pytest.approx(run.metrics[1]["top1"]))]
@@ -174,6 +178,7 @@ def test_tensorboard_has_the_gates_of_v2(tiny_config: RunConfig, tmp_path: Path)
         assert all(0 < gate < 1 for _, gate in gates)
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize("ema_decay", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("after", [2, 3, *(pytest.param(after, marks=pytest.mark.slow) for after in (4, 5))])
 def test_cut_anywhere_and_continued_ends_with_the_same_bits(
@@ -403,6 +408,26 @@ def test_a_full_disk_costs_nothing_once_there_is_room(
     assert "could not be written and is tried again" in run.warnings[0]
     assert run.metrics[-1]["step"] == 12
     assert [step for step, _ in scalars(config, "train/loss")] == [3, 6, 9, 10, 12]
+
+
+def test_a_run_that_keeps_no_checkpoints_outlives_a_full_disk(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(log: EventLog) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(EventLog, "copy", refuse)
+    assert len(Run(tiny_config, tmp_path, keep_last=0).epochs) == 2
+
+
+def test_another_precision_is_said_and_kept(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut(tiny_config, tmp_path, 4)
+    monkeypatch.setattr(loop, "numbers", lambda *_: "bf16")
+    resumed = Run(tiny_config, tmp_path)
+    assert resumed.warnings == ["the run goes on in bf16; so far it computed in fp32"]
+    assert resumed.metrics[-1]["precisions"] == ["fp32", "bf16"]
 
 
 def test_workers_that_were_taken_for_lost_write_no_more(tiny_config: RunConfig, tmp_path: Path) -> None:

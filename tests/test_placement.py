@@ -37,23 +37,23 @@ if __name__ == "__main__":
     ray.init(address=cluster.address, log_to_driver=False)
     cluster.wait_for_nodes()
 
-    def decoded_by(cpus):
+    def decoded_by(cpus, rows):
         stream.ExecutionOptions = lambda **options: ray.data.ExecutionOptions(
             preserve_order=True, resource_limits=ray.data.ExecutionResources(cpu=cpus)
         )
         stream._CHUNK_IMAGES = 1
-        (part,) = stream._split_chunks(Loader(), range(20), 1)
+        (part,) = stream._split_chunks(Loader(), range(rows), 1)
         batches = [b for chunk in part.iter_batches(batch_size=None, batch_format="pyarrow")
                    for b in stream._unpack(chunk)]
-        assert [batch.row for batch in batches] == list(range(20))
+        assert [batch.row for batch in batches] == list(range(rows))
         return [batch.skipped[0] for batch in batches]
 
     try:
-        one, many = decoded_by(1), decoded_by(6)
+        one, many = decoded_by(1, 6), decoded_by(6, 20)
         cluster.remove_node(data_node)
         while sum(node["Alive"] for node in ray.nodes()) > 1:
             time.sleep(0.1)
-        print(json.dumps({"data_node": data_node.node_id, "one": one, "many": many, "left": decoded_by(1)}))
+        print(json.dumps({"data_node": data_node.node_id, "one": one, "many": many, "left": decoded_by(1, 6)}))
     finally:
         ray.shutdown()
         cluster.shutdown()

@@ -100,7 +100,7 @@ def test_bf16_on_a_cpu_where_it_has_it_else_float32_and_said(
     results = train_alone(config, dataset, lambda kind, fields: heard.append((kind, fields)))
     (warning,) = [fields["message"] for kind, fields in heard if kind == "warning"]
     assert "scale.precision = 'bf16', but this CPU" in str(warning)
-    assert results["precision"] == "fp32"
+    assert results["precisions"] == ["fp32"]
     assert product_type(config) == torch.float32
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     assert product_type(config) == torch.bfloat16

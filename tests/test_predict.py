@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -37,19 +38,25 @@ def quiet(what: str, done: int, total: int) -> None:
 
 
 @pytest.fixture
-def checkpoint(tiny_config: RunConfig, tmp_path: Path) -> Path:
-    """Of a model that has learnt to tell the three colours."""
+def checkpoint(tiny_config: RunConfig, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a model that has learnt to tell the three colours; trained once, a copy for each test."""
+    trained = tmp_path_factory.getbasetemp() / "learnt"
+    if not trained.exists():
+        _train(tiny_config, trained)
+    return Path(shutil.copytree(trained, tmp_path / "checkpoint"))
+
+
+def _train(tiny_config: RunConfig, folder: Path) -> None:
     dataset = open_dataset(tiny_config.data)
     config = with_fields(tiny_config, model={"num_classes": 3}, data={"classes": dataset.classes}, optim={"epochs": 12})
     plan = TrainPlan(36, 0, 12, 12)
     stream = LocalStream(BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, EvalPlan(15, 5)))
-    store = CheckpointStore(tmp_path, config.checkpoint)
+    run = folder.with_name("learning")
+    store = CheckpointStore(run, config.checkpoint)
     fit(
         config, plan, EvalPlan(15, 5), stream, Worker(torch.device("cpu"), lambda _: None, lambda *_: None, store=store)
     )
-    saved = tmp_path / "checkpoint"
-    (tmp_path / checkpoint_name(plan.total_steps)).rename(saved)
-    return saved
+    (run / checkpoint_name(plan.total_steps)).rename(folder)
 
 
 @pytest.fixture

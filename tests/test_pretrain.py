@@ -51,6 +51,8 @@ def test_a_run_from_start_to_finish(config: RunConfig, capsys: pytest.CaptureFix
     assert results["last"]["step"] == 9
     assert results["best"]["top1"] >= results["last"]["top1"]
     assert results["world_sizes"] == [2]
+    assert 0 < results["seconds_to_first_step"] < results["wall_seconds"]
+    assert results["peak_bytes"] > 2**27  # torch alone takes more
     assert set(written["versions"]) >= {"torch", "ray"}
     # what lies in the folder: the best and the last two checkpoints, nothing half written
     checkpoints = {path.name for path in config.folder.glob("checkpoint_step_*")}
@@ -116,11 +118,9 @@ def test_an_open_number_of_workers_takes_what_divides_the_batch(config: RunConfi
 
 
 def kill_a_worker_after_the_first_checkpoint(folder: Path) -> None:
-    while not (pids := own_processes("ray::RayTrainWorker")):
-        time.sleep(0.1)
     while not list(folder.glob("checkpoint_step_*")):
         time.sleep(0.01)
-    os.kill(pids[0], signal.SIGKILL)
+    os.kill(own_processes("ray::RayTrainWorker")[0], signal.SIGKILL)
 
 
 def own_processes(title: str) -> list[int]:

@@ -124,6 +124,23 @@ def test_no_hyperparameter_is_left_out_of_the_table(name: str) -> None:
             assert skipped or f"{section}.{field.name}" in table.keys() | OURS, field.name
 
 
+def test_folder_is_big_visions_but_for_what_it_says() -> None:
+    config = RECIPES["folder"]()
+    assert {field for field, published in BIG_VISION.items() if value(config, field) != published} == {
+        "augment.mixup", "augment.crop_scale", "optim.warmup_steps", "optim.warmup_epochs",
+        "model.num_heads", "model.num_classes", "data.mean", "data.std", "data.val_fraction",  # V1's; the images' own
+    }  # fmt: skip
+
+
+def test_finetune_has_maes_hyperparameters() -> None:
+    published = {
+        "optim.optimizer": "adamw", "optim.lr": 1e-3 * 128 / 256, "optim.batch_size": 128, "optim.beta1": 0.9,
+        "optim.beta2": 0.999, "optim.layer_decay": 0.75, "optim.weight_decay": 0.05, "optim.label_smoothing": 0.1,
+    }  # fmt: skip
+    config = RECIPES["finetune"]()
+    assert {field: value(config, field) for field in published} == published
+
+
 def test_a_recipes_command_names_it() -> None:
     for name, recipe in RECIPES.items():
         for told in re.findall(r"pretrain\.py (\S+)", recipe.__doc__ or ""):

@@ -76,6 +76,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+@pytest.mark.draws
 def test_parts_of_a_step(tiny_config: RunConfig, clock: Clock) -> None:
     """Two micro-batches a step; 5 steps, of which 2 warm up."""
     config = with_fields(tiny_config, scale={"micro_batch_size": 6})

@@ -28,6 +28,8 @@ from diffvit.data.sources import Dataset, open_dataset
 from diffvit.models.fetched import on_disk
 from diffvit.models.pretrained import origin_of
 from diffvit.models.saved import load_saved
+from diffvit.models.vit import VisionTransformer
+from diffvit.models.weights import load_weights
 from diffvit.rehearse import _beside
 from diffvit.storage import Storage
 from diffvit.training import checkpoint_writer, loop
@@ -149,6 +151,11 @@ def test_weights_at_a_url(config: RunConfig, dataset: Dataset, scratch: Path) ->
     ours = weights(tuned, "checkpoint_step_00000003")
     assert all(torch.equal(ours[name], best[name]) for name in best if not name.startswith("head."))
     file = Storage(config.location).child("checkpoint_step_00000003/model.safetensors").uri
+    named = Storage(config.location).child("vit_tiny_patch16_224")  # whose heads no shape shows
+    named.write("model.safetensors", Storage(config.location).read("checkpoint_step_00000003/model.safetensors"))
+    plain = VisionTransformer(dataclasses.replace(config.model, variant="softmax", num_heads=2))
+    with pytest.raises(ValueError, match=r"of a model with model.num_heads = 3, got 2"):
+        load_weights(plain, named.child("model.safetensors").uri)
     with on_disk(file) as path:
         assert path.name == "model.safetensors"
         assert load(path.read_bytes()).keys() == best.keys()
@@ -289,9 +296,11 @@ def test_what_is_refused(config: RunConfig, dataset: Dataset) -> None:
 def test_a_rehearsal_leaves_nothing_in_the_store(config: RunConfig, ends: bool) -> None:
     store = Storage(config.storage)
     store.write("tiny/results.json", b"of the run itself")
+    config = with_fields(config, checkpoint={"every_steps": 5})  # which the forecast adds, so they are not to be timed
     with pytest.raises(RuntimeError) if not ends else nullcontext(), _beside(config) as temporary:
         assert (temporary.storage, temporary.scale.max_failures) == (config.storage, 0)
         assert temporary.name != config.name
+        assert (temporary.checkpoint.every_steps, temporary.checkpoint.every_minutes) == (None, None)
         Storage(temporary.location).write("checkpoints/a", b"x")
         assert len(store.names()) == 2
         if not ends:

@@ -12,7 +12,7 @@ from conftest import with_fields
 
 from diffvit.config import RunConfig, from_json, to_json
 from diffvit.training import run_folder
-from diffvit.training.run_folder import close_run, not_the_same_folder, open_run, write_results
+from diffvit.training.run_folder import begun, close_run, not_the_same_folder, open_run, write_results
 
 
 def test_new_then_continued_then_finished(tiny_config: RunConfig) -> None:
@@ -84,14 +84,15 @@ def test_what_is_there_needs_no_more_space(tiny_config: RunConfig, monkeypatch: 
 def test_what_killed_writers_left_is_swept(tiny_config: RunConfig) -> None:
     open_run(tiny_config)
     (tiny_config.folder / "audit").mkdir()
-    old = [".alive.json.17", "audit/.00000000-00000003-0000.parquet.17", f".run.lock.{'a' * 32}", ".write-test-17"]
-    for name in (*old, ".fresh.json.18", ".mine"):
+    part = "audit/.00000000-00000003-0000.parquet.17.unfinished"
+    old = [".alive.json.17.unfinished", part, f".run.lock.{'a' * 32}", ".write-test-17"]
+    for name in (*old, ".fresh.json.18.unfinished", ".mine", ".mine.17"):
         (tiny_config.folder / name).write_text("half")
-    for name in (*old, ".mine"):
+    for name in (*old, ".mine", ".mine.17"):
         os.utime(tiny_config.folder / name, (0, 0))
     open_run(tiny_config)
     left = {str(path.relative_to(tiny_config.folder)) for path in tiny_config.folder.rglob("*")}
-    assert left == {"audit", "config.json", ".fresh.json.18", ".mine"}
+    assert left == {"audit", "config.json", ".fresh.json.18.unfinished", ".mine", ".mine.17"}
 
 
 def test_a_run_that_lost_its_storage_says_why_it_ended(tiny_config: RunConfig, tmp_path: Path) -> None:
@@ -149,9 +150,18 @@ def test_other_images_are_refused(tiny_config: RunConfig) -> None:
         open_run(tiny_config, 72)
 
 
+def test_a_run_goes_on_from_its_first_checkpoint_on(tiny_config: RunConfig) -> None:
+    assert begun(tiny_config) is None
+    open_run(tiny_config)
+    (tiny_config.folder / "checkpoint_step_00000003_good").mkdir()
+    assert begun(tiny_config) is None
+    (tiny_config.folder / "checkpoint_step_00000003").mkdir()
+    assert begun(tiny_config) == tiny_config
+
+
 def test_a_start_that_was_killed_does_not_block_the_name(tiny_config: RunConfig) -> None:
     tiny_config.folder.mkdir(parents=True)
-    for name in (".write-test-123", ".config.json.123"):
+    for name in (".write-test-123", ".config.json.123.unfinished"):
         (tiny_config.folder / name).write_text("half")
     assert open_run(tiny_config) is None
 

@@ -28,7 +28,8 @@ def test_a_killed_driver_loses_what_was_running_and_nothing_else(tmp_path: Path)
         record(3, 30.0, status="running"),
         record(0, 55.0, status="running", role="finalist", seed=1),
     )
-    for run in (whole, stopped, failed, cut, finalist):
+    lost = record(1, 55.0, status="failed", role="finalist", seed=1)  # which is trained again, too
+    for run in (whole, stopped, failed, cut, finalist, lost):
         journal.save(run)
     journal.study.tell(trials[0], 60.0)
     journal.study.tell(trials[1], 40.0)  # Optuna heard of the end, the record did not

@@ -156,12 +156,18 @@ def test_what_waiting_does_not_mend_is_not_waited_for(
 
 
 def test_only_what_writing_leaves_is_swept(tmp_path: Path) -> None:
-    (tmp_path / ".cache.1").mkdir()
-    (tmp_path / ".link.2").symlink_to(tmp_path)
-    (tmp_path / ".x.3").write_text("half")
+    (tmp_path / ".cache.1.unfinished").mkdir()
+    (tmp_path / ".link.2.unfinished").symlink_to(tmp_path)
+    (tmp_path / ".x.3.unfinished").write_text("half")
+    (tmp_path / ".x.3").write_text("mine")
     (tmp_path / ".notes").write_text("mine")
     Storage(str(tmp_path)).sweep()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".cache.1", ".link.2", ".notes"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".cache.1.unfinished",
+        ".link.2.unfinished",
+        ".notes",
+        ".x.3",
+    ]
 
 
 def test_a_full_disk_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

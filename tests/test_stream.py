@@ -111,7 +111,7 @@ def assert_same(ours: list[Batch], theirs: Iterator[Batch]) -> None:
         np.testing.assert_array_equal(mine.images, yours.images)
 
 
-@pytest.mark.parametrize(("workers", "accumulation_steps", "first_step"), [(1, 1, 0), (2, 1, 4), (3, 2, 1), (4, 1, 5)])
+@pytest.mark.parametrize(("workers", "accumulation_steps", "first_step"), [(1, 1, 0), (2, 1, 4), (3, 2, 1), (4, 1, 3)])
 def test_training_batches_match_the_local_stream(
     tiny_config: RunConfig, workers: int, accumulation_steps: int, first_step: int
 ) -> None:
@@ -126,14 +126,14 @@ def test_a_sample_looks_the_same_whatever_the_number_of_workers(tiny_config: Run
     """Crop and flip are the sample's and the epoch's, not the rank's."""
     seen: list[dict[tuple[int, int], Any]] = []
     for workers in (1, 2, 3, 4):
-        by_rank = on_every_rank(tiny_config, workers, lambda stream: stream.train(3))
-        plan = loaders(tiny_config, workers)[0].plan
+        train, val = loaders(tiny_config, workers)
+        plan = train.plan
         assert isinstance(plan, TrainPlan)
         seen.append(
             {
                 (plan.locate(batch.row)[0], int(sample)): image
-                for batches in by_rank
-                for batch in batches
+                for rank in range(workers)
+                for batch in LocalStream(train, val, rank, workers).train(3)
                 for sample, image in zip(batch.samples, batch.images, strict=True)
             }
         )
@@ -549,7 +549,7 @@ def test_closing_early_leaves_no_stream_behind(tiny_config: RunConfig) -> None:
     batches = stream.train(0)
     assert next(batches).row == 0
     batches.close()
-    assert next(stream.train(3)).row == 3
+    assert [batch.row for batch in stream.train(3)] == [3, 4, 5]  # of which it makes only the first itself
 
 
 @pytest.mark.parametrize(("workers", "cpus", "mib"), [(1, 2, 1536), (8, 2, 4096), (1, 12, 9216), (2, 8, 6144)])

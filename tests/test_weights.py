@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import with_fields, write_untrained
 from safetensors.torch import save_file
+from torch import Tensor
 
 from diffvit.config import ModelConfig, RunConfig
 from diffvit.manifest import write_manifest
@@ -58,27 +59,55 @@ def test_state_dict_file_checkpoint_and_run(tmp_path: Path) -> None:
         assert (report.resampled, report.replaced) == ((), ())
 
 
-@pytest.mark.parametrize(
-    ("variant", "sizes", "names"),
-    [("diff", (12, 12, 12), ("out_proj", "subln")), ("diff_v2", (24, 12, 12), ("o_proj", "lambda_proj"))],
-)
-def test_unilm_layout(variant: Any, sizes: tuple[int, int, int], names: tuple[str, str]) -> None:
-    """The separate projections, cut from our own by the order that unilm's `view` calls give them."""
-    source = model(1, variant=variant)
-    weights = {}
-    for name, tensor in source.state_dict().items():
-        head, _, leaf = name.rpartition("attn.")
-        if leaf.startswith("qkv."):
-            for part, piece in zip("qkv", tensor.split(sizes), strict=True):
-                weights[f"{head}attn.{part}_proj.{leaf[4:]}"] = piece
-        elif head and leaf.startswith("proj."):
-            weights[f"{head}attn.{names[0]}.{leaf[5:]}"] = tensor
-        else:
-            weights[name.replace("sub_norm", names[1])] = tensor
-    assert not any("qkv" in name for name in weights)
-    target = model(2, variant=variant)
+@pytest.mark.parametrize("variant", ["diff", "diff_v2"])
+def test_unilm_layout(variant: Any) -> None:
+    """Separate projections in the place of `qkv`: what the model then computes is what unilm's own modules do."""
+    target, x = model(1, variant=variant).double(), torch.randn(2, 5, 12, dtype=torch.float64)
+    first, weights = target.blocks[0].attn, target.state_dict()
+    queries = 12 if variant == "diff" else 24
+    output, norm = ("out_proj", "subln") if variant == "diff" else ("o_proj", "lambda_proj")
+    for block in (f"blocks.{number}.attn." for number in range(2)):
+        for name in ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias"):
+            del weights[block + name]
+        for name, rows in (("q_proj", queries), ("k_proj", 12), ("v_proj", 12), (output, 12)):
+            weights[f"{block}{name}.weight"] = torch.randn(rows, 12, dtype=torch.float64)
+            weights[f"{block}{name}.bias"] = torch.randn(rows, dtype=torch.float64)
+        if variant == "diff":
+            weights[f"{block}{norm}.weight"] = weights.pop(f"{block}sub_norm.weight").uniform_(0.5, 2)
     load_weights(target, weights)
-    assert same(target, source)
+    own = {name.removeprefix("blocks.0.attn."): tensor for name, tensor in weights.items() if "blocks.0.attn" in name}
+    expected = unilm_v1(x, own, first.lambda_init) if variant == "diff" else unilm_v2(x, own)
+    torch.testing.assert_close(first(x), expected)
+
+
+def unilm_v1(x: Tensor, weights: dict[str, Tensor], lambda_init: float) -> Tensor:
+    """`MultiheadDiffAttn.forward` of two heads, without rotation and mask."""
+    B, N, D = x.shape
+    H, K = 2, D // 4
+    q, k = (project(x, weights, name).view(B, N, 2 * H, K).transpose(1, 2) for name in ("q_proj", "k_proj"))
+    v = project(x, weights, "v_proj").view(B, N, H, 2 * K).transpose(1, 2)
+    maps = (q @ k.transpose(2, 3) / K**0.5).softmax(-1).view(B, H, 2, N, N)
+    one, two = (weights[f"lambda_q{i}"].dot(weights[f"lambda_k{i}"]).exp() for i in (1, 2))
+    heads = (maps[:, :, 0] - (one - two + lambda_init) * maps[:, :, 1]) @ v
+    heads = heads / (heads.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weights["subln.weight"]
+    return project((heads * (1 - lambda_init)).transpose(1, 2).reshape(B, N, D), weights, "out_proj")
+
+
+def unilm_v2(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """`MultiheadFlashDiffV2.forward` of two heads: query heads 2i and 2i + 1 read key and value head i."""
+    B, N, D = x.shape
+    H, K = 2, D // 2
+    q = project(x, weights, "q_proj").view(B, N, 2 * H, K).transpose(1, 2)
+    k, v = (project(x, weights, name).view(B, N, H, K).transpose(1, 2) for name in ("k_proj", "v_proj"))
+    k, v = (heads.repeat_interleave(2, dim=1) for heads in (k, v))
+    outputs = ((q @ k.transpose(2, 3) / K**0.5).softmax(-1) @ v).transpose(1, 2)
+    gate = (x @ weights["lambda_proj.weight"].T).sigmoid().unsqueeze(-1)
+    heads = outputs[:, :, 0::2] - gate * outputs[:, :, 1::2]
+    return project(heads.reshape(B, N, D), weights, "o_proj")
+
+
+def project(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
 
 def test_positions_of_another_grid_are_resampled() -> None:
@@ -140,11 +169,16 @@ def test_a_run_that_was_cut_gives_its_best_so_far(tmp_path: Path) -> None:
         manifest = json.loads((folder / "checkpoint.json").read_text())
         metrics = {} if top1 is None else {"top1": top1}
         (folder / "checkpoint.json").write_text(json.dumps({**manifest, "step": step, "metrics": metrics}))
+    copy = save_checkpoint(tmp_path / "checkpoint_step_00000006_of_another", model(6))
+    content = {**json.loads((copy / "checkpoint.json").read_text()), "step": 6, "metrics": {"top1": 99.0}}
+    (copy / "checkpoint.json").write_text(json.dumps(content))
     load_weights(target, tmp_path)
     assert same(target, best)
     # an earlier sitting's, which names what was deleted since
     (tmp_path / "results.json").write_text(json.dumps({"best": {"checkpoint": "checkpoint_step_00000001"}}))
-    load_weights(model(2), tmp_path)
+    target = model(7)
+    load_weights(target, tmp_path)
+    assert same(target, best)
 
 
 def test_a_run_whose_best_has_no_checkpoint_gives_its_last(tmp_path: Path) -> None:

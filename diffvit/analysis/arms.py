@@ -12,7 +12,8 @@ from diffvit.models.vit import VisionTransformer
 
 _SAME_IMAGES = (
     *("model.image_size", "model.patch_size", "model.in_channels", "model.num_classes"),
-    *("data.path", "data.val_fraction", "data.split_seed", "augment.eval_crop_ratio"),
+    *("data.path", "data.val_fraction", "data.split_seed"),
+    *("augment.eval_crop_ratio", "augment.interpolation"),
 )
 """What decides which pixels and labels a model is asked about, and to which patches masks refer."""
 _EXPECTED = ("model.variant", "model.num_heads", "seed", "model.lambda_init")
@@ -57,7 +58,8 @@ def check_arms(arms: Arms) -> None:
         unlike = {k: v for k, v in differing_fields(first.config, runs[0].config).items() if k in _SAME_IMAGES}
         if unlike:
             raise ValueError(
-                f"all arms must be asked about the same images, got {_listed(unlike)} in {first_name!r} and {name!r}"
+                f"all arms must be asked about the same images, got {_listed(unlike)} in {first_name!r} and {name!r}; "
+                "compare runs of one data set, image size and way of evaluating"
             )
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from diffvit.analysis.arms import FinishedRun
-from diffvit.analysis.curves import read_curves
+from diffvit.analysis.curves import Curves, read_curves
 from diffvit.config import from_json
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
@@ -32,4 +32,9 @@ def load_run(folder: Path) -> FinishedRun:
     checkpoint = folder / results["last"]["checkpoint"]
     model = VisionTransformer(config.model)
     load_weights(model, checkpoint)
-    return FinishedRun(config.seed, model, config, read_curves(folder / "tensorboard"))
+    curves: Curves
+    try:
+        curves = read_curves(folder / "tensorboard")
+    except FileNotFoundError:  # somebody tidied up; figures of what was recorded leave the run out
+        curves = {}
+    return FinishedRun(config.seed, model, config, curves)

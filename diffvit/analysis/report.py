@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,12 @@ from diffvit.analysis.figures import draw
 from diffvit.analysis.findings import findings, signed
 from diffvit.analysis.panels import Panel, Result
 from diffvit.analysis.statistics import mean_and_std
+from diffvit.config import VARIANT_NAMES
 
 RESULT_NAME = "compare.json"
 REPORT_NAME = "report.html"
 FIGURES_FOLDER = "figures"
 
-_VARIANTS = {"softmax": "plain", "diff": "differential V1", "diff_v2": "differential V2"}
 _NOISE_ROWS = {
     "entropy_1": ("entropy of the first map, nats", 2),
     "entropy_2": ("entropy of the second map, nats", 2),
@@ -67,7 +68,8 @@ def write_report(result: Result, folder: Path) -> Path:
     rows = [
         DrawnRow(row.name, row.title, row.how_to_read, [_svg(panel) for panel in row.panels]) for row in draw(result)
     ]
-    (folder / FIGURES_FOLDER).mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / FIGURES_FOLDER, ignore_errors=True)  # another comparison may have had others
+    (folder / FIGURES_FOLDER).mkdir(parents=True)
     for row in rows:
         for number, image in enumerate(row.images):
             (folder / FIGURES_FOLDER / f"{row.name}_{number}.svg").write_bytes(image.svg)
@@ -92,7 +94,7 @@ def render(result: Result, rows: Sequence[DrawnRow]) -> str:
         result=result,
         arms=arms,
         findings=findings(result),
-        variants=_VARIANTS,
+        variants=VARIANT_NAMES,
         noise_rows={
             name: shown for name, shown in _NOISE_ROWS.items() if any(name in arm["noise"] for arm in arms.values())
         },

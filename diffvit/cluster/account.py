@@ -19,7 +19,8 @@ def policy_problems(config: Mapping[str, Any], folder: Path) -> Iterator[str]:
     head = texts.get(_POLICIES[0])
     if head is None or PLACEHOLDER in head:
         return
-    workers = [kind["node_config"] for name, kind in config["available_node_types"].items() if name != "head"]
+    kinds = config["available_node_types"].items()
+    workers = [kind["node_config"] for name, kind in kinds if name != config["head_node_type"]]
     named = {
         f'"aws:RequestTag/ray-cluster-name": "{config["cluster_name"]}"': "cluster_name",
         f"arn:aws:ec2:{config['provider']['region']}:": "provider.region",

@@ -46,10 +46,11 @@ def require_packages(say: Callable[[str], None]) -> None:
     others.pop(here, None)
     if not others:
         return
-    found = versions_on(others, PACKAGES)
+    found = versions_on([here, *others], PACKAGES)
+    mine = found.pop(here, None)
     by_address = {others[node]: versions for node, versions in found.items()}
     require_all(by_address)
-    for line in differing(versions_on([here], PACKAGES)[here], by_address):
+    for line in differing(mine, by_address) if mine is not None else ():
         say(line)
 
 

@@ -26,11 +26,8 @@ def launcher_problems(config: Mapping[str, Any]) -> list[str]:
     """Rules for a file that `ray up` takes, defaults already merged in."""
     problems = [*_start_problems(config), *_token_problems(config)]
     node_rules = {"aws": _aws_problems, "gcp": _gcp_problems}.get(config["provider"]["type"])
-    if config["provider"]["type"] == "azure" and not config["provider"].get("use_internal_ips"):
-        problems.append(
-            "provider.use_internal_ips: must be true: Ray opens SSH to everybody on Azure, so no node may have a "
-            "public address"
-        )
+    if config["provider"]["type"] == "azure":
+        problems += _azure_problems(config["provider"])
     if node_rules:
         for name, node_type in config["available_node_types"].items():
             problems += node_rules(node_type["node_config"], f"available_node_types.{name}.node_config")
@@ -62,15 +59,27 @@ def kuberay_security_problems(document: Mapping[str, Any]) -> list[str]:
 
 
 def _open_ingress_problems(policy: Mapping[str, Any], path: str) -> list[str]:
-    """A rule that names nobody lets everybody in."""
+    """A rule that names nobody lets everybody in, and so does one that names all pods or all addresses."""
     rules = {name: policy.get(name, {}) for name in ("head", "worker")}
     rules |= {f"workerGroups[{number}]": group for number, group in enumerate(policy.get("workerGroups", []))}
     return [
-        f"{path}.{name}.ingressRules[{number}]: names no `from`, and so lets everybody in"
+        f"{path}.{name}.ingressRules[{number}]: {open_door}, and so lets everybody in"
         for name, group in rules.items()
         for number, rule in enumerate(group.get("ingressRules", []))
-        if not rule.get("from")
+        if (open_door := _open_door(rule.get("from")))
     ]
+
+
+def _open_door(peers: list[Mapping[str, Any]] | None) -> str | None:
+    """What is wrong with the `from` of a rule."""
+    if not peers:
+        return "names no `from`"
+    for peer in peers:
+        if peer.get("ipBlock", {}).get("cidr") in _EVERYBODY:
+            return f"is for {peer['ipBlock']['cidr']}"
+        if "namespaceSelector" in peer and not peer["namespaceSelector"] and not peer.get("podSelector"):
+            return "is for all namespaces"
+    return None
 
 
 def _start_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -107,10 +116,19 @@ def _aws_problems(node: Mapping[str, Any], path: str) -> Iterator[str]:
         yield f"{path}.MetadataOptions.HttpTokens: must be required, so that a redirected request cannot read the role"
 
 
+def _azure_problems(provider: Mapping[str, Any]) -> Iterator[str]:
+    why = "Ray opens SSH to everybody on Azure, so no node may have a public address"
+    if not provider.get("use_internal_ips"):
+        yield f"provider.use_internal_ips: must be true: {why}"
+    if provider.get("use_external_head_ip"):
+        yield f"provider.use_external_head_ip: must not be set: {why}"
+
+
 def _gcp_problems(node: Mapping[str, Any], path: str) -> Iterator[str]:
     if not node.get("serviceAccounts"):
         yield f"{path}.serviceAccounts: missing; Ray would give the head compute.admin and storage.objectAdmin"
-    if any("accessConfigs" in interface for interface in node.get("networkInterfaces", [])):
-        yield f"{path}.networkInterfaces: accessConfigs gives the node a public address; leave it out"
+    for kind in ("accessConfigs", "ipv6AccessConfigs"):
+        if any(kind in interface for interface in node.get("networkInterfaces", [])):
+            yield f"{path}.networkInterfaces: {kind} gives the node a public address; leave it out"
     if not node.get("networkInterfaces"):
         yield f"{path}.networkInterfaces: missing, and Ray would give the node a public address"

@@ -105,7 +105,9 @@ class Node:
             done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
         except subprocess.TimeoutExpired:
             return "no answer in 20 s"
-        return None if done.returncode == 0 else (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]
+        if done.returncode == 0:
+            return None
+        return (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
 
     def is_up(self) -> bool:
         return _find_raylet(Path("/proc")) == (self.address, self.node_id)

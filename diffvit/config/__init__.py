@@ -8,7 +8,15 @@ costs a second and not a cluster start.
 from diffvit.config.data import AugmentConfig, DataConfig
 from diffvit.config.export import ExportConfig
 from diffvit.config.init import InitConfig
-from diffvit.config.model import MODEL_SIZES, ModelConfig, Variant, as_variant, model_preset, valid_num_heads
+from diffvit.config.model import (
+    MODEL_SIZES,
+    VARIANT_NAMES,
+    ModelConfig,
+    Variant,
+    as_variant,
+    model_preset,
+    valid_num_heads,
+)
 from diffvit.config.rehearsal import RehearsalOptions
 from diffvit.config.run import RunConfig, differing_fields, from_json, to_json
 from diffvit.config.source import PredictConfig, PrepareConfig, SourceOptions
@@ -16,6 +24,7 @@ from diffvit.config.training import CheckpointConfig, OptimConfig, ScaleConfig
 
 __all__ = [
     "MODEL_SIZES",
+    "VARIANT_NAMES",
     "AugmentConfig",
     "CheckpointConfig",
     "DataConfig",

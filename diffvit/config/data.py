@@ -33,7 +33,7 @@ class DataConfig:
     max_pixels: int = 50_000_000
     """A larger image is skipped as not sane (or hostile)."""
     max_skipped_fraction: float = 0.01
-    """The run ends when more than this share of the images read cannot be decoded."""
+    """The run ends when more than this share of a split's images cannot be decoded."""
 
     def __post_init__(self) -> None:
         require(0.0 < self.val_fraction < 1.0, f"data.val_fraction must be between 0 and 1, got {self.val_fraction}")

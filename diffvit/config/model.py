@@ -10,6 +10,7 @@ from typing import Any, Literal
 from diffvit.config.checks import STRICT, require, require_fraction
 
 Variant = Literal["softmax", "diff", "diff_v2"]
+VARIANT_NAMES: dict[Variant, str] = {"softmax": "plain ViT", "diff": "Diff-ViT V1", "diff_v2": "Diff-ViT V2"}
 
 _OF_V1_ALONE: dict[str, Any] = {"lambda_init": "depth", "lambda_max": None, "head_norm": "rms"}
 """Fields that the other variants do not read, with their defaults."""

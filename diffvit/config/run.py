@@ -118,11 +118,6 @@ class RunConfig:
             if self.optim.batch_size % count == 0 and self._fitting_steps(count)
         )
 
-    @property
-    def accumulation_steps(self) -> int:
-        """Micro-batches a worker takes in a step, with the most workers that the run can have."""
-        return self.accumulation_steps_of(self.worker_counts[-1])
-
     def accumulation_steps_of(self, workers: int) -> int:
         """Micro-batches each of so many workers takes in a step: as few as `scale.micro_batch_size` allows."""
         return self._fitting_steps(workers)[0]

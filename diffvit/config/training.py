@@ -104,7 +104,7 @@ class ScaleConfig:
     that do not fit one GPU; slower where they do. Checkpoints are the same with and without."""
     compile: bool = False
     """Train through torch.compile, which fuses kernels and takes a minute to start; evaluation stays as it is.
-    Needs a C++ compiler."""
+    Needs a C++ compiler, on a GPU a C compiler."""
     wait_minutes: float = 20.0
     """Minutes to wait for nodes that the cluster's autoscaler has still to start."""
     max_failures: int = 3
@@ -136,6 +136,11 @@ class ScaleConfig:
     @property
     def device_type(self) -> Literal["cuda", "cpu"]:
         return "cuda" if self.gpu else "cpu"
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What Ray sets aside for each worker."""
+        return {"CPU": self.cpus_per_worker} | ({"GPU": 1.0} if self.gpu else {})
 
     @property
     def min_workers(self) -> int:

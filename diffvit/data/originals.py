@@ -23,7 +23,6 @@ from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from diffvit.data.sources import IMAGE_EXTENSIONS
 from diffvit.storage import Storage
@@ -255,16 +254,6 @@ def read_labels(path: str) -> dict[str, str]:
 def places_of(entries: pa.Table) -> list[Storage]:
     """Every folder or store that holds the images."""
     return [Storage(location) for location in pc.unique(entries["location"]).to_pylist()]
-
-
-def write_entries(storage: Storage, name: str, entries: pa.Table) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(entries, sink)
-    storage.write(name, sink.getvalue())
-
-
-def read_entries(storage: Storage, name: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(storage.read(name)))
 
 
 def with_ignored(entries: pa.Table, ignored: Mapping[str, int]) -> pa.Table:

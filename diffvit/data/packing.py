@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from pydantic import TypeAdapter
 
 from diffvit.data.images import ImageError, decode_image, read_picture
 from diffvit.data.shards import INDEX_SCHEMA, ShardInfo, write_shard
+from diffvit.data.tables import read_table, write_table
 from diffvit.storage import Storage
 
 _READ_THREADS = 16
@@ -82,9 +82,7 @@ def pack_shard(entries: pa.Table, labels: list[int], storage: Storage, name: str
         lengths = [len(image) for image in images]
         zeros = np.zeros(len(images), np.int32)
         index = pa.table([zeros, offsets, pa.array(lengths, pa.int32()), kept_labels, keys], schema=INDEX_SCHEMA)
-        sink = pa.BufferOutputStream()
-        pq.write_table(index, sink)
-        storage.write(_index_part(name), sink.getvalue())
+        write_table(storage, _index_part(name), index)
     storage.write(_summary(name), _PACKED.dump_json(packed))
     return packed
 
@@ -102,7 +100,7 @@ def read_packed(storage: Storage, name: str) -> PackedShard | None:
 
 def read_index_part(storage: Storage, name: str) -> pa.Table:
     """The rows of INDEX_SCHEMA of one shard, its number left at 0."""
-    return pq.read_table(pa.BufferReader(storage.read(_index_part(name))), schema=INDEX_SCHEMA)
+    return read_table(storage, _index_part(name), INDEX_SCHEMA)
 
 
 def read_entries_content(entries: pa.Table, max_bytes: int) -> Iterator[bytes | ImageError]:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from diffvit.config import PrepareConfig, SourceOptions
 from diffvit.data.claim import STAGING, claim, identity_of, release, reopen, require_outside, require_same
@@ -27,10 +26,8 @@ from diffvit.data.originals import (
     join_entries,
     label_entries,
     places_of,
-    read_entries,
     read_labels,
     with_ignored,
-    write_entries,
 )
 from diffvit.data.packing import Limits, PackedShard, pack_shard, read_index_part, read_packed
 from diffvit.data.shards import (
@@ -48,6 +45,7 @@ from diffvit.data.shards import (
     read_info,
     write_info,
 )
+from diffvit.data.tables import read_table, write_table
 from diffvit.data.tasks import Report, map_anywhere
 from diffvit.storage import Storage, StorageError, absolute
 
@@ -153,7 +151,7 @@ def collect_entries(
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the disk's fault and not the file's
             return f"{', '.join(units[number].files[:1])}: {error}"
-        write_entries(staging, names[number], table)
+        write_table(staging, names[number], table)
         return ""
 
     # a torchvision set lies on this machine, which the tasks' need not share
@@ -165,7 +163,7 @@ def collect_entries(
             raise ValueError(f"the source cannot be read: {error}")
         done += 1
         report("indexing", done, len(units))
-    parts = [read_entries(staging, name) for name in names]
+    parts = [read_table(staging, name) for name in names]
     ignored = sum((ignored_in(part) for part in parts), Counter[str]())
     try:
         return with_ignored(label_entries(join_entries(units, parts), labels), ignored)
@@ -209,9 +207,8 @@ def _finish(
 ) -> DatasetInfo:
     quarantined = [*layout.quarantined, *(bad for shard in packed for bad in shard.quarantined)]
     keys, reasons = [key for key, _ in quarantined], [reason for _, reason in quarantined]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"key": pa.array(keys, pa.string()), "reason": pa.array(reasons, pa.string())}), sink)
-    target.write(QUARANTINE_NAME, sink.getvalue())
+    reasoned = pa.table({"key": pa.array(keys, pa.string()), "reason": pa.array(reasons, pa.string())})
+    write_table(target, QUARANTINE_NAME, reasoned)
     splits: dict[str, SplitInfo] = {}
     for split in dict.fromkeys(name.split("/")[0] for name, _, _ in layout.shards):
         shards = [shard.shard for shard in packed if shard.shard and shard.shard.name.startswith(f"{split}/")]
@@ -223,9 +220,7 @@ def _finish(
         index = pa.concat_tables(numbered) if numbered else INDEX_SCHEMA.empty_table()
         if not index.num_rows:
             raise ValueError(f"no image of the {split} split can be used; {QUARANTINE_NAME} in {target.uri} names them")
-        sink = pa.BufferOutputStream()
-        pq.write_table(index, sink)
-        target.write(index_name(split), sink.getvalue())
+        write_table(target, index_name(split), index)
         counts = np.bincount(index["label"].to_numpy(), minlength=len(layout.classes))
         splits[split] = SplitInfo(index.num_rows, counts.tolist(), shards)
     mean, std = _channel_statistics(layout, packed, splits["train"].images)

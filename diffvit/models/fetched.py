@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from diffvit.manifest import CHECKPOINT_FOLDER
 from diffvit.scratch import scratch_folder
 from diffvit.storage import Storage, StorageError
-
-_CHECKPOINT = "checkpoint_step_"
 
 
 @contextmanager
@@ -55,10 +54,10 @@ def _fetch(store: Storage, copy: Path, which: str, only: str | None) -> None:
         wanted = ""  # deleted: who reads the copy takes the best of the others, as from a disk
     for name in names:
         folder, _, file = name.rpartition("/")
-        in_checkpoint = name.startswith(wanted) and (folder.startswith(_CHECKPOINT) or not run)
+        in_checkpoint = name.startswith(wanted) and (CHECKPOINT_FOLDER.fullmatch(folder) or not run)
         if in_checkpoint and only not in (None, file):
             continue
-        if not in_checkpoint and folder.startswith((_CHECKPOINT, "audit")):
+        if not in_checkpoint and folder.startswith(("checkpoint_step_", "audit")):
             continue
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         store.fetch(name, copy / name)

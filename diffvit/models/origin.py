@@ -41,9 +41,9 @@ TIMM_MODELS: dict[str, ModelConfig] = {
 """timm's names: the Diff-ViTs trained on ImageNet (81.80 and 83.24 % top-1 as timm reports), and plain ViTs."""
 
 _INCEPTION: tuple[_Channels, _Channels] = ((0.5,) * 3, (0.5,) * 3)
-_IMAGENET: tuple[_Channels, _Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET_STATISTICS: tuple[_Channels, _Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP: tuple[_Channels, _Channels] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-_OTHER_STATISTICS = {".dino": _IMAGENET, ".mae": _IMAGENET, ".bamboo": _CLIP}
+_OTHER_STATISTICS = {".dino": IMAGENET_STATISTICS, ".mae": IMAGENET_STATISTICS, ".bamboo": _CLIP}
 """By timm's tag, which follows the model's name; every other one has Inception's."""
 
 

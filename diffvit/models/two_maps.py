@@ -47,7 +47,7 @@ def attend_two_maps(qkv: Tensor, split: Split, weight: Tensor) -> Tensor:
     Args:
         qkv: (B, N, rows), the projected tokens.
         split: where the parts are in it.
-        weight: lambda, broadcastable to (B, H, N, 1); float32 or better.
+        weight: lambda, a scalar or (B, H, N, 1); float32 or better.
     """
     if qkv.is_cuda:
         return subtract_outputs(qkv, split, weight)

@@ -25,7 +25,7 @@ _INIT_STD = 0.02
 
 
 def build_attention(config: ModelConfig, layer_index: int) -> Attention | DiffAttention | DiffAttentionV2:
-    """The attention of one block. A new variant is added here and to `diffvit.config.Variant`."""
+    """The attention of one block. A new variant is added here, and to `Variant` and its names in `diffvit.config`."""
     D, H, qkv_bias, proj_bias = config.embed_dim, config.num_heads, config.qkv_bias, config.proj_bias
     match config.variant:
         case "softmax":

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffvit.config import ModelConfig
-from diffvit.manifest import MANIFEST_NAME, WEIGHTS_NAME, read_manifest
+from diffvit.manifest import MANIFEST_NAME, WEIGHTS_NAME, checkpoints_in, read_manifest
 from diffvit.models.convert import convert_plain, is_plain
 from diffvit.models.fetched import on_disk
 from diffvit.models.origin import Origin, origin_by_name, origin_of_manifest
@@ -120,10 +120,11 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> tuple[Mapping[str, Tenso
     if str(source).startswith(HUB):
         return _read_safetensors(_download(str(source).removeprefix(HUB))), origin_by_name(str(source))
     with on_disk(source) as path:
-        return _read_path(path)
+        return _read_path(path, str(source))
 
 
-def _read_path(path: Path) -> tuple[Mapping[str, Tensor], Origin | None]:
+def _read_path(path: Path, source: str) -> tuple[Mapping[str, Tensor], Origin | None]:
+    """`path` is where `source`, which may name a model of timm's, lies on the disk."""
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
@@ -133,7 +134,7 @@ def _read_path(path: Path) -> tuple[Mapping[str, Tensor], Origin | None]:
     if path.suffix != ".safetensors":
         hint = "pickled files can run code when read; convert it to safetensors" if path.suffix in _PICKLED else ""
         raise ValueError(f"weights must be a .safetensors file, got {str(path)!r}{'; ' + hint if hint else ''}")
-    return _read_safetensors(path), origin_by_name(str(path))
+    return _read_safetensors(path), origin_by_name(source)
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -180,10 +181,10 @@ def _best_there(run: Path) -> Path | None:
     What `results.json` does not tell yet, or not any more once the run goes on.
     """
     found = []
-    for manifest in run.glob(f"checkpoint_step_*/{MANIFEST_NAME}"):
-        with suppress(ValueError, KeyError, AttributeError, TypeError):  # a damaged one is not the best
-            content = json.loads(manifest.read_text())
-            found.append((content["metrics"].get("top1", -1.0), content["step"], manifest.parent))
+    for checkpoint in checkpoints_in(run):
+        with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):  # a damaged one is not the best
+            content = json.loads((checkpoint / MANIFEST_NAME).read_text())
+            found.append((content["metrics"].get("top1", -1.0), content["step"], checkpoint))
     return max(found)[2] if found else None
 
 

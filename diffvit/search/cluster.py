@@ -16,14 +16,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from diffvit.cluster.packages import require_packages
 from diffvit.cluster.waiting import Bundle, can_grow, wait_for_nodes
 from diffvit.search.config import SweepConfig
-from diffvit.training.cluster import connect
+from diffvit.training.cluster import connect, places_for
 
 _DRIVER_CPUS = 0.1
 """Of a trial that trains in a worker group: it only waits. (Ray Tune refuses none at all.)"""
 _DECODING_CPUS = 1.0
 """Beside a group's workers, for the tasks that decode its images."""
 
-_RAY_UNITS = 10_000
 _LIMIT_SECONDS = 60.0
 
 _TUNE_SETTINGS = {
@@ -71,8 +70,7 @@ def bundles_of(sweep: SweepConfig) -> list[Bundle]:
     scale, workers = sweep.run.scale, sweep.search.workers_per_trial
     trial = [share_of_trial(sweep)]
     if workers > 1:
-        worker = {"CPU": scale.cpus_per_worker} | ({"GPU": 1.0} if scale.gpu else {})
-        trial += [worker] * workers + [{"CPU": _DECODING_CPUS}]
+        trial += [scale.worker_resources] * workers + [{"CPU": _DECODING_CPUS}]
     return trial * sweep.search.concurrent
 
 
@@ -115,18 +113,21 @@ def require_room(sweep: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> No
     search, scale = sweep.search, sweep.run.scale
     cpus = _cpus_of_trial(sweep)
     if search.workers_per_trial > 1:
-        each = {"CPU": scale.cpus_per_worker} | ({"GPU": 1.0} if scale.gpu else {})
-        room = min(_places(nodes, each) // search.workers_per_trial, int(sum(n.get("CPU", 0) for n in nodes) / cpus))
+        room = min(
+            places_for(nodes, scale.worker_resources) // search.workers_per_trial,
+            int(sum(n.get("CPU", 0) for n in nodes) / cpus),
+        )
         wanted = f"{cpus:g} CPUs" + (f" and {search.workers_per_trial} GPUs" if scale.gpu else "")
     else:
         each = share_of_trial(sweep)
-        room = _places(nodes, each)
+        room = places_for(nodes, each)
         wanted = " and ".join(f"{amount:g} {name}s" for name, amount in each.items())
     if room < search.concurrent:
         total = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
         raise ValueError(
             f"search.concurrent = {search.concurrent} trials need {wanted} each; the cluster has {len(nodes)} node(s) "
-            f"with {total['CPU']:g} CPUs and {total['GPU']:g} GPUs in all, room for {room}"
+            f"with {total['CPU']:g} CPUs and {total['GPU']:g} GPUs in all, room for {room}; "
+            "lower search.concurrent, or add nodes"
         )
 
 
@@ -135,19 +136,3 @@ def _cpus_of_trial(sweep: SweepConfig) -> float:
     if search.workers_per_trial == 1:
         return search.cpus_per_trial
     return _DRIVER_CPUS + search.workers_per_trial * sweep.run.scale.cpus_per_worker + _DECODING_CPUS
-
-
-def _places(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> int:
-    """How many bundles of resources fit on the nodes, none of them across two."""
-    return sum(min(_times(name, node.get(name, 0), amount) for name, amount in each.items()) for node in nodes)
-
-
-def _times(name: str, there: float, amount: float) -> int:
-    """How often `amount` fits. Ray takes a share of a GPU from one GPU: of two, 0.6 fits on each, and not three times.
-
-    Ray counts resources in ten-thousandths.
-    """
-    units = max(round(amount * _RAY_UNITS), 1)
-    if name == "GPU" and amount < 1:
-        return int(there) * (_RAY_UNITS // units)
-    return round(there * _RAY_UNITS) // units

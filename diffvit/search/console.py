@@ -40,6 +40,7 @@ class SweepTable:
         self._records = {record.name: record for record in records}
         self._console = console or rich.console.Console(highlight=False, soft_wrap=True)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
+        self._told: set[str] = set()
 
     def __enter__(self) -> SweepTable:
         if self._console.is_terminal:
@@ -59,6 +60,12 @@ class SweepTable:
         for name, words in self._sweep.space.describe(run).items():
             self._console.print(f"  {name:<16} {words}")
         self._console.print(f"watch:  tensorboard --logdir {run.folder}", style="dim")
+
+    def tell(self, record: Record, message: str) -> None:
+        """Show what a run had to say, once of all runs."""
+        if message not in self._told:
+            self._console.print(f"{record.name}: {message}", style="yellow", markup=False)
+        self._told.add(message)
 
     def changed(self, record: Record) -> None:
         """Show the new state of a run."""

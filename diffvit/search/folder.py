@@ -9,10 +9,10 @@ trials.csv, best.json, results.json, report.html
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from diffvit.search.config import SweepConfig, differing_sweep_fields, sweep_from_json, sweep_to_json
+from diffvit.storage import UNFINISHED_SUFFIX, Storage, StorageError
 from diffvit.training.run_lock import LOCK_NAME
 
 SWEEP_FILE = "sweep.json"
@@ -37,17 +37,18 @@ def open_sweep(sweep: SweepConfig) -> None:
                 f"sweep {name!r} exists in {folder} with other values; choose another --name, "
                 f"or the same values to continue it:{lines}"
             )
-    elif folder.exists() and any(LOCK_NAME not in path.name for path in folder.iterdir()):
+    elif folder.exists() and any(
+        LOCK_NAME not in path.name and not path.name.endswith(UNFINISHED_SUFFIX) for path in folder.iterdir()
+    ):
         raise ValueError(f"{folder} holds files but no {SWEEP_FILE}: it is not a sweep; choose another --name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(existing, sweep_to_json(sweep))
-    except OSError as error:
-        raise ValueError(f"storage {folder.parent} cannot be written: {error.strerror or error}") from None
+    except (OSError, StorageError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise ValueError(f"storage {folder.parent} cannot be written: {reason}") from None
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write the whole file or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    Storage(str(path.parent)).write(path.name, text.encode())

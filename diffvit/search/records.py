@@ -117,9 +117,7 @@ class Journal:
         self.study = optuna.create_study(
             storage=self.storage,
             study_name=name,
-            directions=[
-                StudyDirection.MAXIMIZE if direction == "max" else StudyDirection.MINIMIZE for direction in directions
-            ],
+            directions=[_DIRECTIONS[direction] for direction in directions],
             load_if_exists=True,
         )
 
@@ -173,7 +171,7 @@ class Journal:
             elif record is not None and record.status == "running" and trial.state.is_finished():
                 self.save(_closed(record, trial.state, epochs))
         for finalist in self.records("finalist"):
-            if finalist.status == "running":
+            if finalist.status in ("running", "failed"):  # what ended it may have been mended
                 self._forget(finalist)
 
     def _forget(self, record: Record | None) -> None:

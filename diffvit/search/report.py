@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import optuna
@@ -23,13 +24,26 @@ _TOP_QUANTILE = 0.25
 """Importance is that for reaching the best quarter of the trials."""
 
 
-def write_report(sweep: SweepConfig, journal: Journal, results: dict[str, Any] | None = None) -> None:
-    """Write the page; `results` (see `diffvit.search.sweep.summary`) once there is a winner."""
-    write_atomically(sweep.run.folder / REPORT_FILE, render(sweep, journal, results))
+def write_report(
+    sweep: SweepConfig,
+    journal: Journal,
+    results: dict[str, Any] | None = None,
+    finalists: Sequence[Candidate] | None = None,
+) -> None:
+    """Write the page; `results` (see `diffvit.search.sweep.summary`) and the `finalists` once there is a winner."""
+    write_atomically(sweep.run.folder / REPORT_FILE, render(sweep, journal, results, finalists))
 
 
-def render(sweep: SweepConfig, journal: Journal, results: dict[str, Any] | None) -> str:
-    """The page as HTML. Every text in it is escaped; the figures are SVG inside of it."""
+def render(
+    sweep: SweepConfig,
+    journal: Journal,
+    results: dict[str, Any] | None,
+    finalists: Sequence[Candidate] | None = None,
+) -> str:
+    """The page as HTML. Every text in it is escaped; the figures are SVG inside of it.
+
+    `finalists` are those that `results` are of; None: all that were ever trained.
+    """
     columns = sweep.space.varied(sweep.run)
     trials, again = journal.records("trial"), journal.records("finalist")
     page = Environment(loader=PackageLoader("diffvit.search"), autoescape=True).get_template(REPORT_FILE)
@@ -42,7 +56,7 @@ def render(sweep: SweepConfig, journal: Journal, results: dict[str, Any] | None)
         counts=Counter(run.status for run in trials),
         epochs={"trials": sum(run.epochs for run in trials), "finalists": sum(run.epochs for run in again)},
         runs=sorted(trials, key=lambda run: (-(run.best_top1 or -1.0), run.number)),
-        figures=_figures(sweep, journal, columns, candidates(again)),
+        figures=_figures(sweep, journal, columns, candidates(again) if finalists is None else finalists),
         shown=shown,
         mean_and_std=mean_and_std,
         looked_at=looked_at,
@@ -50,7 +64,7 @@ def render(sweep: SweepConfig, journal: Journal, results: dict[str, Any] | None)
 
 
 def _figures(
-    sweep: SweepConfig, journal: Journal, columns: list[str], finalists: list[Candidate]
+    sweep: SweepConfig, journal: Journal, columns: list[str], finalists: Sequence[Candidate]
 ) -> dict[str, dict[str, str]]:
     """`{section: {caption: data URI}}`; a section that the trials cannot fill is left out."""
     trials = journal.records("trial")

@@ -20,6 +20,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from diffvit.config import RunConfig, from_json, to_json
 from diffvit.data.sources import Dataset
+from diffvit.manifest import checkpoints_in
 from diffvit.search.cluster import share_of_trial
 from diffvit.search.config import DIRECTIONS, SearchConfig, SweepConfig
 from diffvit.search.console import SweepTable
@@ -29,6 +30,7 @@ from diffvit.search.progress import Progress
 from diffvit.search.records import Candidate, Journal, Record, Role, candidates, ranked, to_csv
 from diffvit.search.trial import METRIC, Job, latencies_ms, score, shape_of, train_trial
 from diffvit.training.logbook import Logbook
+from diffvit.training.notes import read_messages
 
 _TUNE_FOLDER = "tune"
 """Ray Tune's own notes, which nothing here reads."""
@@ -78,7 +80,7 @@ class Sitting:
                 ),
                 scheduler=self._scheduler(),
             )
-            self._run("trial", tune_config, {}, table.changed)
+            self._run("trial", tune_config, {}, table)
 
     def compare_finalists(self) -> list[Candidate]:
         """Train the best configurations with seeds that their trials did not have; the winner first."""
@@ -86,12 +88,16 @@ class Sitting:
         best = ranked(self.journal.records("trial"), search.objective)[: search.finalists]
         if not best:
             failed = [record for record in self.journal.records("trial") if record.status == "failed"]
-            raise SweepFailed(f"no trial came to its end; the last one failed: {failed[-1].reason if failed else '?'}")
+            raise SweepFailed(
+                f"no trial came to its end; the last one failed: {failed[-1].reason if failed else '?'}; once that is "
+                "mended, more --search.trials go on, or another --name begins anew"
+            )
         done = {(record.number, record.seed) for record in self.journal.records("finalist")}
-        jobs = []
+        jobs, asked = [], set[tuple[int, int]]()
         for record in best:
             config = from_json(record.config, record.name)
             for seed in range(config.seed + 1, config.seed + 1 + search.seeds):
+                asked.add((record.number, seed))
                 if (record.number, seed) not in done:
                     placed = _placed(dataclasses.replace(config, seed=seed), self.folder, "finalists", record.number)
                     jobs.append(Job(record.number, to_json(placed), keep=True, latency_ms=record.latency_ms))
@@ -99,9 +105,9 @@ class Sitting:
             with SweepTable(self.sweep, self.journal.records("finalist")) as table:
                 param_space = tune.grid_search([job.pack()["job"] for job in jobs])
                 tune_config = tune.TuneConfig(max_concurrent_trials=search.concurrent)
-                self._run("finalist", tune_config, {"job": param_space}, table.changed)
-        numbers = {record.number for record in best}
-        found = candidates(record for record in self.journal.records("finalist") if record.number in numbers)
+                self._run("finalist", tune_config, {"job": param_space}, table)
+        # an earlier sitting may have asked for more of them, or for others
+        found = candidates(run for run in self.journal.records("finalist") if (run.number, run.seed) in asked)
         if not found:
             raise SweepFailed(f"no finalist came to its end; {self.folder / 'trials.csv'} says why")
         return found
@@ -160,12 +166,12 @@ class Sitting:
             if f"{folder.parent.name}/{folder.name}" not in known:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _run(
-        self, role: Role, tune_config: tune.TuneConfig, param_space: dict[str, Any], show: Callable[[Record], None]
-    ) -> None:
+    def _run(self, role: Role, tune_config: tune.TuneConfig, param_space: dict[str, Any], table: SweepTable) -> None:
         def changed(record: Record) -> None:
-            show(record)
+            table.changed(record)
             if record.status != "running":
+                for message in read_messages(str(self.folder / record.name)):
+                    table.tell(record, message)
                 self._file(record)
                 self.write_csv()
 
@@ -242,7 +248,7 @@ def _propose(sweep: SweepConfig, latencies: Mapping[str, float], trial: Trial) -
 def _remove_checkpoints(*trials: Path) -> None:
     """Those that a worker group has kept to outlive a lost worker."""
     for folder in trials:
-        for checkpoint in folder.glob("checkpoint_step_*"):
+        for checkpoint in checkpoints_in(folder):
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 

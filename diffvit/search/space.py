@@ -44,7 +44,9 @@ class Suggest(Protocol):
 
 @dataclass(frozen=True)
 class Space:
-    """The fields that a sweep varies. What is left empty or None keeps the recipe's value."""
+    """The fields that a sweep varies. What is left empty or None keeps the recipe's value, lambda_init where
+    `depth_schedule` is off too.
+    """
 
     __pydantic_config__ = STRICT
 
@@ -102,8 +104,9 @@ class Space:
             not odd_patches,
             f"space.patch_size must divide model.image_size = {model.image_size}, got {odd_patches}",
         )
+        varied = [name for name in self.varied(recipe) if name != "lambda_init" or self.lambda_init is not None]
         require(
-            bool(self.varied(recipe)),
+            bool(varied),
             "the space has nothing to vary: give a range to space.lr, space.lambda_init or another of its fields",
         )
 

@@ -7,6 +7,7 @@ compared on the same images; the winner alone is then scored, once, on the recip
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import statistics
 import time
 from collections import Counter
@@ -67,7 +68,7 @@ def run_sweep(sweep: SweepConfig) -> dict[str, Any]:
         results["wall_seconds"] = round(time.monotonic() - started, 1)
         write_results(folder, results)
         sitting.write_csv()
-        write_report(sweep, sitting.journal, results)
+        write_report(sweep, sitting.journal, results, finalists)
     return results
 
 
@@ -76,7 +77,8 @@ def write_recipes(sweep: SweepConfig, winner: Candidate, journal: Journal) -> No
     folder = sweep.run.folder
     write_atomically(folder / "best.json", to_json(_as_recipe(sweep, winner.runs[0].config, "best")))
     if len(sweep.search.objective) > 1:
-        (folder / "pareto").mkdir(exist_ok=True)
+        shutil.rmtree(folder / "pareto", ignore_errors=True)  # of an earlier sitting, whose front was another
+        (folder / "pareto").mkdir()
         for run in ranked(journal.records("trial"), sweep.search.objective):
             number = f"{run.number:04d}"
             write_atomically(folder / "pareto" / f"{number}.json", to_json(_as_recipe(sweep, run.config, number)))

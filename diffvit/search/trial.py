@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from diffvit.config import ModelConfig, RunConfig, ScaleConfig, from_json
 from diffvit.data.loader import BatchLoader, LocalStream, plan_run, validation_batches
 from diffvit.data.sources import Dataset
+from diffvit.manifest import checkpoints_in
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.evaluation import evaluate
 from diffvit.training.loop import RunStopped, Worker, fit
+from diffvit.training.notes import Notes
 from diffvit.training.precision import set_float32_products
-from diffvit.training.skipped import SkippedImages
 
 METRIC = "best_top1"
 """What trials are compared by. The best and not the last value, because Optuna keeps what a trial reported last."""
@@ -117,14 +119,10 @@ def _train_here(config: RunConfig, dataset: Dataset, reports: Reports, *, keep: 
         if told is not None:
             tune.report(told)
 
-    skipped = SkippedImages(config.location)
-
-    def publish(kind: str, fields: dict[str, Any]) -> None:
-        if kind == "skipped":
-            skipped.add(fields["images"])
-
     store = CheckpointStore(config.folder, config.checkpoint) if keep else None
-    fit(config, plan, eval_plan, stream, Worker(torch.device(config.scale.device_type), report, publish, store=store))
+    with closing(Notes(config.location)) as notes:
+        worker = Worker(torch.device(config.scale.device_type), report, notes.publish, store=store)
+        fit(config, plan, eval_plan, stream, worker)
 
 
 def shape_of(model: ModelConfig) -> str:
@@ -153,7 +151,7 @@ def _latency_ms(config: ModelConfig, device: torch.device) -> float:
 def score(config_json: str, dataset: Dataset, folder: str) -> dict[str, float]:
     """`top1`, `top5` and `loss` of the run's last checkpoint on the whole of `dataset.val`, each image once."""
     config = from_json(config_json, folder)
-    checkpoints = sorted(Path(folder).glob("checkpoint_step_*"))
+    checkpoints = checkpoints_in(Path(folder))
     if not checkpoints:
         raise FileNotFoundError(f"{folder} holds no checkpoint here; a sweep needs a storage that every node sees")
     device = torch.device(config.scale.device_type)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from diffvit.data.sources import Dataset
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.compilation import require_compiler
 from diffvit.training.loop import RunStopped, Worker, fit
+from diffvit.training.notes import Notes
 from diffvit.training.run_folder import close_run, open_run
 from diffvit.training.run_lock import RunLock
 from diffvit.training.tracking import Publish
@@ -32,7 +34,7 @@ def train_alone(
     Args:
         config: with everything that the data decides filled in (`diffvit.training.launch.resolve`).
         dataset: that of `config.data`.
-        publish: hears of progress.
+        publish: hears of progress; None: what is to be kept of it goes into the run's folder (`Notes`).
         decoders: processes that decode training images for this one; 0: it does so itself.
 
     Raises:
@@ -47,7 +49,10 @@ def train_alone(
         earlier = open_run(config, plans[0].num_samples)
         if earlier is not None and earlier["status"] == "finished":
             return earlier
-        return _train(config, dataset, plans, publish or (lambda *_: None), decoders)
+        if publish is not None:
+            return _train(config, dataset, plans, publish, decoders)
+        with closing(Notes(config.location)) as notes:
+            return _train(config, dataset, plans, notes.publish, decoders)
 
 
 def _train(

@@ -30,7 +30,7 @@ class Audit:
         self._first_step = first_step
         self._batches: list[tuple[int, Indices, npt.NDArray[np.bool_]]] = []
         if rank == 0:
-            self._delete(".parquet", first_step)
+            self._delete(first_step)
 
     def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, taken down."""
@@ -41,12 +41,14 @@ class Audit:
     def forget(self, since: int, step: int) -> None:
         """Steps `since` + 1 to `step` were undone: the weights have not seen their samples."""
         self._batches.clear()
-        self._delete(f"-{self._rank:04d}.parquet", since)
+        if self._rank == 0:
+            self._delete(since)
         self._first_step = step
 
-    def _delete(self, ending: str, since: int) -> None:
+    def _delete(self, since: int) -> None:
+        """The files of all ranks, also of those that a larger group of workers had."""
         for name in self._storage.names(AUDIT_FOLDER):
-            if name.endswith(ending) and int(name.split("-")[0]) >= since:
+            if name.endswith(".parquet") and int(name.split("-")[0]) >= since:
                 self._storage.delete(f"{AUDIT_FOLDER}/{name}")
 
     def take(self) -> bytes:

@@ -30,6 +30,7 @@ _COUNTS = (
     "skipped_samples",
     "train_seconds",
     "world_sizes",
+    "precisions",
     "poisoned_steps",
     "rollbacks",
     "good_step",
@@ -64,6 +65,8 @@ class TrainState:
     """Time spent training and evaluating, over all sittings."""
     world_sizes: list[int] = field(default_factory=list)
     """Number of workers of each sitting."""
+    precisions: list[str] = field(default_factory=list)
+    """What each sitting computed in: bf16, tf32 or fp32."""
     poisoned_steps: int = 0
     """Steps so far whose update was skipped because the loss or its gradient was not finite."""
     rollbacks: int = 0
@@ -91,11 +94,6 @@ class Snapshot:
     """What `checkpoint.json` says beside the files."""
     copied: torch.cuda.Event | None
     """Copies from a GPU are whole once it has happened."""
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        metrics: dict[str, Any] = self.fields["metrics"]
-        return metrics
 
     def write(self, folder: Path) -> None:
         """Write the checkpoint into the empty folder `folder`."""

@@ -18,15 +18,13 @@ from typing import Any
 import pyarrow as pa
 
 from diffvit.config import CheckpointConfig, ModelConfig
-from diffvit.manifest import MANIFEST_NAME, read_manifest
+from diffvit.manifest import CHECKPOINT_FOLDER, MANIFEST_NAME, read_manifest
 from diffvit.models.origin import origin_of_manifest
 from diffvit.scratch import scratch_folder
 from diffvit.storage import Storage, StorageError, sync
 from diffvit.training.checkpoint import Snapshot, checkpoint_name
 
-_CHECKPOINT = re.compile(r"checkpoint_step_(\d+)")
-"""A folder of ours, and no copy that somebody keeps beside it under a longer name."""
-_MANIFEST = re.compile(rf"{_CHECKPOINT.pattern}/{re.escape(MANIFEST_NAME)}")
+_MANIFEST = re.compile(rf"{CHECKPOINT_FOLDER.pattern}/{re.escape(MANIFEST_NAME)}")
 _PARTIAL, _DELETED = ".partial-", ".deleted-"
 
 Warn = Callable[[str], None]
@@ -76,7 +74,7 @@ class CheckpointStore:
         Raises:
             ValueError: there are checkpoints, and none can be used.
         """
-        found = {_CHECKPOINT.fullmatch(name.split("/")[0]) for name in self._storage.sizes() if "/" in name}
+        found = {CHECKPOINT_FOLDER.fullmatch(name.split("/")[0]) for name in self._storage.sizes() if "/" in name}
         steps = sorted({int(match[1]) for match in found if match}, reverse=True)
         problems = []
         for step in steps:
@@ -121,7 +119,7 @@ class CheckpointStore:
             return
         with suppress(StorageError):
             names = self._hasty.sizes()
-            found = {name.split("/")[0] for name in names if _CHECKPOINT.fullmatch(name.split("/")[0])}
+            found = {name.split("/")[0] for name in names if CHECKPOINT_FOLDER.fullmatch(name.split("/")[0])}
             for name in found - {name.split("/")[0] for name in names if _MANIFEST.fullmatch(name)}:
                 self._hasty.delete_folder(name)
 

@@ -7,18 +7,21 @@ import math
 import os
 import secrets
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray._private.utils import get_num_cpus, read_ray_address
 
+from diffvit.cluster.packages import require_packages
 from diffvit.cluster.waiting import can_grow, room_for, wait_for_nodes
 from diffvit.config import ScaleConfig
 
 _LOCAL_OBJECT_STORE_BYTES = 2 * 2**30
+_RAY_UNITS = 10_000
 
 
 def connect(scale: ScaleConfig | None = None, *, dashboard: bool = False) -> None:
@@ -40,15 +43,34 @@ def connect(scale: ScaleConfig | None = None, *, dashboard: bool = False) -> Non
         workers_cpus = math.ceil(scale.max_workers * scale.cpus_per_worker) if scale else 0
         logical_cpus = max(cpu_count(), workers_cpus + 1)
         _make_token()
-        ray.init(
-            address="local",
-            num_cpus=logical_cpus,
-            include_dashboard=dashboard,
-            object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-            **quiet,
-        )
+        with _on_loopback():
+            ray.init(
+                address="local",
+                num_cpus=logical_cpus,
+                include_dashboard=dashboard,
+                object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+                **quiet,
+            )
     for library in ("ray.train", "ray.data"):
         logging.getLogger(library).setLevel(logging.ERROR)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have Ray start a node on 127.0.0.1, by the switch that it has for Windows and macOS.
+
+    On Linux it takes the machine's own address, also where it is told another, and listens on that.
+    """
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before, in_environment = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(name)
+    ray_constants.ENABLE_RAY_CLUSTER, os.environ[name] = False, "0"  # of this process, and of those that it starts
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        os.environ.pop(name)
+        if in_environment is not None:
+            os.environ[name] = in_environment
 
 
 def cpu_count() -> int:
@@ -97,7 +119,19 @@ def _let_nodes_idle() -> None:
     get_or_create_usage_collection_actor()
 
 
-def wait_for_cluster(scale: ScaleConfig, say: Callable[[str], None]) -> None:
+def enter_cluster(scale: ScaleConfig, say: Callable[[str], None]) -> None:
+    """Connect, wait for nodes, and `say` what is waited for.
+
+    Raises:
+        ValueError: the nodes cannot hold the workers, or one lacks a package.
+    """
+    connect(scale)
+    _wait_for_cluster(scale, say)
+    require_resources(scale)
+    require_packages(say)
+
+
+def _wait_for_cluster(scale: ScaleConfig, say: Callable[[str], None]) -> None:
     """Wait for the workers' nodes where an autoscaler can add them, and `say` what is waited for."""
     if can_grow():
         wait_for_nodes(_bundles(scale), 60 * scale.wait_minutes, say)
@@ -112,8 +146,7 @@ def wait_for_cluster(scale: ScaleConfig, say: Callable[[str], None]) -> None:
 
 def _bundles(scale: ScaleConfig) -> list[dict[str, float]]:
     """What each worker takes, and the CPU that decoding needs."""
-    worker = {"CPU": scale.cpus_per_worker} | ({"GPU": 1.0} if scale.gpu else {})
-    return [worker] * scale.min_workers + [{"CPU": 1.0}]
+    return [scale.worker_resources] * scale.min_workers + [{"CPU": 1.0}]
 
 
 def require_resources(scale: ScaleConfig) -> None:
@@ -125,13 +158,7 @@ def require_resources(scale: ScaleConfig) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = sum(node.get("CPU", 0) for node in nodes)
     gpus = sum(node.get("GPU", 0) for node in nodes)
-    places = sum(
-        min(
-            int(node.get("CPU", 0) // scale.cpus_per_worker),
-            int(node.get("GPU", 0)) if scale.gpu else scale.min_workers,
-        )
-        for node in nodes
-    )
+    places = places_for(nodes, scale.worker_resources)
     has = f"the cluster has {len(nodes)} node(s) with {cpus:g} CPUs and {gpus:g} GPUs in all"
     workers = scale.min_workers
     if places < workers:
@@ -143,3 +170,19 @@ def require_resources(scale: ScaleConfig) -> None:
             f"scale.workers x scale.cpus_per_worker = {workers} x {scale.cpus_per_worker:g} leaves no CPU "
             f"for decoding; {has}"
         )
+
+
+def places_for(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> int:
+    """How many bundles of resources fit on the nodes, none of them across two."""
+    return sum(min(_times(name, node.get(name, 0), amount) for name, amount in each.items()) for node in nodes)
+
+
+def _times(name: str, there: float, amount: float) -> int:
+    """How often `amount` fits. Ray takes a share of a GPU from one GPU: of two, 0.6 fits on each, and not three times.
+
+    Ray counts resources in ten-thousandths.
+    """
+    units = max(round(amount * _RAY_UNITS), 1)
+    if name == "GPU" and amount < 1:
+        return int(there) * (_RAY_UNITS // units)
+    return round(there * _RAY_UNITS) // units

@@ -66,11 +66,15 @@ def bottleneck(measured: Measured) -> tuple[str, str]:
     }
     name, share = max(shares.items(), key=lambda item: item[1])
     if share > BOTTLENECK_SHARE:
-        timed = measured.steps * measured.step_seconds
-        starting = name == "data" and timed < _SETTLED_SECONDS
-        return name, f"{100 * share:.1f} % of the step, more than {100 * BOTTLENECK_SHARE:.0f} %" + (
-            f"; timed for {timed:.0f} s only, while the stream starts: a larger --rehearse-steps is nearer to the run"
-            if starting
-            else ""
-        )
+        return name, f"{100 * share:.1f} % of the step, more than {100 * BOTTLENECK_SHARE:.0f} %"
     return "compute", f"neither data nor communication takes more than {100 * BOTTLENECK_SHARE:.0f} % of the step"
+
+
+def caveat(measured: Measured) -> str:
+    """What to say of a forecast whose steps were timed while the stream still started; nothing of others."""
+    timed = measured.steps * measured.step_seconds
+    if timed >= _SETTLED_SECONDS:
+        return ""
+    return (
+        f"; timed for {timed:.0f} s only, while the stream starts, so perhaps far too long: try more --rehearse-steps"
+    )

@@ -19,6 +19,7 @@ from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.stream import RayStream
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.cluster import cpu_count
+from diffvit.training.notes import Notes
 from diffvit.training.worker import Worker
 
 _AFTER_DEADLINE_SECONDS = 30.0
@@ -36,6 +37,7 @@ class Member:
     eval_plan: EvalPlan
     stream: RayStream
     worker: Worker
+    notes: Notes
 
 
 def join_group(job: dict[str, Any]) -> Member:
@@ -46,9 +48,13 @@ def join_group(job: dict[str, Any]) -> Member:
     if not config.scale.gpu:
         torch.set_num_threads(max(cpu_count() // context.get_local_world_size(), 1))
 
+    notes = Notes(config.location)  # where no console hears the run; only rank 0 writes down what it tells
+
     def publish(kind: str, fields: dict[str, Any]) -> None:
         if progress is not None:
             progress.actor.put_nowait.remote((kind, fields))  # not waited for
+        elif rank == 0:
+            notes.publish(kind, fields)
 
     worker = Worker(
         device=get_device(),
@@ -69,7 +75,7 @@ def join_group(job: dict[str, Any]) -> Member:
         broadcast_from_rank_zero,
         worker.warn,
     )
-    return Member(config, train_plan, eval_plan, stream, worker)
+    return Member(config, train_plan, eval_plan, stream, worker, notes)
 
 
 def outlast_preemption() -> None:

@@ -17,25 +17,25 @@ from ray.train.torch import TorchConfig
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from diffvit.cluster.packages import require_packages
 from diffvit.config import RunConfig, ScaleConfig, to_json
 from diffvit.console import Console
 from diffvit.data.loader import plan_run
 from diffvit.data.order import TrainPlan
 from diffvit.data.sources import SAMPLE, Dataset, open_dataset
+from diffvit.models.origin import IMAGENET_STATISTICS
 from diffvit.models.pretrained import origin_of
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import HUB, load_weights
 from diffvit.scratch import scratch_folder
 from diffvit.storage import Storage, absolute
-from diffvit.training.cluster import connect, require_resources, wait_for_cluster
+from diffvit.training.cluster import enter_cluster
 from diffvit.training.compilation import require_compiler
 from diffvit.training.elastic import FittingTrainer
 from diffvit.training.group import join_group, outlast_preemption
 from diffvit.training.logbook import Logbook
 from diffvit.training.loop import RunStopped, fit
 from diffvit.training.optim import require_no_decay
-from diffvit.training.run_folder import CONFIG_NAME, close_run, not_the_same_folder, open_run
+from diffvit.training.run_folder import CONFIG_NAME, begun, close_run, not_the_same_folder, open_run
 from diffvit.training.run_lock import RunLock
 
 __all__ = [
@@ -56,7 +56,6 @@ _LOST_ANOTHER = ("connection", "gloo", "nccl", "peer")
 """Words in the errors of those who wait for a worker that is gone."""
 _RAISED = re.compile(r"[\w.]*(Error|Exception)\b.*: ")
 """The line of a traceback that names the error."""
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -72,24 +71,26 @@ def train(config: RunConfig) -> dict[str, Any]:
     started = time.monotonic()
     require_compiler(config.scale)
     dataset = open_dataset(config.data)
+    earlier = begun(config)
+    if earlier is not None and config.init.weights and not config.data.mean:  # as these said, which may be gone
+        with suppress(ValueError):  # of a run with other channels, which is refused below
+            told = dataclasses.replace(config.data, mean=earlier.data.mean, std=earlier.data.std)
+            config = dataclasses.replace(config, data=told)
     config = resolve(config, dataset)
     train_plan, _ = plan_run(config, dataset, config.worker_counts[-1])
-    if not any(name.startswith("checkpoint_step_") for name in Storage(config.location).names()):
+    if earlier is None:
         require_weights(config)  # a run that goes on needs them no more
     if _RAYS_COPY in config.location:
         print(f"warning: Ray deletes {config.location}, in the job's copy of its folder; give --storage another place")
     with RunLock(config.location):
-        earlier = open_run(config, train_plan.num_samples)
-        if earlier is not None and earlier["status"] == "finished":
-            return earlier
+        results = open_run(config, train_plan.num_samples)
+        if results is not None and results["status"] == "finished":
+            return results
         return _train(config, dataset, train_plan, started)
 
 
 def _train(config: RunConfig, dataset: Dataset, train_plan: TrainPlan, started: float) -> dict[str, Any]:
-    connect(config.scale)
-    wait_for_cluster(config.scale, print)
-    require_resources(config.scale)
-    require_packages(print)
+    enter_cluster(config.scale, print)
     # on this node, and so not lost with another
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
@@ -200,12 +201,10 @@ def _channel_statistics(config: RunConfig, dataset: Dataset) -> tuple[tuple[floa
     Their average where the model sees grey.
     """
     if config.init.weights:
-        with suppress(
-            ValueError
-        ):  # a file that says nothing of its model; if it cannot be read at all, loading says so
+        with suppress(ValueError):  # a file that says nothing of its model; if it cannot be read, loading says so
             origin = origin_of(config.init.weights)
             return origin.mean, origin.std
-    mean, std = (dataset.mean, dataset.std) if dataset.mean else (_IMAGENET_MEAN, _IMAGENET_STD)
+    mean, std = (dataset.mean, dataset.std) if dataset.mean else IMAGENET_STATISTICS
     if len(mean) > config.model.in_channels:
         mean, std = (round(sum(mean) / 3, 4),), (round(sum(std) / 3, 4),)
     return mean, std
@@ -234,7 +233,6 @@ def _trainer(
     callbacks: list[UserCallback] | None = None,
     work: Work | None = None,
 ) -> FittingTrainer:
-    resources = {"CPU": config.scale.cpus_per_worker} | ({"GPU": 1} if config.scale.gpu else {})
     return FittingTrainer(
         config.worker_counts,
         config.location,
@@ -247,7 +245,9 @@ def _trainer(
         },
         torch_config=TorchConfig(backend="nccl" if config.scale.gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.scale.workers, use_gpu=config.scale.gpu, resources_per_worker=resources
+            num_workers=config.scale.workers,
+            use_gpu=config.scale.gpu,
+            resources_per_worker=config.scale.worker_resources,
         ),
         run_config=ray.train.RunConfig(
             name=config.name,
@@ -287,4 +287,6 @@ def _train_worker(job: dict[str, Any]) -> str | None:
     except Exception:
         outlast_preemption()
         raise
+    finally:
+        group.notes.close()
     return None

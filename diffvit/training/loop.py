@@ -6,13 +6,13 @@ from a `Stream`. One loop then serves Ray Train, a Tune trial and a plain call i
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from typing import cast
 
-import numpy as np
 import torch
 
 from diffvit.config import RunConfig
@@ -29,7 +29,7 @@ from diffvit.training.health import Health
 from diffvit.training.logbook import Logbook
 from diffvit.training.metrics import Sums
 from diffvit.training.optim import build_ema, build_optimizer, build_schedule
-from diffvit.training.precision import precision_warning, set_float32_products, unsupported
+from diffvit.training.precision import numbers, precision_warning, set_float32_products, unsupported
 from diffvit.training.saver import Ask, Saver, newest_step
 from diffvit.training.sharding import shard
 from diffvit.training.step import replicate, take_step
@@ -84,8 +84,8 @@ def _train(
 ) -> None:
     model = replicate(state.model, worker.workers, worker.device, compiles=config.scale.compile)
     audit = Audit(config.location, train_plan, stream, worker.rank, state.step) if config.data.audit else None
-    unusable: set[int] = set()
-    batches = tracker.timed(_announce_skipped(stream.train(state.step), worker, unusable))
+    unusable: dict[int, str] = {}
+    batches = tracker.timed(_noting_unusable(stream.train(state.step), unusable))
     batches = audit.watch(batches) if audit else batches
     sums, agree_every_steps = Sums(worker.device), LOG_EVERY_STEPS
 
@@ -106,7 +106,8 @@ def _train(
             read = sums.read(wish)
             ask = Ask(int(read["votes"]))
             agree_every_steps = 1 if Ask.OFTEN in ask else LOG_EVERY_STEPS
-            _note_unusable(unusable, read["skipped"], state, worker)
+            if read["skipped"]:
+                state.skipped_samples = sorted({*state.skipped_samples, *_tell_unusable(unusable, worker)})
             tracker.log_steps(read)
             saves = saver.answer(ask) or saves
             _require_usable(tracker.epoch_skipped / train_plan.repeats, train_plan.num_samples, config, "training")
@@ -117,9 +118,9 @@ def _train(
                 if audit:
                     audit.forget(undone, state.step)
         if saves:
-            before = (*tracker.to_copy(), *_write_audit(audit, state.step, config, worker))
+            rows = tuple(_write_audit(audit, state.step, config, worker))
             good = planned and not ends_epoch and state.health.counted == 0
-            saver.save(tracker.metrics(), before, good=good, ends_epoch=ends_epoch)
+            saver.save(tracker.metrics(), tracker.to_copy(), rows, good=good, ends_epoch=ends_epoch)
             tracker.saved()
 
 
@@ -134,8 +135,11 @@ def _end_epoch(
     tracker: Tracker,
 ) -> None:
     """Evaluate what was saved just before, so that a cut meanwhile costs no more than the evaluation."""
-    evaluation = _announce_skipped(stream.evaluate(), worker)
+    unusable: dict[int, str] = {}
+    evaluation = _noting_unusable(stream.evaluate(), unusable)
     evaluated = evaluate(state.evaluated_model, evaluation, eval_plan.num_samples, config, worker.device)
+    if evaluated["skipped"]:
+        _tell_unusable(unusable, worker)
     tracker.log_epoch(evaluated, stream)
     _require_usable(evaluated["skipped"], eval_plan.num_samples, config, "validation")
     _require_finite(evaluated["loss"], state.step // train_plan.steps_per_epoch, saver)
@@ -157,7 +161,7 @@ def start_state(config: RunConfig, plan: TrainPlan, worker: Worker) -> TrainStat
     """The state before the first step, or that of the newest checkpoint that is whole."""
     torch.manual_seed(config.seed)
     model = VisionTransformer(config.model)
-    step = newest_step(worker, worker.store, config.model)
+    step = newest_step(worker, config.model)
     if step is None and config.init.weights:
         report = load_weights(
             model, config.init.weights, replace_head=True, from_plain=True, classes=config.data.classes
@@ -185,6 +189,10 @@ def start_state(config: RunConfig, plan: TrainPlan, worker: Worker) -> TrainStat
         with worker.store.opened(step) as folder:
             load_checkpoint(folder, state)
     state.world_sizes.append(worker.workers)
+    state.precisions.append(numbers(config.scale, worker.device))
+    if worker.rank == 0 and len({*state.precisions[-2:]}) > 1:
+        before, now = state.precisions[-2:]
+        worker.warn(f"the run goes on in {now}; so far it computed in {before}")
     return state
 
 
@@ -197,22 +205,23 @@ def _open_gates(config: RunConfig, state: TrainState) -> None:
             model.open_gates(opening)
 
 
-def _announce_skipped(batches: Iterator[Batch], worker: Worker, unusable: set[int] | None = None) -> Iterator[Batch]:
-    """The same batches; the numbers of samples that cannot be used are added to `unusable`."""
+def _noting_unusable(batches: Iterator[Batch], unusable: dict[int, str]) -> Iterator[Batch]:
+    """The same batches; samples that cannot be used are added to `unusable`, each with its key and the reason."""
     for batch in batches:
         if batch.skipped:
-            worker.publish("skipped", {"images": list(batch.skipped)})
-            if unusable is not None:
-                unusable.update(batch.samples[batch.labels == SKIPPED_LABEL].tolist())
+            samples = batch.samples[batch.labels == SKIPPED_LABEL].tolist()
+            unusable.update(zip(samples, batch.skipped, strict=True))
         yield batch
 
 
-def _note_unusable(unusable: set[int], skipped: float, state: TrainState, worker: Worker) -> None:
-    """Bring what the ranks found, each on its own, into the state of all. A collective where any of them `skipped`."""
-    if skipped:
-        found = gather_bytes(np.array(sorted(unusable), np.int64).tobytes(), worker.device)
-        state.skipped_samples = sorted({*state.skipped_samples, *np.frombuffer(b"".join(found), np.int64).tolist()})
-        unusable.clear()
+def _tell_unusable(unusable: dict[int, str], worker: Worker) -> list[int]:
+    """Bring together what each rank found and empty it; rank 0 tells. The numbers of the samples. A collective."""
+    found = gather_bytes(json.dumps(list(unusable.items())).encode(), worker.device)
+    unusable.clear()
+    samples: dict[int, str] = dict(pair for part in found for pair in json.loads(part))
+    if worker.rank == 0:
+        worker.publish("skipped", {"images": list(samples.values())})
+    return list(samples)
 
 
 def _require_usable(skipped: float, num_samples: int, config: RunConfig, split: str) -> None:

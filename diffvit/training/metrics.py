@@ -1,6 +1,6 @@
 """Loss and accuracy as sums: added on the device without waiting for it, read once over all ranks.
 
-torchmetrics would do, at 2.7 s of import in every worker (2 cores) for what is one all-reduce of five numbers.
+torchmetrics would do, at 2.7 s of import in every worker (2 cores) for what is one all-reduce of six numbers.
 
 Letters: B samples, C classes.
 """
@@ -16,7 +16,7 @@ from diffvit.data.batches import SKIPPED_LABEL
 
 
 class Sums:
-    """Sums of loss, top-1 hits, top-5 hits, samples used and samples skipped, in float64."""
+    """Sums of loss, top-1 hits, top-5 hits, samples used, samples skipped and votes, in float64."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(6, dtype=torch.float64, device=device)

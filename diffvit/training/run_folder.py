@@ -25,8 +25,9 @@ from typing import Any
 import torch
 
 from diffvit.config import RunConfig, differing_fields, from_json, to_json
+from diffvit.manifest import CHECKPOINT_FOLDER, checkpoints_in
 from diffvit.models.vit import VisionTransformer
-from diffvit.storage import Storage, StorageError
+from diffvit.storage import UNFINISHED_SUFFIX, Storage, StorageError
 from diffvit.training.checkpoint_store import CheckpointStore, Entry
 from diffvit.training.logbook import Logbook
 from diffvit.training.run_lock import LOCK_NAME
@@ -36,7 +37,9 @@ CONFIG_NAME = "config.json"
 RESULTS_NAME = "results.json"
 _LIBRARIES = ("torch", "torchvision", "ray", "numpy", "pyarrow", "pillow")
 _SPARE_BYTES = 64 * 2**20
-_TEMPORARY = re.compile(rf"\..+\.\d+|\.{re.escape(LOCK_NAME)}\.[0-9a-f]{{32}}|\.write-test-\d+")
+_TEMPORARY = re.compile(
+    rf"\..+{re.escape(UNFINISHED_SUFFIX)}|\.{re.escape(LOCK_NAME)}\.[0-9a-f]{{32}}|\.write-test-\d+"
+)
 _TEMPORARY_SECONDS = 60.0
 """What was not written to for so long is nobody's."""
 
@@ -71,7 +74,7 @@ def open_run(config: RunConfig, train_images: int | None = None) -> dict[str, An
         if train_images is not None:
             _require_same_images(config, train_images)
         if not config.is_remote:
-            there = len(list(config.folder.glob("checkpoint_step_*")))
+            there = len(checkpoints_in(config.folder))
             # the last ones, the best and the one being written
             _require_writable(config.folder, _checkpoint_bytes(config), max(config.checkpoint.keep_last + 2 - there, 1))
         run.write(CONFIG_NAME, _content(config))
@@ -81,6 +84,19 @@ def open_run(config: RunConfig, train_images: int | None = None) -> dict[str, An
     except StorageError as error:
         raise ValueError(f"storage cannot be used: {error}") from None
     return results
+
+
+def begun(config: RunConfig) -> RunConfig | None:
+    """The config of the run that goes on at `config.location`; None where there is none with a checkpoint.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    run = Storage(config.location)
+    content = _read(run, CONFIG_NAME)
+    if content is None or not any(CHECKPOINT_FOLDER.fullmatch(name) for name in run.names()):
+        return None
+    return from_json(content, f"{config.location.partition('?')[0]}/{CONFIG_NAME}")
 
 
 def not_the_same_folder(config: RunConfig) -> str | None:
@@ -146,7 +162,7 @@ def _start(first_step_at: float | None, started: float) -> dict[str, float]:
 
 
 def write_results(location: str | Path, results: dict[str, Any], retry_seconds: float | None = None) -> None:
-    """Write `results.json`; the command, versions and commit that made them are added."""
+    """Write `results.json`; the versions and the commit that made them are added."""
     content = json.dumps({**results, **_provenance()}, indent=2) + "\n"
     Storage(str(location), retry_seconds).write(RESULTS_NAME, content.encode())
 
@@ -183,7 +199,7 @@ def summarise(checkpoints: Sequence[Entry]) -> dict[str, Any]:
         "skipped_images",
         "world_sizes",
         "device",
-        "precision",
+        "precisions",
         "poisoned_steps",
         "rollbacks",
         "peak_bytes",

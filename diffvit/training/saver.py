@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from enum import IntFlag
 from typing import Any
 
 from diffvit.config import ModelConfig, RunConfig
+from diffvit.storage import StorageError
 from diffvit.training.checkpoint import TrainState, checkpoint_name, roll_back, take_snapshot
-from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.checkpoint_writer import CheckpointWriter
 from diffvit.training.health import CALM_STEPS
 from diffvit.training.logbook import Logbook
@@ -27,6 +28,9 @@ _LAST_WRITE_SECONDS = 10.0
 """How long a run that ends with an error still writes the checkpoint in hand."""
 
 
+Writes = tuple[Callable[[], None], ...]
+
+
 class Ask(IntFlag):
     """What rank 0, which has the clock and the disk, asks of all ranks when they agree on their metrics."""
 
@@ -37,11 +41,9 @@ class Ask(IntFlag):
     """To be asked at every step, because steps are slow."""
 
 
-def newest_step(
-    worker: Worker, store: CheckpointStore | None, model: ModelConfig, up_to: int | None = None
-) -> int | None:
+def newest_step(worker: Worker, model: ModelConfig, up_to: int | None = None) -> int | None:
     """Step of the newest whole checkpoint of `model`; rank 0 looks, and all take its word."""
-    step, problem = None, None
+    step, problem, store = None, None, worker.store
     if worker.rank == 0 and store is not None:
         try:
             entry = store.newest_whole(worker.warn, up_to, model)
@@ -99,14 +101,15 @@ class Saver:
             if not self._preempted and self._worker.preempted():
                 notice = self._preempted = True
                 self._every_minutes = min(self._every_minutes, _PREEMPTED_SAVE_MINUTES)
-                self._logbook.cut("preempted: a node was about to go", wait=False)
-                self._worker.warn(f"a node is about to go: saving at step {self._state.step}")
+                if self._worker.rank == 0:
+                    self._logbook.cut("preempted: a node was about to go", wait=False)
+                    self._worker.warn(f"a node is about to go: saving at step {self._state.step}")
         return notice or Ask.SAVE in ask
 
     def save(
-        self, metrics: dict[str, Any], before: tuple[Callable[[], None], ...] = (), *, good: bool, ends_epoch: bool
+        self, metrics: dict[str, Any], curves: Writes = (), audit: Writes = (), *, good: bool, ends_epoch: bool
     ) -> None:
-        """Hand a copy of the state to the writer, after rank 0 has written what must be there `before` it.
+        """Hand a copy of the state to the writer, which writes `curves` and `audit` before it. These are rank 0's.
 
         A `good` one is what a sick run goes back to; one that `ends_epoch` is still to be evaluated.
         """
@@ -116,22 +119,22 @@ class Saver:
         if keeps or is_sharded(self._state.model):
             snapshot = take_snapshot(self._state, self._config, metrics, keeps=keeps)
         if self._writer is not None:
-            self._writer.submit(snapshot, self._pinned, before, stays=ends_epoch)
-        elif self._worker.rank == 0:
-            for write in before:
+            self._writer.submit(snapshot, self._pinned, (*curves, *audit), stays=ends_epoch)
+        elif self._worker.rank == 0:  # a run that keeps no checkpoints
+            _try_each(curves)
+            for write in audit:
                 write()
 
-    def describe(self, metrics: dict[str, Any], before: tuple[Callable[[], None], ...] = ()) -> None:
-        """Give the checkpoint of this step, the end of an epoch, the metrics of its evaluation."""
+    def describe(self, metrics: dict[str, Any], curves: Writes = ()) -> None:
+        """Give the checkpoint of this step, the end of an epoch, the metrics of its evaluation; after the `curves`."""
         state = self._state
         state.evaluated = True
         if not state.health.counted:
             state.good_step = state.step
         if self._writer is not None:
-            self._writer.describe(state.step, metrics, self._pinned, before)
+            self._writer.describe(state.step, metrics, self._pinned, curves)
         elif self._worker.rank == 0:
-            for write in before:
-                write()
+            _try_each(curves)
 
     @property
     def _pinned(self) -> tuple[int, ...]:
@@ -147,7 +150,7 @@ class Saver:
         if self._writer is not None:
             self._writer.wait()
         store = self._worker.store
-        step = None if good_step is None else newest_step(self._worker, store, self._config.model, good_step)
+        step = None if good_step is None else newest_step(self._worker, self._config.model, good_step)
         if store is None or step is None or self._state.rollbacks >= config.max_rollbacks:
             raise RunStopped(
                 f"the loss or its gradient is not finite at step {health.last_poisoned}, after {health.counted} such "
@@ -158,10 +161,12 @@ class Saver:
             )
         with store.opened(step) as folder:
             roll_back(folder, self._state)
-        self._worker.warn(
-            f"step {health.last_poisoned}: too many steps whose loss or gradient is not finite; back to the weights of "
-            f"{checkpoint_name(step)}, on with the samples after step {self._state.step}"
-        )
+        self._worker.agree(None)  # a barrier: the next save may delete what another rank still reads
+        if self._worker.rank == 0:
+            self._worker.warn(
+                f"step {health.last_poisoned}: too many steps whose loss or gradient is not finite; back to the "
+                f"weights of {checkpoint_name(step)}, on with the samples after step {self._state.step}"
+            )
         return step
 
     @property
@@ -185,3 +190,10 @@ class Saver:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close(_LAST_WRITE_SECONDS)
+
+
+def _try_each(writes: Writes) -> None:
+    """What the disk or the store does not take now is written with the next."""
+    for write in writes:
+        with suppress(OSError, StorageError):
+            write()

@@ -15,12 +15,11 @@ from diffvit.data.batches import Batch, Stream
 from diffvit.data.order import TrainPlan
 from diffvit.training.checkpoint import TrainState
 from diffvit.training.event_log import TENSORBOARD_FOLDER, EventLog
-from diffvit.training.precision import numbers
 from diffvit.training.sharding import is_sharded, whole_copy
 from diffvit.training.utilisation import device_name, peak_bytes
 
 Publish = Callable[[str, dict[str, Any]], None]
-"""(kind, fields): 'step', 'epoch', 'skipped' or 'warning', read by `diffvit.console`."""
+"""(kind, fields): 'step', 'epoch', 'skipped' or, with a message, 'started from' and 'warning'; for the console."""
 
 __all__ = ["TENSORBOARD_FOLDER", "Publish", "Tracker"]
 
@@ -98,7 +97,7 @@ class Tracker:
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; the time that training waits for them counts as waited."""
         for number in itertools.count():
-            if number == 1:
+            if number == self._plan.accumulation_steps:
                 self._first_step_at = time.time()
             batch = self._waiting.next_of(batches)
             if batch is None:
@@ -189,7 +188,7 @@ class Tracker:
             "skipped_images": len(self._state.skipped_samples),
             "world_sizes": list(self._state.world_sizes),
             "device": device_name(self._device),
-            "precision": numbers(self._config.scale, self._device),
+            "precisions": list(self._state.precisions),
             "peak_bytes": peak_bytes(
                 self._device
             ),  # of rank 0, which also holds the checkpoints that are being written

@@ -10,7 +10,7 @@ import torch
 from diffvit.config import RunConfig
 from diffvit.models.flops import training_flops
 
-PEAK_BF16_FLOPS: dict[str, float] = {
+_PEAK_BF16_FLOPS: dict[str, float] = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA A100-PCIE-40GB": 312e12,
@@ -50,9 +50,15 @@ def arithmetic(results: dict[str, Any], config: RunConfig) -> dict[str, Any]:
         return {}
     flops = training_flops(config.model, config.init.train)
     rate = flops * results["images_per_second"]
-    peak = PEAK_BF16_FLOPS.get(results.get("device", ""))
+    device, workers = results.get("device", ""), (results.get("world_sizes") or [1])[-1]
     return {
         "flops_per_image": flops,
         "flops_per_second": rate,
-        "utilisation": rate / (peak * results["world_sizes"][-1]) if peak else None,
+        "utilisation": utilisation(rate, device, workers),
     }
+
+
+def utilisation(flops_per_second: float, device: str, workers: int) -> float | None:
+    """Share of the bf16 peak of so many devices; None where that is not known."""
+    peak = _PEAK_BF16_FLOPS.get(device)
+    return flops_per_second / (peak * workers) if peak else None
