@@ -128,8 +128,10 @@ class ObjectStore:
         self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self._port, verbose=False)
         self._server.start()
         self._port = self._server.get_host_and_port()[1]
+        self.answers = True
 
     def stop(self) -> None:
+        self.answers = False
         listening = self._server._server
         self._server.stop()
         listening.server_close()  # else what comes in is neither answered nor refused
@@ -229,10 +231,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def object_store() -> Iterator[ObjectStore]:
+def _object_store() -> Iterator[ObjectStore]:
     store = ObjectStore()
     yield store
     store.stop()
+
+
+@pytest.fixture
+def object_store(_object_store: ObjectStore) -> Iterator[ObjectStore]:
+    """The one of all tests; where one failed while it was away, it is back for the next."""
+    yield _object_store
+    if not _object_store.answers:
+        _object_store.start()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import ray
 from conftest import with_fields
 
 from diffvit.analysis.comparison import CompareOptions
-from diffvit.arms import _outcome, _train_arm, arm_configs
+from diffvit.arms import _outcome, _train_arm, arm_configs, train_arms
 from diffvit.cli import parse_compare_config
 from diffvit.compare import CompareConfig, run_comparison
 from diffvit.config import RunConfig, differing_fields, to_json
@@ -21,6 +23,7 @@ from diffvit.models.vit import VisionTransformer
 from diffvit.recipes import RECIPES
 from diffvit.training.loop import RunStopped
 
+JOB = Path(__file__).parents[1] / "ray_jobs/compare.py"
 QUICK = CompareOptions(batch_size=8, resamples=50, speed_rounds=2)
 
 
@@ -89,7 +92,9 @@ class TestRuns:
     def config(self, tiny_config: RunConfig, tmp_path: Path) -> CompareConfig:
         return CompareConfig(tiny_config, out=str(tmp_path / "out"), seeds=2, compare=QUICK)
 
-    def test_trains_compares_and_does_not_train_twice(self, config: CompareConfig, tmp_path: Path) -> None:
+    def test_trains_compares_and_does_not_train_twice(
+        self, config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         report = run_comparison(config, quiet)
         out = Path(config.out)
         assert report == out / "report.html"
@@ -105,13 +110,15 @@ class TestRuns:
             assert result["arms"][arm]["top1"]["per_seed"][int(run[-1])] == pytest.approx(last["top1"])
         assert list((out / "tensorboard").glob("events.*"))
         finished = {run: (storage / run / "results.json").stat().st_mtime_ns for run in runs}
-        run_comparison(config, quiet)
+        train_arms(config.recipe, config.seeds, config.room, quiet)
         assert finished == {run: (storage / run / "results.json").stat().st_mtime_ns for run in runs}
 
         # the same runs, given by name, without one seed of an arm
         chosen = [str(storage / run) for run in runs if run != "v1-seed1"]
         given = dataclasses.replace(config, runs=tuple(chosen), out=str(tmp_path / "given"))
-        run_comparison(given, quiet)
+        options = ["--runs", *chosen, "--out", given.out, "--compare.batch-size", "8", "--compare.resamples", "50"]
+        monkeypatch.setattr(sys, "argv", [str(JOB), *options, "--compare.speed-rounds", "2"])
+        runpy.run_path(str(JOB), run_name="__main__")  # as it is typed
         again = json.loads((tmp_path / "given/compare.json").read_text())
         assert again["arms"]["plain ViT"]["top1"] == result["arms"]["plain ViT"]["top1"]
         assert again["arms"]["Diff-ViT V1"]["seeds"] == [0]
