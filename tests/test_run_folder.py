@@ -137,17 +137,19 @@ def test_results_of_a_sitting_that_was_cut_go_and_damaged_ones_are_no_matter(tin
 
 
 def test_other_images_are_refused(tiny_config: RunConfig) -> None:
-    open_run(tiny_config, 36)
+    open_run(tiny_config, {"training": 36, "validation": 15})
     for number, count in enumerate((None, 36), start=3):
         folder = tiny_config.folder / f"checkpoint_step_0000000{number}"
         folder.mkdir()
-        metrics = {"epoch": 1} | ({} if count is None else {"train_images": count})
+        metrics = {"epoch": 1} | ({} if count is None else {"training_images": count, "validation_images": 15})
         (folder / "checkpoint.json").write_text(json.dumps({"metrics": metrics}))
-        open_run(tiny_config, 36)
+        open_run(tiny_config, {"training": 36, "validation": 15})
         if count is None:
-            open_run(tiny_config, 72)  # an earlier version's, which does not say
+            open_run(tiny_config, {"training": 72})  # an earlier version's, which does not say
     with pytest.raises(ValueError, match=r"was begun with 36 training images, .* has 72 now; bring them back"):
-        open_run(tiny_config, 72)
+        open_run(tiny_config, {"training": 72, "validation": 15})
+    with pytest.raises(ValueError, match=r"was begun with 15 validation images, .* has 14 now"):
+        open_run(tiny_config, {"training": 36, "validation": 14})
 
 
 def test_a_run_goes_on_from_its_first_checkpoint_on(tiny_config: RunConfig) -> None:

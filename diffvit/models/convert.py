@@ -58,8 +58,6 @@ def convert_plain(weights: Weights, model: VisionTransformer, plain_heads: int |
     Raises:
         ValueError: `model` is not as wide as the plain one, or has other heads.
     """
-    if model.config.variant == "softmax":
-        return weights
     heads = model.config.num_heads if plain_heads is None else differential_heads(plain_heads, model.config.variant)
     if model.config.num_heads != heads:
         raise ValueError(

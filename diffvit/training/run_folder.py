@@ -16,7 +16,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -44,14 +44,14 @@ _TEMPORARY_SECONDS = 60.0
 """What was not written to for so long is nobody's."""
 
 
-def open_run(config: RunConfig, train_images: int | None = None) -> dict[str, Any] | None:
+def open_run(config: RunConfig, images: Mapping[str, int] | None = None) -> dict[str, Any] | None:
     """Make sure that the run can be written and is not another one of the same name.
 
     The `results.json` of a sitting that did not finish goes: while another one is under way it would be out of date.
 
     Args:
         config: of the run, as `resolve` completes it.
-        train_images: how many there are, for a run that goes on must have as many as before.
+        images: how many there are of 'training' and 'validation'; a run that goes on must have as many as before.
 
     Returns:
         The results of an earlier sitting, or None.
@@ -71,8 +71,7 @@ def open_run(config: RunConfig, train_images: int | None = None) -> dict[str, An
         results = _results(run) if existing is not None else None
         if results is not None and results["status"] == "finished":
             return results
-        if train_images is not None:
-            _require_same_images(config, train_images)
+        _require_same_images(config, images or {})
         if not config.is_remote:
             there = len(checkpoints_in(config.folder))
             # the last ones, the best and the one being written
@@ -225,15 +224,19 @@ def _require_same_run(existing: bytes, config: RunConfig) -> None:
         )
 
 
-def _require_same_images(config: RunConfig, now: int) -> None:
-    """A step is a place in an order of all images: with more or fewer of them it is another place."""
+def _require_same_images(config: RunConfig, images: Mapping[str, int]) -> None:
+    """A step is a place in an order of all training images, and what is best depends on the validation images."""
+    if not images:
+        return
     entries = CheckpointStore(config.location, config.checkpoint).entries()
-    before = entries[-1].metrics.get("train_images", now) if entries else now  # earlier checkpoints do not say
-    if before != now:
-        raise ValueError(
-            f"run {config.name!r} was begun with {before:,} training images, {config.data.path} has {now:,} now; bring "
-            "them back to continue it, or choose another --name"
-        )
+    known = {name: value for entry in entries for name, value in entry.metrics.items()}  # the last that say it
+    for split, now in images.items():
+        before = known.get(f"{split}_images", now)
+        if before != now:
+            raise ValueError(
+                f"run {config.name!r} was begun with {before:,} {split} images, {config.data.path} has {now:,} now; "
+                "bring them back to continue it, or choose another --name"
+            )
 
 
 def _require_writable(folder: Path, checkpoint_bytes: int, checkpoints: int) -> None:
