@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
@@ -21,6 +22,7 @@ from diffvit.analysis.arms import FinishedRun
 from diffvit.analysis.comparison import CompareOptions, compare
 from diffvit.analysis.figures import draw
 from diffvit.analysis.finished_runs import load_run
+from diffvit.analysis.panels import FigureRow
 from diffvit.analysis.report import write_report
 from diffvit.arms import ArmRoom, train_arms
 from diffvit.config import VARIANT_NAMES, RunConfig, ScaleConfig, differing_fields
@@ -102,8 +104,10 @@ def run_comparison(config: CompareConfig, report: Report) -> Path:
     boxes = boxes or _open_boxes(config.compare.boxes, first)
     batches = validation_batches(first, dataset)
     result = compare(arms, batches, config.compare, device, lambda seen: report("comparing", seen, images), boxes)
-    _write_tensorboard(result, config.folder / "tensorboard")
-    return write_report(result, config.folder)
+    drawn = draw(result)
+    page = write_report(result, drawn, config.folder)
+    _write_tensorboard(drawn, config.folder / "tensorboard")
+    return page
 
 
 def _open_boxes(path: str, config: RunConfig) -> BoxedSplit | None:
@@ -126,7 +130,7 @@ def _name(run: FinishedRun, arms: dict[str, list[FinishedRun]]) -> str:
     return next(name for name in itertools.chain((plain, named), numbered) if name not in arms)
 
 
-def _write_tensorboard(result: dict[str, Any], folder: Path) -> None:
+def _write_tensorboard(drawn: Sequence[FigureRow], folder: Path) -> None:
     with SummaryWriter(str(folder)) as writer:
-        for row in draw(result):
+        for row in drawn:
             writer.add_figure(f"comparison/{row.name}", [panel.figure for panel in row.panels], 0)

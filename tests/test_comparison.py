@@ -20,6 +20,7 @@ from diffvit.analysis import speed
 from diffvit.analysis.arms import FinishedRun, check_arms, differences
 from diffvit.analysis.comparison import CompareOptions, compare
 from diffvit.analysis.curves import read_curves
+from diffvit.analysis.figures import draw
 from diffvit.analysis.findings import findings
 from diffvit.analysis.finished_runs import load_run
 from diffvit.analysis.regroup import regroup
@@ -269,7 +270,7 @@ class Page(HTMLParser):
 
 @pytest.mark.slow
 def test_the_report_stands_alone(result: dict[str, Any], tmp_path: Path) -> None:
-    path = write_report(result, tmp_path / "out")
+    path = write_report(result, draw(result), tmp_path / "out")
     assert path == tmp_path / "out" / "report.html"
     assert json.loads((tmp_path / "out" / "compare.json").read_text()) == result
     page = Page(path.read_text(encoding="utf-8"))

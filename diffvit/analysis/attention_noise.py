@@ -99,11 +99,6 @@ class AttentionNoise:
         )
         self.images += len(x)
 
-    def merge(self, other: AttentionNoise) -> None:
-        """Add what another worker summed of the same model over other images."""
-        self._add(other._ratios, other._peaks)
-        self.images += other.images
-
     def compute(self) -> dict[str, Tensor]:
         """(L, H) by name, (L, 1) for activations; float64 on the CPU.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from diffvit.analysis.figures import draw
 from diffvit.analysis.findings import findings, signed
-from diffvit.analysis.panels import Panel, Result
+from diffvit.analysis.panels import FigureRow, Panel, Result
 from diffvit.analysis.statistics import mean_and_std
 from diffvit.config import VARIANT_NAMES
 
@@ -63,13 +61,16 @@ class DrawnRow:
     images: list[Image]
 
 
-def write_report(result: Result, folder: Path) -> Path:
-    """Write `compare.json`, `figures/*.svg` and `report.html` into `folder`; returns the page's path."""
-    rows = [
-        DrawnRow(row.name, row.title, row.how_to_read, [_svg(panel) for panel in row.panels]) for row in draw(result)
-    ]
-    shutil.rmtree(folder / FIGURES_FOLDER, ignore_errors=True)  # another comparison may have had others
-    (folder / FIGURES_FOLDER).mkdir(parents=True)
+def write_report(result: Result, drawn: Sequence[FigureRow], folder: Path) -> Path:
+    """Write `compare.json`, `figures/*.svg` and `report.html` into `folder`; returns the page's path.
+
+    `drawn` are the figures of `result` (`diffvit.analysis.figures.draw`).
+    """
+    rows = [DrawnRow(row.name, row.title, row.how_to_read, [_svg(panel) for panel in row.panels]) for row in drawn]
+    (folder / FIGURES_FOLDER).mkdir(parents=True, exist_ok=True)
+    if (folder / RESULT_NAME).exists():  # an earlier comparison, which may have had other figures
+        for figure in (folder / FIGURES_FOLDER).glob("*_[0-9].svg"):
+            figure.unlink()
     for row in rows:
         for number, image in enumerate(row.images):
             (folder / FIGURES_FOLDER / f"{row.name}_{number}.svg").write_bytes(image.svg)

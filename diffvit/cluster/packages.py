@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import ray
-from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from diffvit.cluster.asking import ask_nodes, other_nodes
 
 PACKAGES = (
     "torch",
@@ -27,7 +27,6 @@ PACKAGES = (
 """What diffvit depends on, by the names of pyproject.toml."""
 
 _OURS = "diffvit"
-_LIMIT_SECONDS = 60.0
 
 Versions = Mapping[str, str | None]
 """Of packages; None for one that is not there."""
@@ -41,9 +40,7 @@ def require_packages(say: Callable[[str], None]) -> None:
     Raises:
         ValueError: a node lacks a package, or diffvit.
     """
-    here = ray.get_runtime_context().get_node_id()
-    others = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    others.pop(here, None)
+    here, others = ray.get_runtime_context().get_node_id(), other_nodes()
     if not others:
         return
     found = versions_on([here, *others], PACKAGES)
@@ -69,19 +66,7 @@ def versions_on(nodes: Iterable[str], packages: Sequence[str]) -> dict[str, Vers
                 versions[name] = None
         return versions
 
-    asked = {}
-    for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node, soft=False)
-        ask = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(installed)
-        asked[node] = ask.remote(packages, _OURS)
-    ray.wait(list(asked.values()), num_returns=len(asked), timeout=_LIMIT_SECONDS)
-    answers = {}
-    for node, reference in asked.items():
-        try:
-            answers[node] = ray.get(reference, timeout=0)
-        except RayError:
-            ray.cancel(reference, force=True)
-    return answers
+    return dict(ask_nodes(nodes, installed, packages, _OURS))
 
 
 def require_all(found: Mapping[str, Versions]) -> None:

@@ -6,13 +6,11 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import ray
-from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from diffvit.cluster.asking import ask_nodes, other_nodes
 from diffvit.cluster.packages import require_packages
 from diffvit.cluster.waiting import Bundle, can_grow, wait_for_nodes
 from diffvit.search.config import SweepConfig
@@ -23,7 +21,6 @@ _DRIVER_CPUS = 0.1
 _DECODING_CPUS = 1.0
 """Beside a group's workers, for the tasks that decode its images."""
 
-_LIMIT_SECONDS = 60.0
 
 _TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # records and curves are our own
@@ -82,21 +79,8 @@ def require_shared(file: Path) -> None:
     Raises:
         ValueError: a node does not; names it.
     """
-    here = ray.get_runtime_context().get_node_id()
-    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    nodes.pop(here, None)
-    asked = {}
-    for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node, soft=False)
-        look = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(Path.exists)
-        asked[node] = look.remote(file)
-    if asked:
-        ray.wait(list(asked.values()), num_returns=len(asked), timeout=_LIMIT_SECONDS)
-    blind = []
-    for node, answer in asked.items():
-        with suppress(RayError):
-            if not ray.get(answer, timeout=0):
-                blind.append(nodes[node])
+    nodes = other_nodes()
+    blind = [nodes[node] for node, seen in ask_nodes(nodes, Path.exists, file).items() if not seen]
     if blind:
         raise ValueError(
             f"a sweep needs a storage folder that every node sees; {file.parent} is not seen on "
