@@ -31,9 +31,13 @@ jobs, folder, part_images, shard_mib = Path(sys.argv[1]), Path(sys.argv[2]), int
 pack_shard, load_part, Predictor = prepare.pack_shard, predict.load_part, predict.Predictor
 
 def noted(what, work, *arguments):
-    time.sleep(0.3)  # so that one node cannot do all of it
     with (folder / "nodes").open("a") as file:
         file.write(f"{what} {ray.get_runtime_context().get_node_id()}\\n")
+    for _ in range(600):  # of 0.05 s, so that one node cannot do all of it
+        lines = (folder / "nodes").read_text().splitlines()
+        if len({line for line in lines if line.startswith(what)}) > 1:
+            break
+        time.sleep(0.05)
     return work(*arguments)
 
 class NotedPredictor(Predictor):
