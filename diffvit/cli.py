@@ -231,7 +231,7 @@ def _take_default(arguments: list[str]) -> RunConfig:
             path = Path(value)
             if not path.is_file():
                 raise ValueError(f"--config must name a JSON file, got {value!r}: there is none")
-            return from_json(path.read_bytes(), value)
+            return _where_it_lies(from_json(path.read_bytes(), value), path.absolute().parent)
     named = bool(arguments) and not arguments[0].startswith("-")
     if not named:
         _require_recipe_first(arguments)
@@ -243,6 +243,13 @@ def _take_default(arguments: list[str]) -> RunConfig:
     if recipe == "finetune" and not _value_of("--init.weights", arguments) and not _asks_for_help(arguments):
         raise ValueError(_NO_WEIGHTS)
     return RECIPES[recipe]()
+
+
+def _where_it_lies(config: RunConfig, folder: Path) -> RunConfig:
+    """The config of the run in `folder`, which may have been moved since; another folder's as it is."""
+    if config.is_remote or folder.name != config.name or folder == config.folder:
+        return config
+    return dataclasses.replace(config, storage=str(folder.parent))
 
 
 def _require_recipe_first(options: list[str]) -> None:

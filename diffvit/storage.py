@@ -34,6 +34,8 @@ _OPEN_OBJECTS = 16_384
 takes less than a kilobyte, and no connection that is kept."""
 _COPIED_BYTES = 8 * 2**20
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.5, 15.0
+MACHINE_ERRORS = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Numbers of errors of a read that another try may not meet: no reason to leave an image out for good."""
 UNFINISHED_SUFFIX = ".unfinished"
 """Of the file that `write` makes beside a local one; left behind where the process was killed meanwhile."""
 _PERMANENT = (

@@ -146,6 +146,17 @@ def test_command_line_starts_from_a_file(tmp_path) -> None:
         assert (config.model.variant, config.seed) == ("diff_v2", 3)
 
 
+def test_a_run_that_was_moved_goes_on_where_it_lies(tmp_path) -> None:
+    config = dataclasses.replace(RECIPES["sample"](), storage=str(tmp_path / "old"))
+    for folder, storage in (("new/sample", "new"), ("old/sample", "old"), ("copies/mine", "old")):
+        file = tmp_path / folder / "config.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(to_json(config))
+        assert parse_pretrain_config("", ["--config", str(file)])[0].storage == str(tmp_path / storage)
+    file.write_text(to_json(dataclasses.replace(config, storage="s3://bucket/runs", name="mine")))
+    assert parse_pretrain_config("", ["--config", str(file)])[0].storage == "s3://bucket/runs"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

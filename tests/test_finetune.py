@@ -387,6 +387,14 @@ def test_a_run_goes_on_without_the_weights_that_it_began_from(
         launch.train(dataclasses.replace(tuned, name="anew"))
 
 
+def test_images_that_a_node_does_not_see_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(launch, "blind_nodes", lambda path: ["10.0.0.7"] if path == tmp_path else [])
+    for path in ("sample", "s3://bucket/shards", str(tmp_path / "shared")):
+        launch._require_images_everywhere(path)
+    with pytest.raises(ValueError, match=rf"data\.path must be on a disk .*: {tmp_path} is not on 10\.0\.0\.7"):
+        launch._require_images_everywhere(str(tmp_path))
+
+
 @pytest.mark.slow
 def test_what_became_of_the_weights_is_said(pretrained: RunConfig) -> None:
     config = with_fields(

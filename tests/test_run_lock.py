@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -45,6 +46,17 @@ def test_the_second_is_refused_until_the_first_ends(tmp_path: Path) -> None:
     with RunLock(tmp_path / "a"):
         pass
     assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(lock_file.os, "link", refuse)
+    for _ in range(2):
+        with RunLock(tmp_path), pytest.raises(ValueError, match=f"being worked on by process {os.getpid()} on "):
+            RunLock(tmp_path).__enter__()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_owner_of_this_host_holds_nothing(tmp_path: Path) -> None:

@@ -93,6 +93,17 @@ def test_the_space_prints_itself(recipe: RunConfig) -> None:
     assert Space(lr=(1e-5, 1e-4)).describe(recipe)["first trial"].endswith("own lr lies outside")
 
 
+def test_muons_rate_is_varied_where_muon_trains(recipe: RunConfig) -> None:
+    muon = with_fields(recipe, optim={"optimizer": "muon", "muon_lr": 0.02})
+    assert Space().varied(recipe) == ["num_heads", "lambda_init", "lr"]
+    assert Space().varied(muon) == ["num_heads", "lambda_init", "lr", "muon_lr"]
+    assert Space().describe(muon)["muon_lr"] == "0.005 to 0.05, log scale"
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=5))
+    rates = [Space().propose(study.ask(), muon).optim.muon_lr for _ in range(20)]
+    assert len(set(rates)) == 20
+    assert 5e-3 <= min(rates) < 0.01 < max(rates) <= 5e-2
+
+
 def test_the_command_line_narrows_and_widens() -> None:
     sweep = parse_sweep_config("", ["sample", "--space.num-heads", "2", "4", "--space.lr", "1e-5", "1e-1",
                                     "--search.trials", "7", "--optim.epochs", "4"])  # fmt: skip

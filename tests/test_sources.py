@@ -1,3 +1,4 @@
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,7 @@ from conftest import make_folder, make_image
 
 from diffvit.config import DataConfig
 from diffvit.data.sources import open_dataset
+from diffvit.storage import StorageError
 
 
 def keys(split) -> list[str]:
@@ -134,3 +136,19 @@ def test_splits_are_found_by_their_name_in_any_case_and_hidden_folders_are_left_
     dataset = open_dataset(DataConfig(path=str(root)))
     assert (dataset.classes, len(dataset.train), len(dataset.val)) == (("blue", "green", "red"), 12, 6)
     assert dataset.train.key(0) == "Train/blue/000.png"
+
+
+def test_what_the_machine_cannot_read_is_no_fault_of_an_image(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = open_dataset(DataConfig(path=str(folder))).train
+    (folder / "train/blue/001.png").unlink()
+    first, gone, third = split.read_many(np.arange(3))
+    assert isinstance(first, bytes)
+    assert isinstance(third, bytes)
+    assert isinstance(gone, FileNotFoundError)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+        with pytest.raises(StorageError, match=f"{folder} cannot be read on the node .*: Input/output error"):
+            next(split.read_many(np.arange(1)))
+    folder.rename(folder.with_name("elsewhere"))  # as on a node that has not mounted it
+    with pytest.raises(StorageError, match="No such file or directory"):
+        next(split.read_many(np.arange(1)))

@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -407,6 +407,31 @@ def test_a_reader_that_hangs_is_overtaken(
     assert "no images have come for 2 s" in warnings[0]
     assert len(made) == len(set(made))
     assert comes_back == (len(made) < 72 - 4)
+
+
+def test_a_second_hang_is_overtaken_as_soon_as_the_first(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank is patient with chunks that are slow to come, and not for ever after one that hung."""
+    monkeypatch.setattr(stream_module, "_PATIENCE_SECONDS", 0.2)
+    train, val = loaders(with_fields(tiny_config, optim={"batch_size": 1}), 1)
+    warnings: list[str] = []
+
+    def make_slowly(row: int) -> Batch:
+        time.sleep(0.5)
+        return train(row)
+
+    def come() -> Iterator[pa.Table]:
+        for number, seconds in enumerate((1.0, 0.0, 0.0, 1.0, 0.0)):
+            time.sleep(seconds)
+            yield stream_module._pack(train, range(4 * number, 4 * number + 4))
+
+    chunks = come()
+    stream = RayStream(train, val, 0, 1, lambda value: value, warnings.append)
+    loader = cast(BatchLoader, make_slowly)
+    received = list(stream._receive(loader, range(20), chunks, stream_module._next_of(chunks)))
+    assert [batch.row for batch in received] == list(range(20))
+    assert len(warnings) == 2
 
 
 def test_an_evaluation_that_hangs_does_not_touch_the_next(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import ray
@@ -19,6 +20,12 @@ def other_nodes() -> dict[str, str]:
     """Address by id of the nodes that are alive, without this one."""
     here = ray.get_runtime_context().get_node_id()
     return {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"] and n["NodeID"] != here}
+
+
+def blind_nodes(path: Path) -> list[str]:
+    """Addresses of the other nodes that answer and do not see a file or folder of this machine."""
+    nodes = other_nodes()
+    return sorted(nodes[node] for node, seen in ask_nodes(nodes, Path.exists, path).items() if not seen)
 
 
 def ask_nodes(nodes: Iterable[str], question: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> dict[str, T]:

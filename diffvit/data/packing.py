@@ -5,7 +5,6 @@ Letters: C channels.
 
 from __future__ import annotations
 
-import errno
 import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +20,9 @@ from pydantic import TypeAdapter
 from diffvit.data.images import ImageError, decode_image, read_picture
 from diffvit.data.shards import INDEX_SCHEMA, ShardInfo, write_shard
 from diffvit.data.tables import read_table, write_table
-from diffvit.storage import Storage
+from diffvit.storage import MACHINE_ERRORS, Storage
 
 _READ_THREADS = 16
-_OF_THE_MACHINE = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""Errors of a read that another try may not meet: no reason to leave an image out for good."""
 _LOSSY_FORMATS = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
 
 
@@ -120,7 +117,7 @@ def read_entries_content(entries: pa.Table, max_bytes: int) -> Iterator[bytes | 
         try:
             content = storage.read_range(row["file"], row["offset"], row["length"])
         except OSError as error:
-            if error.errno in _OF_THE_MACHINE:
+            if error.errno in MACHINE_ERRORS:
                 raise
             return ImageError(f"cannot be read: {error.strerror or error}")
         return content if len(content) == row["length"] else ImageError("its file is cut short")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 from diffvit.config import DataConfig
 from diffvit.data.shards import INFO_NAME, open_shards
 from diffvit.data.splitting import hold_out
-from diffvit.storage import Storage, absolute
+from diffvit.storage import MACHINE_ERRORS, Storage, StorageError, absolute
 
 SAMPLE = "sample"
 SAMPLE_FOLDER = Path(__file__).parent / SAMPLE
@@ -66,7 +67,10 @@ class Dataset:
 
 @dataclass(frozen=True)
 class FolderSplit:
-    """Image files under `root`; a key is a file's path below it."""
+    """Image files under `root`; a key is a file's path below it.
+
+    Where the folder is not there, or the machine fails, that is a StorageError and no fault of an image.
+    """
 
     root: str
     paths: pa.StringArray
@@ -83,6 +87,9 @@ class FolderSplit:
             try:
                 yield Path(self.root, self.key(index)).read_bytes()
             except OSError as error:
+                if error.errno in MACHINE_ERRORS or not Path(self.root).is_dir():
+                    node, reason = socket.gethostname(), error.strerror or error
+                    raise StorageError(f"{self.root} cannot be read on the node {node}: {reason}") from None
                 yield error
 
 

@@ -61,7 +61,7 @@ _READY_BYTES = 512 * 2**20
 
 _PATIENCE_SECONDS, _PATIENT_GAPS, _LONGEST_PATIENCE_SECONDS = 60.0, 3, 600.0
 """How long a rank waits for a chunk before it makes the next micro-batches itself; where chunks are slow to come, so
-many times the longest that one has taken, up to a bound."""
+many times what the last one has taken, up to a bound."""
 
 Coming = tuple[pa.Table | None, float]
 """A chunk, None at the end, and the seconds that it took to come."""
@@ -156,7 +156,7 @@ class RayStream:
                 wanted = next(expected, None)
                 continue
             chunk, seconds = coming.result()
-            patience = min(max(patience, _PATIENT_GAPS * seconds), _LONGEST_PATIENCE_SECONDS)
+            patience = min(max(_PATIENCE_SECONDS, _PATIENT_GAPS * seconds), _LONGEST_PATIENCE_SECONDS)
             if chunk is None:
                 raise RuntimeError(f"Ray Data ended before giving rank {self._rank} micro-batch {wanted}")
             for batch in _unpack(chunk):

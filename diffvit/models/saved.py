@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from diffvit.config import ModelConfig
+from torch import Tensor
+from torchvision.transforms import v2
+
+from diffvit.config import AugmentConfig, ModelConfig
+from diffvit.data.images import decode_image, eval_transform, normalize
 from diffvit.manifest import read_manifest
 from diffvit.models.fetched import on_disk
 from diffvit.models.origin import origin_of_manifest
@@ -26,6 +31,21 @@ class SavedModel:
     eval_crop_ratio: float
     interpolation: Literal["bilinear", "bicubic"]
     manifest: dict[str, Any]
+
+    @cached_property
+    def transform(self) -> v2.Transform:
+        """uint8 (C, any, any) -> uint8 (C, S, S), as the model was evaluated."""
+        augment = AugmentConfig(eval_crop_ratio=self.eval_crop_ratio, interpolation=self.interpolation)
+        return eval_transform(augment, self.config.image_size)
+
+    def preprocess(self, encoded: bytes, max_pixels: int = 50_000_000) -> Tensor:
+        """The model's input (1, C, S, S) of a file's bytes.
+
+        Raises:
+            ImageError: no image, or one of more than `max_pixels`.
+        """
+        pixels = self.transform(decode_image(encoded, self.config.in_channels, max_pixels))
+        return normalize(pixels[None], self.mean, self.std)
 
 
 def load_saved(source: str | Path) -> SavedModel:

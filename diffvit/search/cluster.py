@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ray
 
-from diffvit.cluster.asking import ask_nodes, other_nodes
+from diffvit.cluster.asking import blind_nodes
 from diffvit.cluster.packages import require_packages
 from diffvit.cluster.waiting import Bundle, can_grow, wait_for_nodes
 from diffvit.search.config import SweepConfig
@@ -79,12 +79,11 @@ def require_shared(file: Path) -> None:
     Raises:
         ValueError: a node does not; names it.
     """
-    nodes = other_nodes()
-    blind = [nodes[node] for node, seen in ask_nodes(nodes, Path.exists, file).items() if not seen]
+    blind = blind_nodes(file)
     if blind:
         raise ValueError(
             f"a sweep needs a storage folder that every node sees; {file.parent} is not seen on "
-            f"{', '.join(sorted(blind))}. Mount a shared disk there and name it with --storage"
+            f"{', '.join(blind)}. Mount a shared disk there and name it with --storage"
         )
 
 

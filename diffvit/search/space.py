@@ -26,9 +26,12 @@ _SECTIONS = {
     "patch_size": "model",
     "drop_path": "model",
     "lr": "optim",
+    "muon_lr": "optim",
     "weight_decay": "optim",
 }
 """Where the fields of `Space` lie in a `RunConfig`, in the order of the tables."""
+
+_LOG_SCALE = ("lr", "muon_lr", "weight_decay")
 
 Values = dict[str, Any]
 """The varied fields of a configuration, by name: `{"num_heads": 2, "lambda_init": "depth", "lr": 1e-3}`."""
@@ -58,6 +61,8 @@ class Space:
     """Head counts to try; without a value, every one that fits the width and the variant; None for the recipe's."""
     lr: tuple[float, float] | None = (1e-4, 1e-2)
     """Lowest and highest peak learning rate, on a log scale."""
+    muon_lr: tuple[float, float] | None = (5e-3, 5e-2)
+    """Recipes that train by Muon only, whose blocks it is the rate of: lowest and highest, on a log scale."""
     variant: tuple[Variant, ...] = ()
     """Attention variants to try: softmax, diff, diff_v2."""
     weight_decay: tuple[float, float] | None = None
@@ -68,13 +73,13 @@ class Space:
     """Patch sides to try, in pixels; each must divide the image's."""
 
     def __post_init__(self) -> None:
-        for name in ("lambda_init", "lr", "weight_decay", "drop_path"):
+        for name in ("lambda_init", "lr", "muon_lr", "weight_decay", "drop_path"):
             bounds = getattr(self, name)
             require(
                 bounds is None or -math.inf < bounds[0] <= bounds[1] < math.inf,
                 f"space.{name} must be LOW HIGH, two finite numbers, got {bounds}",
             )
-        for name in ("lr", "weight_decay"):
+        for name in _LOG_SCALE:
             bounds = getattr(self, name)
             require(bounds is None or bounds[0] > 0, f"space.{name} is on a log scale: LOW must be positive: {bounds}")
         for name in ("lambda_init", "drop_path"):
@@ -136,6 +141,7 @@ class Space:
             "patch_size": len(self.patch_size) > 0,
             "drop_path": self.drop_path is not None,
             "lr": self.lr is not None,
+            "muon_lr": self._muon_lr(recipe) is not None,
             "weight_decay": self.weight_decay is not None,
         }
         return [name for name in _SECTIONS if differs[name]]
@@ -155,6 +161,9 @@ class Space:
             model["drop_path"] = trial.suggest_float("drop_path", *self.drop_path)
         if self.lr:
             optim["lr"] = trial.suggest_float("lr", *self.lr, log=True)
+        muon_lr = self._muon_lr(recipe)
+        if muon_lr:
+            optim["muon_lr"] = trial.suggest_float("muon_lr", *muon_lr, log=True)
         if self.weight_decay:
             optim["weight_decay"] = trial.suggest_float("weight_decay", *self.weight_decay, log=True)
         return dataclasses.replace(
@@ -190,6 +199,9 @@ class Space:
     def _varies_lambda(self) -> bool:
         return self.lambda_init is not None or self.depth_schedule
 
+    def _muon_lr(self, recipe: RunConfig) -> tuple[float, float] | None:
+        return self.muon_lr if recipe.optim.optimizer == "muon" else None
+
     def _variants(self, recipe: RunConfig) -> tuple[Variant, ...]:
         return self.variant or (recipe.model.variant,)
 
@@ -222,7 +234,7 @@ class Space:
             return " or ".join(filter(None, ["the depth schedule" if self.depth_schedule else "", constant]))
         if name in ("variant", "patch_size"):
             return ", ".join(map(str, bounds))
-        return f"{bounds[0]:g} to {bounds[1]:g}" + (", log scale" if name in ("lr", "weight_decay") else "")
+        return f"{bounds[0]:g} to {bounds[1]:g}" + (", log scale" if name in _LOG_SCALE else "")
 
 
 class _Recogniser:

@@ -101,7 +101,8 @@ def train_trial(tune_config: dict[str, Any], *, dataset: Dataset, threads: int) 
     torch.set_num_threads(threads)
     reports = Reports({} if job.latency_ms is None else {"latency_ms": job.latency_ms})
     if config.scale.workers == 1:
-        _train_here(config, dataset, reports, keep=job.keep)
+        decoders = threads - 1 if config.scale.gpu else 0  # there the CPUs have nothing else to do
+        _train_here(config, dataset, reports, keep=job.keep, decoders=decoders)
         return
     from diffvit.training.launch import train_group  # imports Ray Train, which the other path need not wait for
 
@@ -110,9 +111,11 @@ def train_trial(tune_config: dict[str, Any], *, dataset: Dataset, threads: int) 
         raise RunStopped(reason)
 
 
-def _train_here(config: RunConfig, dataset: Dataset, reports: Reports, *, keep: bool) -> None:
+def _train_here(config: RunConfig, dataset: Dataset, reports: Reports, *, keep: bool, decoders: int) -> None:
     plan, eval_plan = plan_run(config, dataset)
-    stream = LocalStream(BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, eval_plan))
+    stream = LocalStream(
+        BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, eval_plan), decoders=decoders
+    )
 
     def report(metrics: dict[str, Any]) -> None:
         told = reports.of(metrics)

@@ -128,6 +128,9 @@ def enter_cluster(scale: ScaleConfig, say: Callable[[str], None]) -> None:
     connect(scale)
     _wait_for_cluster(scale, say)
     require_resources(scale)
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if scale.gpu and scale.max_workers < gpus:
+        say(f"the cluster has {gpus} GPUs, this run takes {scale.max_workers}: --scale.workers {gpus} takes all")
     require_packages(say)
 
 

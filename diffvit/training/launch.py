@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,6 +18,7 @@ from ray.train.torch import TorchConfig
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from diffvit.cluster.asking import blind_nodes
 from diffvit.config import RunConfig, ScaleConfig, to_json
 from diffvit.console import Console
 from diffvit.data.loader import images_of, plan_run
@@ -91,6 +93,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def _train(config: RunConfig, dataset: Dataset, train_plan: TrainPlan, started: float) -> dict[str, Any]:
     enter_cluster(config.scale, print)
+    _require_images_everywhere(config.data.path)
     # on this node, and so not lost with another
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
@@ -111,6 +114,16 @@ def _train(config: RunConfig, dataset: Dataset, train_plan: TrainPlan, started: 
     if reason is not None:
         raise RunStopped(reason)
     return results
+
+
+def _require_images_everywhere(path: str) -> None:
+    """A node that lacks the folder could decode nothing."""
+    blind = [] if path == SAMPLE or "://" in path else blind_nodes(Path(path))
+    if blind:
+        raise ValueError(
+            f"data.path must be on a disk that every node shares, or in an object store: {path} is not on "
+            f"{', '.join(blind)}"
+        )
 
 
 def _cause_first(error: TrainingFailedError, scale: ScaleConfig) -> str:

@@ -5,6 +5,7 @@ Both offer the same four operations; `swap` is the one that decides. `diffvit.tr
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 import uuid
@@ -18,6 +19,7 @@ from diffvit.storage import Storage, StorageError
 _TURN_SECONDS = 90.0
 """Whoever has had the turn to swap a file for so long is gone."""
 _POLL_SECONDS = 0.1
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 _SETTLE_SECONDS = 2.0
 """How long a store that cannot refuse a write is watched for somebody else's."""
 
@@ -90,6 +92,10 @@ class DiskLockFile:
             os.link(mine, path)
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return _create_in_place(path, content)
         finally:
             mine.unlink()
         return True
@@ -98,6 +104,16 @@ class DiskLockFile:
         path = self._path.with_name(f".{self._path.name}.{self._id}")
         path.write_text(content)
         return path
+
+
+def _create_in_place(path: Path, content: str) -> bool:
+    """Where there are no hard links (exFAT, buckets that are mounted): for a moment its content is not whole."""
+    try:
+        with path.open("x") as file:
+            file.write(content)
+    except FileExistsError:
+        return False
+    return True
 
 
 class StoredLockFile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def peak_bytes(device: torch.device) -> int:
     """Largest memory so far: what torch took of the GPU's, or of this process where it trains on the CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def arithmetic(results: dict[str, Any], config: RunConfig) -> dict[str, Any]:
