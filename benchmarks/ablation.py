@@ -26,7 +26,7 @@ from diffvit.config import RunConfig
 from diffvit.data.sources import open_dataset
 from diffvit.recipes import RECIPES
 from diffvit.training.alone import train_alone
-from diffvit.training.launch import resolve
+from diffvit.training.resolve import resolve
 
 AS_IT_IS = "the recipe"
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {

@@ -30,7 +30,7 @@ from diffvit.data.sources import open_dataset
 from diffvit.models.pretrained import model_from, origin_of
 from diffvit.recipes import sample_vit
 from diffvit.training.alone import train_alone
-from diffvit.training.launch import resolve
+from diffvit.training.resolve import resolve
 
 FIRST, THEN = (1, 3, 5, 7, 9), (0, 2, 4, 6, 8)
 """Labels that the plain ViT is trained on before, and those that the arms are compared on."""

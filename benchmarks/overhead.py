@@ -41,8 +41,8 @@ from diffvit.data.images import decode_image, eval_transform, normalize, train_t
 from diffvit.data.sources import Split, open_dataset
 from diffvit.models.vit import VisionTransformer
 from diffvit.recipes import RECIPES
-from diffvit.training.launch import resolve
 from diffvit.training.optim import build_optimizer, build_schedule
+from diffvit.training.resolve import resolve
 
 EVAL_BATCH = 250
 

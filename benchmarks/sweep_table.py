@@ -33,8 +33,8 @@ from diffvit.search.config import SearchConfig
 from diffvit.search.space import Space
 from diffvit.search.trial import score
 from diffvit.training.checkpoint_store import CheckpointStore
-from diffvit.training.launch import resolve
 from diffvit.training.loop import RunStopped, Worker, fit
+from diffvit.training.resolve import resolve
 
 Point = tuple[int, Any, float]
 """Heads, lambda_init ('depth' or a constant), learning rate."""

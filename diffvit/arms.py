@@ -19,9 +19,9 @@ from diffvit.data.sources import Dataset, open_dataset
 from diffvit.data.tasks import Report
 from diffvit.storage import StorageError
 from diffvit.training.alone import train_alone
-from diffvit.training.launch import resolve
 from diffvit.training.loop import RunStopped
 from diffvit.training.notes import Notes
+from diffvit.training.resolve import resolve
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ray.data import DataContext
 
 from diffvit.analysis.confusion import confusion_figure, per_class
 from diffvit.cluster.waiting import can_grow, room_for, wait_for_nodes
-from diffvit.config import AugmentConfig, PredictConfig, ScaleConfig
+from diffvit.config import PredictConfig, ScaleConfig
 from diffvit.data.claim import STAGING, claim, identity_of, release, reopen, require_outside, require_same
 from diffvit.data.indexing import find_units, with_absolute_paths
 from diffvit.data.originals import read_labels
@@ -70,8 +70,7 @@ def predict(config: PredictConfig, report: Report) -> dict[str, Any]:
         entries = entries.filter(pc.equal(entries["split"], config.split))
     if not entries.num_rows:
         raise ValueError(f"{config.images} holds no images" + (f" of split {config.split!r}" if config.split else ""))
-    augment = AugmentConfig(eval_crop_ratio=saved.eval_crop_ratio, interpolation=saved.interpolation)
-    job = Job(config, saved.config, augment, entries.combine_chunks(), target, _ends(config, saved, entries))
+    job = Job(config, saved.config, saved.augment, entries.combine_chunks(), target, _ends(config, saved, entries))
     _predict_parts(job, saved, report)
     results = _summarise(job, saved, identity, without_split)
     release(target)

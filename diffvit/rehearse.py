@@ -32,8 +32,9 @@ from diffvit.training.cluster import enter_cluster
 from diffvit.training.compilation import require_compiler
 from diffvit.training.forecast import Forecast, bottleneck, caveat, predict
 from diffvit.training.group import join_group
-from diffvit.training.launch import require_weights, resolve, work_on_group
+from diffvit.training.launch import work_on_group
 from diffvit.training.rehearsal import Measured, rehearse_steps
+from diffvit.training.resolve import require_weights, resolve
 from diffvit.training.utilisation import utilisation
 
 _STEPS = 50
@@ -65,7 +66,7 @@ def rehearse(config: RunConfig, options: RehearsalOptions) -> tuple[Measured, Fo
     console = rich.console.Console(highlight=False, soft_wrap=True)
     console.print(f"rehearsing {steps} of the {plan.total_steps:,} steps of [bold]{config.name}[/]")
     console.print(f"images: {description}", markup=False)
-    enter_cluster(config.scale, print)
+    enter_cluster(config, print)
     with _ends_when_told(), _beside(config) as temporary:
         work = partial(_rehearse_worker, steps=steps)
         measured: Measured = work_on_group(temporary, _with_fewer(dataset, shown), work)

@@ -16,22 +16,20 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import lru_cache, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
+from diffvit.object_stores import StorageError, file_system, open_object, opened_file
+
+__all__ = ["MACHINE_ERRORS", "RETRY_SECONDS", "UNFINISHED_SUFFIX", "Storage", "StorageError", "absolute", "sync"]
+
 _REMOTE_SCHEMES = ("s3", "gs", "gcs")
 RETRY_SECONDS = 60.0
-_S3_ATTEMPTS = 3
-_GCS_RETRIES = timedelta(seconds=5)
-_OPEN_OBJECTS = 16_384
-"""More than ImageNet has shards (about 2,200), of which a random order reads any at any time. An open object
-takes less than a kilobyte, and no connection that is kept."""
 _COPIED_BYTES = 8 * 2**20
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.5, 15.0
 MACHINE_ERRORS = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -55,10 +53,6 @@ T = TypeVar("T")
 def absolute(location: str) -> str:
     """The same place for a process in another working directory; a URI stays as it is."""
     return location if "://" in location else str(Path(location).expanduser().absolute())
-
-
-class StorageError(RuntimeError):
-    """A store that stayed away, or refused; not the fault of a single image."""
 
 
 def _retried(operation: Callable[P, T]) -> Callable[P, T]:
@@ -150,11 +144,11 @@ class Storage:
 
     @_retried
     def _opened(self) -> tuple[fs.FileSystem, str]:
-        return _filesystem(self.uri)
+        return file_system(self.uri) if self.is_remote else (fs.LocalFileSystem(), absolute(self.uri))
 
     @_retried
     def read(self, name: str) -> bytes:
-        with _opened_file(self.filesystem, self.path(name)) as file:
+        with opened_file(self.filesystem, self.path(name)) as file:
             content: bytes = file.read()
         return content
 
@@ -162,7 +156,7 @@ class Storage:
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         """`length` bytes of a file from `offset` on; fewer where the file ends. Safe to call from many threads."""
         if self.is_remote:
-            content: bytes = _open_object(self.uri, name).read_at(length, offset)
+            content: bytes = open_object(self.uri, name).read_at(length, offset)
             return content
         with open(self.path(name), "rb", buffering=0) as file:  # noqa: PTH123, the plain call is twice as fast
             return os.pread(file.fileno(), length, offset)
@@ -262,58 +256,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@lru_cache
-def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    """File system of pyarrow, and the folder's path in it."""
-    if "://" not in uri:
-        return fs.LocalFileSystem(), absolute(uri)
-    try:
-        filesystem, path = fs.FileSystem.from_uri(uri)  # asks S3 for the bucket's region, unless the URI says it
-    except pa.ArrowInvalid as error:
-        raise StorageError(f"{uri} cannot be opened: {error}") from None
-    return _s3(uri, filesystem) or _gcs(uri) or filesystem, path.rstrip("/")
-
-
-def _s3(uri: str, known: fs.FileSystem) -> fs.FileSystem | None:
-    """S3 with fewer tries of its own than it has from a URI (a minute and a half of them), because `_retried` has some.
-
-    And with small files written by one request instead of three. None where the URI is more than this understands.
-    """
-    parts = urlsplit(uri)
-    options = dict(parse_qsl(parts.query))
-    if parts.scheme != "s3" or not set(options) <= {"region", "endpoint_override", "scheme"}:
-        return None
-    return fs.S3FileSystem(
-        **{**options, "region": known.region or None},
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS),
-        allow_delayed_open=True,
-    )
-
-
-def _gcs(uri: str) -> fs.FileSystem | None:
-    """Google's store with tries of its own for seconds, not a quarter of an hour, because `_retried` has some."""
-    parts = urlsplit(uri)
-    options = dict(parse_qsl(parts.query))
-    if parts.scheme == "s3" or not set(options) <= {"endpoint_override", "scheme", "project_id"}:
-        return None
-    return fs.GcsFileSystem(anonymous=parts.username == "anonymous", retry_time_limit=_GCS_RETRIES, **options)
-
-
-@lru_cache(maxsize=_OPEN_OBJECTS)
-def _open_object(uri: str, name: str) -> pa.NativeFile:
-    """Kept open, because opening an object asks the store for its size."""
-    filesystem, root = _filesystem(uri)
-    file = _opened_file(filesystem, f"{root}/{name}")
-    if isinstance(filesystem, fs.GcsFileSystem):  # has begun to download the whole of it, and would wait with the rest
-        file.seek(max(file.size() - 1, 0))
-    return file
-
-
-def _opened_file(filesystem: fs.FileSystem, path: str) -> pa.NativeFile:
-    """Raises OSError too where gs:// gives a file that is closed already, because its content did not come."""
-    file = filesystem.open_input_file(path)
-    if file.closed:
-        raise OSError(f"{path} was found, but its content did not come")
-    return file

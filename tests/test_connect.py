@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import with_fields
 
+from diffvit.config import RunConfig
 from diffvit.training import cluster
 
 
@@ -58,6 +60,25 @@ def test_a_job_joins_what_submitted_it_else_what_runs_here_else_starts_its_own(
     cluster.connect()
     assert addresses == ([joined, "nodes can idle"] if joined == "auto" else [joined])
     assert (token.stat().st_mode & 0o077 == 0) == (joined == "local")  # Ray made it, for everybody to read
+
+
+def test_what_is_asked_of_the_cluster(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Idle GPUs are said; a node that lacks the images is named. A path that is no folder here is asked of nobody."""
+    for name in ("connect", "_wait_for_cluster", "require_resources", "require_packages"):
+        monkeypatch.setattr(cluster, name, lambda *_: None)
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 64.0, "GPU": 4.0})
+    asked: list[Path] = []
+    monkeypatch.setattr(cluster, "blind_nodes", lambda path: asked.append(path) or [])
+    for workers, said in ((1, ["the cluster has 4 GPUs, this run takes 1: --scale.workers 4 takes all"]), (4, [])):
+        heard: list[str] = []
+        cluster.enter_cluster(with_fields(tiny_config, scale={"gpu": True, "workers": workers}), heard.append)
+        assert heard == said
+    for path in ("sample", "s3://bucket/shards", "", "/no/such/folder"):
+        cluster.enter_cluster(with_fields(tiny_config, data={"path": path}), pytest.fail)
+    assert asked == [Path(tiny_config.data.path)] * 2
+    monkeypatch.setattr(cluster, "blind_nodes", lambda _: ["10.0.0.7"])
+    with pytest.raises(ValueError, match=rf"every node shares.*: {tiny_config.data.path} is not on 10\.0\.0\.7"):
+        cluster.enter_cluster(tiny_config, pytest.fail)
 
 
 LISTENING = """

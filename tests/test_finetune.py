@@ -25,9 +25,9 @@ from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
 from diffvit.training import launch
 from diffvit.training.alone import train_alone
-from diffvit.training.launch import resolve
 from diffvit.training.loop import RunStopped
 from diffvit.training.optim import build_optimizer
+from diffvit.training.resolve import resolve
 
 PLAIN = ModelConfig(variant="softmax", image_size=20, patch_size=5, num_classes=7, embed_dim=48, depth=3, num_heads=6)
 
@@ -385,14 +385,6 @@ def test_a_run_goes_on_without_the_weights_that_it_began_from(
     assert begun[0].data.mean == pretrained.data.mean
     with pytest.raises(ValueError, match="not found"):
         launch.train(dataclasses.replace(tuned, name="anew"))
-
-
-def test_images_that_a_node_does_not_see_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(launch, "blind_nodes", lambda path: ["10.0.0.7"] if path == tmp_path else [])
-    for path in ("sample", "s3://bucket/shards", str(tmp_path / "shared")):
-        launch._require_images_everywhere(path)
-    with pytest.raises(ValueError, match=rf"data\.path must be on a disk .*: {tmp_path} is not on 10\.0\.0\.7"):
-        launch._require_images_everywhere(str(tmp_path))
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ from diffvit.config import ModelConfig, OptimConfig
 from diffvit.data.sources import open_dataset
 from diffvit.models.vit import VisionTransformer
 from diffvit.recipes import RECIPES
-from diffvit.training.launch import resolve
 from diffvit.training.optim import build_ema, build_optimizer, build_schedule, lr_ratio
+from diffvit.training.resolve import resolve
 
 
 def test_learning_rate_by_hand() -> None:

@@ -14,7 +14,7 @@ from diffvit.data.sources import open_dataset
 from diffvit.models.pretrained import TIMM_MODELS
 from diffvit.models.vit import VisionTransformer
 from diffvit.recipes import RECIPES
-from diffvit.training.launch import resolve
+from diffvit.training.resolve import resolve
 
 EVERYWHERE = {
     "model.proj_bias": True, "model.init_values": None, "model.reg_tokens": 0, "model.no_embed_class": False,

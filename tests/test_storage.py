@@ -12,6 +12,7 @@ import pytest
 from conftest import GoogleStore, ObjectStore
 from pyarrow import fs
 
+from diffvit import object_stores
 from diffvit import storage as module
 from diffvit.storage import Storage, StorageError
 
@@ -28,7 +29,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 @pytest.fixture(params=STORES)
 def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ObjectStore | GoogleStore:
-    monkeypatch.setattr(module, "_GCS_RETRIES", timedelta(seconds=0.1))
+    monkeypatch.setattr(object_stores, "_GCS_RETRIES", timedelta(seconds=0.1))
     found: ObjectStore | GoogleStore = request.getfixturevalue(request.param)
     return found
 
@@ -89,8 +90,8 @@ def test_a_bucket_whose_region_cannot_be_asked_for_is_waited_for(monkeypatch: py
             raise answer
         return answer
 
-    monkeypatch.setattr(module, "fs", SimpleNamespace(FileSystem=SimpleNamespace(from_uri=from_uri)))
-    monkeypatch.setattr(module, "_s3", lambda *_: None)
+    monkeypatch.setattr(object_stores, "fs", SimpleNamespace(FileSystem=SimpleNamespace(from_uri=from_uri)))
+    monkeypatch.setattr(object_stores, "_s3", lambda *_: None)
     assert Storage("s3://region-once/folder").path("x") == "/nowhere/folder/x"
     assert not answers
     answers.append(OSError("Bucket 'b' not found"))
@@ -122,7 +123,7 @@ def test_a_file_whose_content_did_not_come_is_asked_for_again(
     closed.close()
     answers = [closed, storage.filesystem.open_input_file(storage.path("x"))]
     late = SimpleNamespace(open_input_file=lambda _: answers.pop(0))
-    monkeypatch.setattr(module, "_filesystem", lambda _: (late, root))
+    monkeypatch.setattr(module, "file_system", lambda _: (late, root))
     assert storage.read("x") == b"content"
     assert not answers
 

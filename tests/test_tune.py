@@ -34,7 +34,7 @@ from diffvit.search.sitting import Sitting, remind
 from diffvit.search.space import Space
 from diffvit.search.sweep import SweepFailed, run_sweep
 from diffvit.search.trial import Job
-from diffvit.training.launch import resolve
+from diffvit.training.resolve import resolve
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 

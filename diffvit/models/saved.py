@@ -32,11 +32,15 @@ class SavedModel:
     interpolation: Literal["bilinear", "bicubic"]
     manifest: dict[str, Any]
 
+    @property
+    def augment(self) -> AugmentConfig:
+        """How its images were resized and cropped to be evaluated."""
+        return AugmentConfig(eval_crop_ratio=self.eval_crop_ratio, interpolation=self.interpolation)
+
     @cached_property
     def transform(self) -> v2.Transform:
         """uint8 (C, any, any) -> uint8 (C, S, S), as the model was evaluated."""
-        augment = AugmentConfig(eval_crop_ratio=self.eval_crop_ratio, interpolation=self.interpolation)
-        return eval_transform(augment, self.config.image_size)
+        return eval_transform(self.augment, self.config.image_size)
 
     def preprocess(self, encoded: bytes, max_pixels: int = 50_000_000) -> Tensor:
         """The model's input (1, C, S, S) of a file's bytes.

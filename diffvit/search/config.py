@@ -50,7 +50,7 @@ class SearchConfig:
     workers_per_trial: int = 1
     """1: a trial trains in its own process; more: in a worker group of Ray Train (`scale.cpus_per_worker` each)."""
     cpus_per_trial: float = 1.0
-    """CPUs of a one-worker trial, which decodes and trains in one process."""
+    """CPUs of a one-worker trial, which decodes and trains in one process; with --scale.gpu all but one decode."""
     gpus_per_trial: float = 1.0
     """With scale.gpu, share of a GPU that a one-worker trial takes: 0.25 for four trials on one. Their memory is not
     divided: all of them must fit."""

@@ -47,8 +47,9 @@ class Suggest(Protocol):
 
 @dataclass(frozen=True)
 class Space:
-    """The fields that a sweep varies. What is left empty or None keeps the recipe's value, lambda_init where
-    `depth_schedule` is off too.
+    """The fields that a sweep varies. What is left empty or None keeps the recipe's value.
+
+    lambda_init keeps it only where `depth_schedule` is off too.
     """
 
     __pydantic_config__ = STRICT

@@ -25,7 +25,7 @@ from diffvit.search.records import Candidate, Journal, ranked
 from diffvit.search.report import write_report
 from diffvit.search.sitting import Sitting, SweepFailed
 from diffvit.training.compilation import require_compiler
-from diffvit.training.launch import require_weights, resolve
+from diffvit.training.resolve import require_weights, resolve
 from diffvit.training.run_folder import write_results
 from diffvit.training.run_lock import RunLock
 

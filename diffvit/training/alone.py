@@ -32,7 +32,7 @@ def train_alone(
     """Train, or continue, a run with one worker in this process; its results, which are also in `results.json`.
 
     Args:
-        config: with everything that the data decides filled in (`diffvit.training.launch.resolve`).
+        config: with everything that the data decides filled in (`diffvit.training.resolve.resolve`).
         dataset: that of `config.data`.
         publish: hears of progress; None: what is to be kept of it goes into the run's folder (`Notes`).
         decoders: processes that decode training images for this one; 0: it does so itself.

@@ -16,9 +16,10 @@ import ray
 from ray._private import ray_constants
 from ray._private.utils import get_num_cpus, read_ray_address
 
+from diffvit.cluster.asking import blind_nodes
 from diffvit.cluster.packages import require_packages
 from diffvit.cluster.waiting import can_grow, room_for, wait_for_nodes
-from diffvit.config import ScaleConfig
+from diffvit.config import RunConfig, ScaleConfig
 
 _LOCAL_OBJECT_STORE_BYTES = 2 * 2**30
 _RAY_UNITS = 10_000
@@ -119,12 +120,13 @@ def _let_nodes_idle() -> None:
     get_or_create_usage_collection_actor()
 
 
-def enter_cluster(scale: ScaleConfig, say: Callable[[str], None]) -> None:
+def enter_cluster(config: RunConfig, say: Callable[[str], None]) -> None:
     """Connect, wait for nodes, and `say` what is waited for.
 
     Raises:
-        ValueError: the nodes cannot hold the workers, or one lacks a package.
+        ValueError: the nodes cannot hold the workers, or one lacks a package or the images.
     """
+    scale = config.scale
     connect(scale)
     _wait_for_cluster(scale, say)
     require_resources(scale)
@@ -132,6 +134,17 @@ def enter_cluster(scale: ScaleConfig, say: Callable[[str], None]) -> None:
     if scale.gpu and scale.max_workers < gpus:
         say(f"the cluster has {gpus} GPUs, this run takes {scale.max_workers}: --scale.workers {gpus} takes all")
     require_packages(say)
+    _require_images_everywhere(config.data.path)
+
+
+def _require_images_everywhere(path: str) -> None:
+    """A node that lacks the folder could decode nothing. What is no folder here is none to ask for."""
+    blind = blind_nodes(Path(path)) if Path(path).is_absolute() and Path(path).is_dir() else []
+    if blind:
+        raise ValueError(
+            f"data.path must be on a disk that every node shares, or in an object store: {path} is not on "
+            f"{', '.join(blind)}"
+        )
 
 
 def _wait_for_cluster(scale: ScaleConfig, say: Callable[[str], None]) -> None:

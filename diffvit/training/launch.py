@@ -7,44 +7,35 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
-import torch
 from ray.train import TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from diffvit.cluster.asking import blind_nodes
 from diffvit.config import RunConfig, ScaleConfig, to_json
 from diffvit.console import Console
 from diffvit.data.loader import images_of, plan_run
 from diffvit.data.order import TrainPlan
-from diffvit.data.sources import SAMPLE, Dataset, open_dataset
-from diffvit.models.origin import IMAGENET_STATISTICS
-from diffvit.models.pretrained import origin_of
-from diffvit.models.vit import VisionTransformer
-from diffvit.models.weights import HUB, load_weights
+from diffvit.data.sources import Dataset, open_dataset
 from diffvit.scratch import scratch_folder
-from diffvit.storage import Storage, absolute
+from diffvit.storage import Storage
 from diffvit.training.cluster import enter_cluster
 from diffvit.training.compilation import require_compiler
 from diffvit.training.elastic import FittingTrainer
 from diffvit.training.group import join_group, outlast_preemption
 from diffvit.training.logbook import Logbook
 from diffvit.training.loop import RunStopped, fit
-from diffvit.training.optim import require_no_decay
+from diffvit.training.resolve import require_weights, resolve
 from diffvit.training.run_folder import CONFIG_NAME, begun, close_run, not_the_same_folder, open_run
 from diffvit.training.run_lock import RunLock
 
 __all__ = [
     "RunStopped",
     "TrainingFailedError",
-    "require_weights",
-    "resolve",
     "train",
     "train_group",
     "work_on_group",
@@ -92,8 +83,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 
 def _train(config: RunConfig, dataset: Dataset, train_plan: TrainPlan, started: float) -> dict[str, Any]:
-    enter_cluster(config.scale, print)
-    _require_images_everywhere(config.data.path)
+    enter_cluster(config, print)
     # on this node, and so not lost with another
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
@@ -114,16 +104,6 @@ def _train(config: RunConfig, dataset: Dataset, train_plan: TrainPlan, started: 
     if reason is not None:
         raise RunStopped(reason)
     return results
-
-
-def _require_images_everywhere(path: str) -> None:
-    """A node that lacks the folder could decode nothing."""
-    blind = [] if path == SAMPLE or "://" in path else blind_nodes(Path(path))
-    if blind:
-        raise ValueError(
-            f"data.path must be on a disk that every node shares, or in an object store: {path} is not on "
-            f"{', '.join(blind)}"
-        )
 
 
 def _cause_first(error: TrainingFailedError, scale: ScaleConfig) -> str:
@@ -171,56 +151,6 @@ def work_on_group(config: RunConfig, dataset: Dataset, work: Work) -> Any:
     """
     with _kept_by_ray(config) as folder:
         return _trainer(config, dataset, None, folder, work=work).fit().return_value
-
-
-def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
-    """Fill in what the data decides, and make paths hold in the workers' own working directories."""
-    found, asked = len(dataset.classes), config.model.num_classes
-    if asked not in (0, found):
-        raise ValueError(
-            f"model.num_classes must be the number of classes in the data, {found}, got {asked}; to train "
-            "a recipe on other data than its own, --model.num-classes 0 takes as many as the data has"
-        )
-    if config.data.classes not in ((), dataset.classes):
-        raise ValueError(f"data.classes must be those of the data, {dataset.classes}; got {config.data.classes}")
-    path = config.data.path
-    if path != SAMPLE:
-        path = absolute(path)
-    weights = config.init.weights
-    if weights and not weights.startswith(HUB):
-        weights = absolute(weights)
-    mean, std = (config.data.mean, config.data.std) if config.data.mean else _channel_statistics(config, dataset)
-    model = dataclasses.replace(config.model, num_classes=found)
-    with torch.device("meta"):
-        require_no_decay(VisionTransformer(model), config.optim)
-    return dataclasses.replace(
-        config,
-        storage=config.storage if config.is_remote else str(config.folder.parent),
-        data=dataclasses.replace(config.data, path=path, mean=mean, std=std, classes=dataset.classes),
-        init=dataclasses.replace(config.init, weights=weights),
-        model=model,
-    )
-
-
-def require_weights(config: RunConfig) -> None:
-    """Load what the run starts from once before any worker does."""
-    if config.init.weights:
-        load_weights(VisionTransformer(config.model), config.init.weights, replace_head=True, from_plain=True)
-
-
-def _channel_statistics(config: RunConfig, dataset: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Those that the weights were trained with, else those counted in the data, else ImageNet's.
-
-    Their average where the model sees grey.
-    """
-    if config.init.weights:
-        with suppress(ValueError):  # a file that says nothing of its model; if it cannot be read, loading says so
-            origin = origin_of(config.init.weights)
-            return origin.mean, origin.std
-    mean, std = (dataset.mean, dataset.std) if dataset.mean else IMAGENET_STATISTICS
-    if len(mean) > config.model.in_channels:
-        mean, std = (round(sum(mean) / 3, 4),), (round(sum(std) / 3, 4),)
-    return mean, std
 
 
 @contextmanager
