@@ -299,6 +299,10 @@ def test_policies_must_fit_the_file(tmp_path: Path) -> None:
         "cluster_name", "provider.region", "SecurityGroupIds",
     ]  # fmt: skip
     assert list(policy_problems(config, tmp_path / "elsewhere")) == []
+    node_types = config["available_node_types"]
+    node_types["boss"], config["head_node_type"] = node_types.pop("head"), "boss"
+    node_types["boss"]["node_config"]["SecurityGroupIds"] = ["sg-of-the-head"]  # which its role need not launch
+    assert not any("sg-of-the-head" in line for line in policy_problems(config, tmp_path))
 
 
 def test_no_credentials_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

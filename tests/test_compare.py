@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 from conftest import with_fields
 
 from diffvit.analysis.comparison import CompareOptions
@@ -22,6 +23,7 @@ from diffvit.data.sources import open_dataset
 from diffvit.models.vit import VisionTransformer
 from diffvit.recipes import RECIPES
 from diffvit.training.loop import RunStopped
+from diffvit.training.resolve import resolve
 
 JOB = Path(__file__).parents[1] / "ray_jobs/compare.py"
 QUICK = CompareOptions(batch_size=8, resamples=50, speed_rounds=2)
@@ -144,7 +146,16 @@ class TestRuns:
         assert "worker" in (_outcome(ray.remote(max_retries=0)(lost).remote())[0] or "")
         assert _outcome(ray.remote(broken).remote()) == ("TypeError: a defect of ours", [])
 
-    def test_a_folder_that_another_node_does_not_see(self, config: CompareConfig, tmp_path: Path) -> None:
+    def test_what_an_arm_says_and_a_folder_that_its_node_does_not_see(
+        self, config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+        run = resolve(with_fields(config.run, scale={"precision": "bf16"}), open_dataset(config.run.data))
+        Path(run.storage).mkdir()
+        reason, messages = _train_arm(to_json(run), open_dataset(run.data))
+        assert reason is None
+        assert "would emulate bf16" in messages[0]
+        assert _train_arm(to_json(run), open_dataset(run.data)) == (None, [])  # nothing was trained, nothing is said
         arm = dataclasses.replace(config.run, storage=str(tmp_path / "not here"))
         assert "its node does not see" in (_train_arm(to_json(arm), open_dataset(arm.data))[0] or "")
 

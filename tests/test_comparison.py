@@ -28,6 +28,7 @@ from diffvit.analysis.report import render, spread, write_report
 from diffvit.analysis.robustness import CORRUPTIONS
 from diffvit.analysis.similarity import Similarity
 from diffvit.analysis.statistics import mean_and_std
+from diffvit.compare import _name
 from diffvit.config import DataConfig, ModelConfig, OptimConfig, RunConfig, to_json
 from diffvit.data.batches import SKIPPED_LABEL, Batch
 from diffvit.manifest import WEIGHTS_NAME, write_manifest
@@ -116,6 +117,8 @@ def test_a_run_comes_back_with_its_last_weights(tmp_path: Path) -> None:
     assert (loaded.seed, loaded.config, loaded.curves) == (3, run.config, {"val/top1": [(9, 50.0)]})
     for name, tensor in run.model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], tensor)
+    (folder / "tensorboard").rename(folder / "tidied away")
+    assert load_run(folder).curves == {}
     (folder / "results.json").write_text(json.dumps(results | {"status": "interrupted"}))
     with pytest.raises(ValueError, match=r"only finished runs can be compared, .* is interrupted"):
         load_run(folder)
@@ -237,7 +240,21 @@ def test_what_cannot_be_compared_is_refused() -> None:
     )
     with pytest.raises(ValueError, match=r"same images, got data.path: 'sample' and 'elsewhere' in 'a' and 'b'"):
         check_arms({"a": [make_run("diff", 0)], "b": [other]})
+    bicubic = dataclasses.replace(other.config, data=DataConfig(mean=(0.5,), std=(0.25,)))
+    bicubic = dataclasses.replace(bicubic, augment=dataclasses.replace(bicubic.augment, interpolation="bicubic"))
+    with pytest.raises(
+        ValueError, match=r"augment.interpolation: 'bilinear' and 'bicubic' in 'a' and 'b'; compare"
+    ):
+        check_arms({"a": [make_run("diff", 0)], "b": [dataclasses.replace(other, config=bicubic)]})
     assert differences(make_run("diff", 0), make_run("diff", 1)) == {"intended": {}, "also": {}}
+
+
+def test_arms_of_one_variant_and_name_are_numbered() -> None:
+    arms: dict[str, list[FinishedRun]] = {}
+    for lr in (0.1, 0.2, 0.3, 0.4):
+        run = make_run("diff", 0, lr=lr)
+        arms.setdefault(_name(run, arms), []).append(run)
+    assert list(arms) == ["Diff-ViT V1", "Diff-ViT V1 (diff-0)", "Diff-ViT V1 (diff-0, 2)", "Diff-ViT V1 (diff-0, 3)"]
 
 
 def test_arms_of_other_depths_and_single_seeds() -> None:
@@ -281,13 +298,19 @@ def test_the_report_stands_alone(result: dict[str, Any], tmp_path: Path) -> None
         assert source.startswith("data:image/svg+xml;base64,")
         assert b"<svg" in base64.b64decode(source.split(",")[1])
         assert image["alt"]
-    assert len(list((tmp_path / "out" / "figures").glob("*.svg"))) == len(images)
+    figures = tmp_path / "out" / "figures"
+    assert len(list(figures.glob("*.svg"))) == len(images)
+    (figures / "boxes_0.svg").write_text("of an earlier comparison")
+    (figures / "mine.svg").write_text("mine")
+    write_report(result, draw(result), tmp_path / "out")
+    assert len(list(figures.glob("*.svg"))) == len(images) + 1
+    assert (figures / "mine.svg").exists()
     loaded = [a.get("src") or a.get("href") for tag, a in page.tags if tag in ("script", "link", "iframe")]
     assert loaded == []
     assert not re.search(r"url\(|@import", path.read_text(encoding="utf-8"))
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
-    figures = sum(tag == "figure" for tag, _ in page.tags)
-    assert figures == sum(tag == "figcaption" for tag, _ in page.tags) >= 7
+    shown = sum(tag == "figure" for tag, _ in page.tags)
+    assert shown == sum(tag == "figcaption" for tag, _ in page.tags) >= 7
 
 
 def test_the_report_says_what_was_found(result: dict[str, Any]) -> None:

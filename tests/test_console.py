@@ -1,21 +1,17 @@
-"""What a run shows in the terminal, and how long it says that the rest takes."""
+"""What a run shows in the terminal."""
 
 from __future__ import annotations
 
 import queue
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import torch
 
 from diffvit import console as module
 from diffvit.config import RunConfig
-from diffvit.console import Console, format_duration
+from diffvit.console import Console
 from diffvit.data.loader import plan_run
 from diffvit.data.sources import open_dataset
-from diffvit.training import tracking
-from diffvit.training.tracking import Tracker
 
 STEP = {"epoch": 2, "step": 4, "loss": 0.51239, "images_per_second": 1234.5, "eta_seconds": 3725.0}
 EPOCH = {"epoch": 2, "step": 6, "train_loss": 0.5, "train_top1": 81.25, "loss": 0.25, "top1": 93.333, "top5": 100.0,
@@ -61,18 +57,3 @@ def test_lines_of_a_run(
     assert lines[7:17] == [f"skipped {image}" for image in skipped[:10]]
     assert lines[17:] == [f"more are skipped; see {tiny_config.folder}/skipped.txt"]
     assert (tiny_config.folder / "skipped.txt").read_text().splitlines() == skipped
-
-
-def test_the_rest_takes_as_long_a_step_as_this_sitting_took(
-    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a run that goes on at step 2 of 6, after two more: another two take what these took."""
-    now = 100.0
-    monkeypatch.setattr(tracking.time, "perf_counter", lambda: now)
-    told: list[dict[str, Any]] = []
-    plan = plan_run(tiny_config, open_dataset(tiny_config.data))[0]
-    state = cast(Any, SimpleNamespace(step=2, train_seconds=7.0, model=torch.nn.Linear(1, 1), epoch_sums={}))
-    tracker = Tracker(tiny_config, plan, state, lambda _, fields: told.append(fields), enabled=False)
-    now, state.step = 130.0, 4
-    assert tracker._eta_seconds(now) == 30.0
-    assert format_duration(30.0) == "0m30s"

@@ -73,3 +73,5 @@ def test_the_other_nodes_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages.ray, "get_runtime_context", lambda: context)
     with pytest.raises(ValueError, match=f"{node['NodeManagerAddress']}: no-such-package\n"):
         require_packages(print)
+    monkeypatch.setattr(packages, "PACKAGES", ("torch",))
+    require_packages(pytest.fail)  # this process's own node does not answer: nothing to compare with

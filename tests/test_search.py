@@ -10,8 +10,14 @@ import pytest
 from optuna.trial import TrialState
 from sweeps import record
 
+from diffvit.config import RunConfig, to_json
+from diffvit.data.sources import open_dataset
+from diffvit.search.config import SearchConfig, SweepConfig
 from diffvit.search.progress import reason_of
 from diffvit.search.records import Journal, Record, candidates, ranked, to_csv
+from diffvit.search.sitting import Sitting
+from diffvit.search.space import Space
+from diffvit.search.sweep import write_recipes
 
 
 def test_a_killed_driver_loses_what_was_running_and_nothing_else(tmp_path: Path) -> None:
@@ -147,3 +153,25 @@ def test_csv_has_a_line_a_run() -> None:
     assert lines[0] == names
     assert lines[1] == "trials/0000,0,0,0.001,,finished,3,61.2500,60.0000,,7.5,12.3,"
     assert lines[2] == 'trials/0001,1,0,0.002,,failed,0,,,,0.0,0.0,"not finite, ""at"" step 2"'
+
+
+def test_finalists_are_compared_over_the_seeds_that_are_asked_for_now(tiny_config: RunConfig) -> None:
+    """An earlier sitting asked for four of the weaker one; and its Pareto front held another point."""
+    search = SearchConfig(trials=2, finalists=2, seeds=2, holdout=0.2, objective=("top1", "latency"))
+    sweep = SweepConfig(tiny_config, search, Space())
+    folder, text = tiny_config.folder, to_json(tiny_config)
+    folder.mkdir(parents=True)
+    journal = Journal(folder, tiny_config.name, ["max", "min"])
+    values = {"num_heads": 1, "lambda_init": "depth"}
+    for number, latency, top1, seeds in ((0, 1.0, 50.0, 4), (1, 2.0, 60.0, 2)):
+        shared = {"config": text, "values": {**values, "lr": 1e-3 * (number + 1)}, "latency_ms": latency}
+        journal.save(record(number, top1, top1, **shared))
+        for seed in range(1, seeds + 1):
+            journal.save(record(number, top1, top1, role="finalist", seed=seed, **shared))
+    sitting = Sitting(sweep, open_dataset(tiny_config.data))
+    winner, other = sitting.compare_finalists()
+    assert (winner.number, winner.top1, other.top1) == (1, (60.0, 60.0), (50.0, 50.0))
+    (folder / "pareto").mkdir()
+    (folder / "pareto/0007.json").write_text("of an earlier front")
+    write_recipes(sweep, winner, sitting.journal)
+    assert sorted(path.name for path in (folder / "pareto").iterdir()) == ["0000.json", "0001.json"]

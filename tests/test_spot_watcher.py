@@ -159,6 +159,12 @@ def test_draining_is_tried_again_but_not_for_ever(node: Node, capsys: pytest.Cap
     assert "Ray did not take the notice in 5 attempts: GCS is away" in capsys.readouterr().out
 
 
+def test_a_drain_that_dies_without_a_word_is_tried_again(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    node.ray.write_text("#!/bin/sh\nexit 9\n")
+    assert watch(lambda: Notice(30, "n"), node, 1.0) == 1
+    assert "Ray did not take the notice in 5 attempts: exit status 9" in capsys.readouterr().out
+
+
 def test_a_silent_metadata_service_is_said_once(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
     def ask(calls: list[int] = []) -> Notice | None:  # noqa: B006
         calls.append(1)
