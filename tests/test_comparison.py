@@ -242,9 +242,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
         check_arms({"a": [make_run("diff", 0)], "b": [other]})
     bicubic = dataclasses.replace(other.config, data=DataConfig(mean=(0.5,), std=(0.25,)))
     bicubic = dataclasses.replace(bicubic, augment=dataclasses.replace(bicubic.augment, interpolation="bicubic"))
-    with pytest.raises(
-        ValueError, match=r"augment.interpolation: 'bilinear' and 'bicubic' in 'a' and 'b'; compare"
-    ):
+    with pytest.raises(ValueError, match=r"augment.interpolation: 'bilinear' and 'bicubic' in 'a' and 'b'; compare"):
         check_arms({"a": [make_run("diff", 0)], "b": [dataclasses.replace(other, config=bicubic)]})
     assert differences(make_run("diff", 0), make_run("diff", 1)) == {"intended": {}, "also": {}}
 
