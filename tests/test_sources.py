@@ -36,6 +36,16 @@ def test_folder_with_its_own_validation(folder: Path) -> None:
     assert isinstance(gone, FileNotFoundError)
 
 
+def test_classes_that_are_numbers_are_ordered_as_in_shards(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("0", "1", "2", "10"):
+            make_image(tmp_path / split / name / "a.png", hue=0, seed=0)
+    dataset = open_dataset(DataConfig(path=str(tmp_path)))
+    assert dataset.classes == ("0", "1", "2", "10")
+    assert [dataset.val.key(row) for row in range(4)] == ["val/0/a.png", "val/1/a.png", "val/2/a.png", "val/10/a.png"]
+    assert dataset.val.labels.tolist() == [0, 1, 2, 3]
+
+
 def test_split_is_balanced_seeded_and_disjoint(tmp_path: Path) -> None:
     root = make_folder(tmp_path, images_per_class=10)
     dataset = open_dataset(DataConfig(path=str(root), val_fraction=0.3))

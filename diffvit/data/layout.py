@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from diffvit.data.order import SHUFFLE
 from diffvit.data.originals import BESIDE
+from diffvit.data.sources import sort_classes
 from diffvit.data.splitting import hold_out
 
 Rows = npt.NDArray[np.int64]
@@ -83,13 +84,6 @@ def order_classes(names: list[str], numbers: list[int | None]) -> tuple[str, ...
         if first.setdefault(name, number) != number:
             raise ValueError(f"classes must differ in name, the source calls {first[name]} and {number} {name!r}")
     return tuple(by_number.values())
-
-
-def sort_classes(names: set[str]) -> tuple[str, ...]:
-    """By number where all of them are numbers, else by name."""
-    if all(name.isdecimal() for name in names):
-        return tuple(sorted(names, key=lambda name: (int(name), name)))  # 1 and 01 are two
-    return tuple(sorted(names))
 
 
 def _usable(entries: pa.Table) -> tuple[pa.Table, tuple[tuple[str, str], ...]]:

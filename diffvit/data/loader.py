@@ -51,11 +51,6 @@ def plan_run(config: RunConfig, dataset: Dataset, workers: int = 1) -> tuple[Tra
     return train_plan, EvalPlan(len(dataset.val), min(config.scale.micro_batch_size or _EVAL_ROW_SIZE, _EVAL_ROW_SIZE))
 
 
-def images_of(train_plan: TrainPlan, eval_plan: EvalPlan) -> dict[str, int]:
-    """How many there are in each split."""
-    return {"training": train_plan.num_samples, "validation": eval_plan.num_samples}
-
-
 def validation_batches(config: RunConfig, dataset: Dataset) -> Iterator[Batch]:
     """Every validation image once, in this process."""
     plan = EvalPlan(len(dataset.val), _EVAL_ROW_SIZE)

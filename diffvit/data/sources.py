@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -218,14 +218,22 @@ def walk(root: Path | str, *above: Path) -> Iterator[tuple[str, list[str]]]:
         yield folder, files
 
 
-def _class_folders(root: Path) -> list[str]:
+def sort_classes(names: Iterable[str]) -> tuple[str, ...]:
+    """By number where all of them are numbers, else by name: the same from a folder and from what is prepared of it."""
+    names = sorted(names)
+    if all(name.isdecimal() for name in names):
+        names.sort(key=int)  # 01 and 1, which are two, stay in the order of their names
+    return tuple(names)
+
+
+def _class_folders(root: Path) -> tuple[str, ...]:
     if not root.is_dir():
-        return []
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+        return ()
+    return sort_classes(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _files_by_class(root: Path) -> dict[str, list[Path]]:
-    """`{class: its image files}`, both sorted by name, so that numbers do not depend on the file system."""
+    """`{class: its image files}`, both sorted, so that numbers do not depend on the file system."""
     folders = _class_folders(root)
     if len(folders) < 2:
         raise ValueError(

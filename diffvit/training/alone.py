@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from diffvit.config import RunConfig
-from diffvit.data.loader import BatchLoader, LocalStream, images_of, plan_run
+from diffvit.data.identity import identity_of
+from diffvit.data.loader import BatchLoader, LocalStream, plan_run
 from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.sources import Dataset
 from diffvit.training.checkpoint_store import CheckpointStore
@@ -46,7 +47,7 @@ def train_alone(
     require_compiler(config.scale)
     plans = plan_run(config, dataset)
     with RunLock(config.location):
-        earlier = open_run(config, images_of(*plans))
+        earlier = open_run(config, identity_of(dataset))
         if earlier is not None and earlier["status"] == "finished":
             return earlier
         if publish is not None:

@@ -18,7 +18,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffvit.config import RunConfig, ScaleConfig, to_json
 from diffvit.console import Console
-from diffvit.data.loader import images_of, plan_run
+from diffvit.data.identity import identity_of
+from diffvit.data.loader import plan_run
 from diffvit.data.order import TrainPlan
 from diffvit.data.sources import Dataset, open_dataset
 from diffvit.scratch import scratch_folder
@@ -70,13 +71,13 @@ def train(config: RunConfig) -> dict[str, Any]:
             told = dataclasses.replace(config.data, mean=earlier.data.mean, std=earlier.data.std)
             config = dataclasses.replace(config, data=told)
     config = resolve(config, dataset)
-    train_plan, eval_plan = plan_run(config, dataset, config.worker_counts[-1])
+    train_plan, _ = plan_run(config, dataset, config.worker_counts[-1])
     if earlier is None:
         require_weights(config)  # a run that goes on needs them no more
     if _RAYS_COPY in config.location:
         print(f"warning: Ray deletes {config.location}, in the job's copy of its folder; give --storage another place")
     with RunLock(config.location):
-        results = open_run(config, images_of(train_plan, eval_plan))
+        results = open_run(config, identity_of(dataset))
         if results is not None and results["status"] == "finished":
             return results
         return _train(config, dataset, train_plan, started)

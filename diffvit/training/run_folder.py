@@ -1,8 +1,9 @@
-"""`<storage>/<name>/`: the folder of a run, what is checked before it is used, and the two JSON files of its own.
+"""`<storage>/<name>/`: the folder of a run, what is checked before it is used, and the three JSON files of its own.
 
 It lies on a disk or in an object store.
 
 config.json    the run's config, written before the first step
+data.json      by which its images are known again: how many of each split, and a digest of their keys and labels
 results.json   status, best and last checkpoint, speed, versions; written when a sitting ends
 """
 
@@ -16,7 +17,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 
 from diffvit.config import RunConfig, differing_fields, from_json, to_json
+from diffvit.data.identity import Identity, require_same_images
 from diffvit.manifest import CHECKPOINT_FOLDER, checkpoints_in
 from diffvit.models.vit import VisionTransformer
 from diffvit.storage import UNFINISHED_SUFFIX, Storage, StorageError
@@ -34,6 +36,7 @@ from diffvit.training.run_lock import LOCK_NAME
 from diffvit.training.utilisation import arithmetic
 
 CONFIG_NAME = "config.json"
+DATA_NAME = "data.json"
 RESULTS_NAME = "results.json"
 _LIBRARIES = ("torch", "torchvision", "ray", "numpy", "pyarrow", "pillow")
 _SPARE_BYTES = 64 * 2**20
@@ -44,14 +47,15 @@ _TEMPORARY_SECONDS = 60.0
 """What was not written to for so long is nobody's."""
 
 
-def open_run(config: RunConfig, images: Mapping[str, int] | None = None) -> dict[str, Any] | None:
+def open_run(config: RunConfig, images: Identity) -> dict[str, Any] | None:
     """Make sure that the run can be written and is not another one of the same name.
 
     The `results.json` of a sitting that did not finish goes: while another one is under way it would be out of date.
 
     Args:
         config: of the run, as `resolve` completes it.
-        images: how many there are of 'training' and 'validation'; a run that goes on must have as many as before.
+        images: its 'training' and 'validation' images (`identity_of`); a run that goes on must have those it had,
+            which may lie at another `data.path` than before.
 
     Returns:
         The results of an earlier sitting, or None.
@@ -63,20 +67,23 @@ def open_run(config: RunConfig, images: Mapping[str, int] | None = None) -> dict
     run = Storage(config.location)
     try:
         existing = _read(run, CONFIG_NAME)
+        known = _read(run, DATA_NAME)
         if existing is not None:
-            _require_same_run(existing, config)
+            _require_same_run(existing, config, moved=known == images.to_json())
         elif any(LOCK_NAME not in name and not _TEMPORARY.fullmatch(name) for name in run.names()):
             where = run.uri.partition("?")[0]
             raise ValueError(f"{where} holds files but no {CONFIG_NAME}: it is not a run; choose another --name")
         results = _results(run) if existing is not None else None
         if results is not None and results["status"] == "finished":
             return results
-        _require_same_images(config, images or {})
+        if known is not None:
+            require_same_images(known, images, config)
         if not config.is_remote:
             there = len(checkpoints_in(config.folder))
             # the last ones, the best and the one being written
             _require_writable(config.folder, _checkpoint_bytes(config), max(config.checkpoint.keep_last + 2 - there, 1))
         run.write(CONFIG_NAME, _content(config))
+        run.write(DATA_NAME, images.to_json())
         run.delete(RESULTS_NAME)
         if not config.is_remote:
             _sweep(config.folder)
@@ -211,32 +218,20 @@ def summarise(checkpoints: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _require_same_run(existing: bytes, config: RunConfig) -> None:
+def _require_same_run(existing: bytes, config: RunConfig, *, moved: bool) -> None:
+    """`moved`: its images are the same wherever they lie."""
     where = config.location.partition("?")[0]
     if not config.resume:
         raise ValueError(f"run {config.name!r} exists in {where}; choose another --name or leave --resume on")
     differing = differing_fields(from_json(existing, f"{where}/{CONFIG_NAME}"), config)
+    if moved:
+        differing.pop("data.path", None)
     if differing:
         lines = "".join(f"\n  {name}: {old!r} there, {new!r} now" for name, (old, new) in differing.items())
         raise ValueError(
             f"run {config.name!r} exists in {where} with another config; choose another --name, "
             f"or the same values to continue it:{lines}"
         )
-
-
-def _require_same_images(config: RunConfig, images: Mapping[str, int]) -> None:
-    """A step is a place in an order of all training images, and what is best depends on the validation images."""
-    if not images:
-        return
-    entries = CheckpointStore(config.location, config.checkpoint).entries()
-    known = {name: value for entry in entries for name, value in entry.metrics.items()}  # the last that say it
-    for split, now in images.items():
-        before = known.get(f"{split}_images", now)
-        if before != now:
-            raise ValueError(
-                f"run {config.name!r} was begun with {before:,} {split} images, {config.data.path} has {now:,} now; "
-                "bring them back to continue it, or choose another --name"
-            )
 
 
 def _require_writable(folder: Path, checkpoint_bytes: int, checkpoints: int) -> None:

@@ -184,14 +184,11 @@ class Tracker:
             "images_per_second": (epoch["images"] + epoch["skipped"]) / seconds,
             "data_wait_fraction": min(epoch["waited"] / seconds, 1.0),
             "train_seconds": self._state.train_seconds,
-            "training_images": self._plan.num_samples,
             "skipped_images": len(self._state.skipped_samples),
             "world_sizes": list(self._state.world_sizes),
             "device": device_name(self._device),
             "precisions": list(self._state.precisions),
-            "peak_bytes": peak_bytes(
-                self._device
-            ),  # of rank 0, which also holds the checkpoints that are being written
+            "peak_bytes": peak_bytes(self._device),  # rank 0's, which also holds checkpoints on their way
             "first_step_at": self._first_step_at,
             "poisoned_steps": self._state.poisoned_steps,
             "rollbacks": self._state.rollbacks,
@@ -201,7 +198,6 @@ class Tracker:
         """The metrics of the epoch's checkpoint, `evaluated` included; also told to the console."""
         metrics = self.metrics() | {name: evaluated[name] for name in ("loss", "top1", "top5")}
         metrics["skipped_images"] += int(evaluated["skipped"])
-        metrics["validation_images"] = int(evaluated["images"] + evaluated["skipped"])
         if self._events is not None:
             self._publish("epoch", metrics)
         self._begin_epoch()
