@@ -166,12 +166,19 @@ def test_a_damaged_identity_is_said(tiny_config: RunConfig) -> None:
 def test_images_may_move_but_not_change_on_the_way(tiny_config: RunConfig) -> None:
     open_run(tiny_config, IMAGES)
     elsewhere = with_fields(tiny_config, data={"path": "/elsewhere"})
-    with pytest.raises(ValueError, match=r"data\.path: .* there, '/elsewhere' now"):
-        open_run(elsewhere, Identity(IMAGES.training, SplitIdentity(15, "c")))
+    others = Identity(IMAGES.training, SplitIdentity(15, "c"))
+    write_results(tiny_config.folder, {"status": "finished"})
+    open_run(tiny_config, others)  # has its results, and needs no images any more
+    with pytest.raises(ValueError, match=r"with 15 validation images, /elsewhere has 15 now, but with other names"):
+        open_run(elsewhere, others)
+    (tiny_config.folder / "results.json").unlink()
     open_run(elsewhere, IMAGES)
     assert from_json((tiny_config.folder / "config.json").read_bytes(), "test").data.path == "/elsewhere"
     with pytest.raises(ValueError, match=r"optim\.lr: "):
         open_run(with_fields(tiny_config, optim={"lr": 0.5}), IMAGES)
+    (tiny_config.folder / "data.json").unlink()
+    with pytest.raises(ValueError, match=r"data\.path: '/elsewhere' there"):
+        open_run(tiny_config, IMAGES)
 
 
 def test_a_run_goes_on_from_its_first_checkpoint_on(tiny_config: RunConfig) -> None:

@@ -69,7 +69,7 @@ def open_run(config: RunConfig, images: Identity) -> dict[str, Any] | None:
         existing = _read(run, CONFIG_NAME)
         known = _read(run, DATA_NAME)
         if existing is not None:
-            _require_same_run(existing, config, moved=known == images.to_json())
+            _require_same_run(existing, known, config, images)
         elif any(LOCK_NAME not in name and not _TEMPORARY.fullmatch(name) for name in run.names()):
             where = run.uri.partition("?")[0]
             raise ValueError(f"{where} holds files but no {CONFIG_NAME}: it is not a run; choose another --name")
@@ -218,20 +218,21 @@ def summarise(checkpoints: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _require_same_run(existing: bytes, config: RunConfig, *, moved: bool) -> None:
-    """`moved`: its images are the same wherever they lie."""
+def _require_same_run(existing: bytes, known: bytes | None, config: RunConfig, images: Identity) -> None:
+    """Of the same config, but for a `data.path` that has the same images."""
     where = config.location.partition("?")[0]
     if not config.resume:
         raise ValueError(f"run {config.name!r} exists in {where}; choose another --name or leave --resume on")
     differing = differing_fields(from_json(existing, f"{where}/{CONFIG_NAME}"), config)
-    if moved:
-        differing.pop("data.path", None)
+    path = differing.pop("data.path", None) if known is not None else None
     if differing:
         lines = "".join(f"\n  {name}: {old!r} there, {new!r} now" for name, (old, new) in differing.items())
         raise ValueError(
             f"run {config.name!r} exists in {where} with another config; choose another --name, "
             f"or the same values to continue it:{lines}"
         )
+    if known is not None and path is not None:
+        require_same_images(known, images, config)
 
 
 def _require_writable(folder: Path, checkpoint_bytes: int, checkpoints: int) -> None:
