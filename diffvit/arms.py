@@ -15,9 +15,10 @@ from ray.exceptions import RayError, RayTaskError
 from diffvit.cluster.packages import require_packages
 from diffvit.cluster.waiting import can_grow, wait_for_nodes
 from diffvit.config import ModelConfig, RunConfig, as_variant, from_json, to_json
+from diffvit.data.fingerprint import fingerprint_of, require_same_images
 from diffvit.data.sources import Dataset, open_dataset
 from diffvit.data.tasks import Report
-from diffvit.storage import StorageError
+from diffvit.storage import Storage, StorageError
 from diffvit.training.alone import train_alone
 from diffvit.training.loop import RunStopped
 from diffvit.training.notes import Notes
@@ -80,6 +81,9 @@ def train_arms(recipe: RunConfig, seeds: int, room: ArmRoom, report: Report) -> 
         for name, arm in arm_configs(recipe).items()
         for seed in range(seeds)
     ]
+    images = fingerprint_of(dataset)
+    for config in configs:  # those that are trained already too
+        require_same_images(Storage(config.location), images, config.data.path)
     if not recipe.is_remote:
         recipe.folder.parent.mkdir(parents=True, exist_ok=True)  # other nodes are to see it
     needs = room.needs(recipe)

@@ -18,15 +18,16 @@ import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 
-from diffvit.analysis.arms import FinishedRun
+from diffvit.analysis.arms import FinishedRun, differing
 from diffvit.analysis.comparison import CompareOptions, compare
 from diffvit.analysis.figures import draw
 from diffvit.analysis.finished_runs import load_run
 from diffvit.analysis.panels import FigureRow
 from diffvit.analysis.report import write_report
 from diffvit.arms import ArmRoom, train_arms
-from diffvit.config import VARIANT_NAMES, RunConfig, ScaleConfig, differing_fields
+from diffvit.config import VARIANT_NAMES, RunConfig, ScaleConfig
 from diffvit.data.boxes import BoxedSplit
+from diffvit.data.fingerprint import fingerprint_of, require_same
 from diffvit.data.loader import validation_batches
 from diffvit.data.sources import open_dataset
 from diffvit.data.tasks import Report
@@ -95,8 +96,10 @@ def run_comparison(config: CompareConfig, report: Report) -> Path:
         with on_disk(source, "last") as folder:
             run = load_run(folder)
         arms.setdefault(_name(run, arms), []).append(run)
-    first = next(iter(arms.values()))[0].config
+    first_run = next(iter(arms.values()))[0]
+    first = first_run.config
     dataset = open_dataset(first.data)
+    require_same(first_run.images, fingerprint_of(dataset), f"run {first.name!r}", first.data.path, ("validation",))
     # the head of a cluster, where this runs, may have no GPU
     device = torch.device(config.run.scale.device_type if torch.cuda.is_available() else "cpu")
     set_float32_products(ScaleConfig(precision="fp32"), device)
@@ -122,7 +125,7 @@ def _open_boxes(path: str, config: RunConfig) -> BoxedSplit | None:
 def _name(run: FinishedRun, arms: dict[str, list[FinishedRun]]) -> str:
     """The arm of the same config but for the seed, else a new one named after the variant."""
     for name, runs in arms.items():
-        if set(differing_fields(runs[0].config, run.config)) <= {"seed"}:
+        if set(differing(runs[0], run)) <= {"seed"}:
             return name
     plain = VARIANT_NAMES[run.config.model.variant]
     named = f"{plain} ({run.config.name})"

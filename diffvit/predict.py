@@ -2,7 +2,7 @@
 
 <out>/predictions/part-*.parquet   key, split, class (where known), predicted, top_classes, top_probabilities, reason
 <out>/predictions.json             counts, top-1, top-5, accuracy by class
-<out>/confusion.png                where the source has classes that the model knows
+<out>/confusion.png                where the source has classes that the model knows, 2,000 at most
 
 Images are decoded in tasks and predicted by actors that hold the model; each part is written when it is whole, so the
 same call goes on where an earlier one was cut.
@@ -37,6 +37,8 @@ from diffvit.prediction import PARTS, Job, Predictor, cut_parts, load_part, part
 from diffvit.storage import Storage, StorageError
 
 RESULTS_NAME = "predictions.json"
+_PICTURED_CLASSES = 2000
+"""More than these would be less than a pixel each, and the picture takes hundreds of MiB to draw."""
 _PART_IMAGES = 512
 _PART_BYTES = 128 * 2**20
 """Of the files of a part, and of the pixels that the model takes of them."""
@@ -177,9 +179,10 @@ def _summarise(job: Job, saved: SavedModel, identity: dict[str, Any], without_sp
         if job.config.top_k >= min(5, len(known)):  # else nobody knows
             results["top5"] = 100 * top5 / labelled
         results["classes"] = per_class(confusion, saved.classes)
-        picture = io.BytesIO()
-        confusion_figure(confusion, saved.classes).savefig(picture, format="png", dpi=110)
-        target.write("confusion.png", picture.getvalue())
+        if len(known) <= _PICTURED_CLASSES:
+            picture = io.BytesIO()
+            confusion_figure(confusion, saved.classes).savefig(picture, format="png", dpi=110)
+            target.write("confusion.png", picture.getvalue())
     results |= {"parts": job.parts, "step": saved.manifest["step"], "options": identity}
     target.write(RESULTS_NAME, json.dumps(results, indent=2).encode() + b"\n")
     return results

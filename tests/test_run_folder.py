@@ -10,11 +10,11 @@ import pytest
 from conftest import with_fields
 
 from diffvit.config import RunConfig, from_json, to_json
-from diffvit.data.identity import Identity, SplitIdentity
+from diffvit.data.fingerprint import Fingerprint, SplitFingerprint
 from diffvit.training import run_folder
 from diffvit.training.run_folder import begun, close_run, not_the_same_folder, open_run, write_results
 
-IMAGES = Identity(SplitIdentity(36, "a"), SplitIdentity(15, "b"))
+IMAGES = Fingerprint(SplitFingerprint(36, "a"), SplitFingerprint(15, "b"))
 
 
 def test_new_then_continued_then_finished(tiny_config: RunConfig) -> None:
@@ -141,12 +141,21 @@ def test_results_of_a_sitting_that_was_cut_go_and_damaged_ones_are_no_matter(tin
 @pytest.mark.parametrize(
     ("now", "problem"),
     [
-        (Identity(SplitIdentity(72, "c"), IMAGES.validation), r"with 36 training images, .* has 72 now; bring them"),
-        (Identity(IMAGES.training, SplitIdentity(14, "c")), r"with 15 validation images, .* has 14 now; bring them"),
-        (Identity(SplitIdentity(36, "c"), IMAGES.validation), r"has 36 now, but with other names, labels or in anoth"),
+        (
+            Fingerprint(SplitFingerprint(72, "c"), IMAGES.validation),
+            r"with 36 training images, .* has 72 now; bring them",
+        ),
+        (
+            Fingerprint(IMAGES.training, SplitFingerprint(14, "c")),
+            r"with 15 validation images, .* has 14 now; bring them",
+        ),
+        (
+            Fingerprint(SplitFingerprint(36, "c"), IMAGES.validation),
+            r"has 36 now, but with other names, labels or in anoth",
+        ),
     ],
 )
-def test_other_images_are_refused(tiny_config: RunConfig, now: Identity, problem: str) -> None:
+def test_other_images_are_refused(tiny_config: RunConfig, now: Fingerprint, problem: str) -> None:
     open_run(tiny_config, IMAGES)
     with pytest.raises(ValueError, match=problem):
         open_run(tiny_config, now)
@@ -156,29 +165,28 @@ def test_other_images_are_refused(tiny_config: RunConfig, now: Identity, problem
         open_run(tiny_config, IMAGES)
 
 
-def test_a_damaged_identity_is_said(tiny_config: RunConfig) -> None:
+def test_a_damaged_fingerprint_is_said(tiny_config: RunConfig) -> None:
     open_run(tiny_config, IMAGES)
     (tiny_config.folder / "data.json").write_text('{"training": ')
-    with pytest.raises(ValueError, match=r"data\.json of run 'tiny' is damaged: .*; delete it if"):
+    with pytest.raises(ValueError, match=r"tiny/data\.json is damaged: .*; delete it if"):
         open_run(tiny_config, IMAGES)
 
 
 def test_images_may_move_but_not_change_on_the_way(tiny_config: RunConfig) -> None:
     open_run(tiny_config, IMAGES)
     elsewhere = with_fields(tiny_config, data={"path": "/elsewhere"})
-    others = Identity(IMAGES.training, SplitIdentity(15, "c"))
-    write_results(tiny_config.folder, {"status": "finished"})
-    open_run(tiny_config, others)  # has its results, and needs no images any more
     with pytest.raises(ValueError, match=r"with 15 validation images, /elsewhere has 15 now, but with other names"):
-        open_run(elsewhere, others)
-    (tiny_config.folder / "results.json").unlink()
+        open_run(elsewhere, Fingerprint(IMAGES.training, SplitFingerprint(15, "c")))
     open_run(elsewhere, IMAGES)
     assert from_json((tiny_config.folder / "config.json").read_bytes(), "test").data.path == "/elsewhere"
     with pytest.raises(ValueError, match=r"optim\.lr: "):
         open_run(with_fields(tiny_config, optim={"lr": 0.5}), IMAGES)
+    write_results(tiny_config.folder, {"status": "finished"})
+    assert open_run(with_fields(tiny_config, scale={"workers": 3}), IMAGES) is not None  # back at its first place
+    assert from_json((tiny_config.folder / "config.json").read_bytes(), "test") == tiny_config
     (tiny_config.folder / "data.json").unlink()
-    with pytest.raises(ValueError, match=r"data\.path: '/elsewhere' there"):
-        open_run(tiny_config, IMAGES)
+    with pytest.raises(ValueError, match=r"data\.path: .* there, '/elsewhere' now"):
+        open_run(elsewhere, IMAGES)
 
 
 def test_a_run_goes_on_from_its_first_checkpoint_on(tiny_config: RunConfig) -> None:

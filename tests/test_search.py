@@ -89,10 +89,10 @@ def test_a_recovery_that_is_killed_is_taken_up(tmp_path: Path, monkeypatch: pyte
 
 def test_scores_are_kept(tmp_path: Path) -> None:
     journal = Journal(tmp_path, "sweep", ["max"])
-    assert journal.score(3) is None
+    assert journal.scores(3) == {}
     assert journal.scored() == []
-    journal.save_score(3, {"runs": [{"top1": 80.5}]})
-    assert Journal(tmp_path, "sweep", ["max"]).score(3) == {"runs": [{"top1": 80.5}]}
+    journal.save_scores(3, {"finalists/0003-seed-1": {"top1": 80.5}})
+    assert Journal(tmp_path, "sweep", ["max"]).scores(3) == {"finalists/0003-seed-1": {"top1": 80.5}}
     assert journal.scored() == [3]
 
 

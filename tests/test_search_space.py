@@ -12,11 +12,14 @@ from conftest import with_fields
 
 from diffvit.cli import parse_sweep_config
 from diffvit.config import RunConfig, ScaleConfig, to_json, valid_num_heads
+from diffvit.data.fingerprint import Fingerprint, SplitFingerprint
 from diffvit.search import cluster as search_cluster
 from diffvit.search.cluster import require_room, share_of_trial
 from diffvit.search.config import SearchConfig, SweepConfig, differing_sweep_fields, sweep_from_json, sweep_to_json
 from diffvit.search.folder import open_sweep
 from diffvit.search.space import Space
+
+IMAGES = Fingerprint(SplitFingerprint(36, "a"), SplitFingerprint(15, "b"))
 
 
 @pytest.fixture
@@ -178,8 +181,8 @@ def test_a_taken_name_is_refused_with_the_differences(recipe: RunConfig) -> None
     sweep = SweepConfig(recipe, SearchConfig(), Space())
     recipe.folder.mkdir(parents=True)
     (recipe.folder / "run.lock").touch()  # of this process
-    open_sweep(sweep)
-    open_sweep(dataclasses.replace(sweep, search=SearchConfig(trials=90, concurrent=2)))  # continues
+    open_sweep(sweep, IMAGES)
+    open_sweep(dataclasses.replace(sweep, search=SearchConfig(trials=90, concurrent=2)), IMAGES)  # continues
     other = SweepConfig(with_fields(recipe, optim={"lr": 0.1}), SearchConfig(seed=4), Space(num_heads=(1, 2)))
     assert differing_sweep_fields(sweep, other) == {
         "optim.lr": (3e-3, 0.1),
@@ -187,16 +190,19 @@ def test_a_taken_name_is_refused_with_the_differences(recipe: RunConfig) -> None
         "space.num_heads": ((), (1, 2)),
     }
     with pytest.raises(ValueError, match=r"(?s)with other values.*space.num_heads: \(\) there, \(1, 2\) now"):
-        open_sweep(other)
+        open_sweep(other, IMAGES)
+    grown = dataclasses.replace(IMAGES, training=SplitFingerprint(40, "c"))
+    with pytest.raises(ValueError, match=r"was begun with 36 training images, .* has 40 now; bring them back"):
+        open_sweep(sweep, grown)
     with pytest.raises(ValueError, match="leave --resume on"):
-        open_sweep(dataclasses.replace(sweep, run=dataclasses.replace(recipe, resume=False)))
+        open_sweep(dataclasses.replace(sweep, run=dataclasses.replace(recipe, resume=False)), IMAGES)
 
 
 def test_a_folder_that_is_no_sweep_is_refused(recipe: RunConfig) -> None:
     recipe.folder.mkdir(parents=True)
     (recipe.folder / "config.json").write_text(to_json(recipe))
     with pytest.raises(ValueError, match=r"holds files but no sweep.json"):
-        open_sweep(SweepConfig(recipe, SearchConfig(), Space()))
+        open_sweep(SweepConfig(recipe, SearchConfig(), Space()), IMAGES)
 
 
 @pytest.mark.parametrize(

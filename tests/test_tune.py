@@ -23,6 +23,7 @@ from sweeps import record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffvit.config import RunConfig, from_json, to_json
+from diffvit.data.fingerprint import fingerprint_of
 from diffvit.data.sources import Dataset, open_dataset
 from diffvit.data.subset import parted_for_search
 from diffvit.search.cluster import connect_for
@@ -133,7 +134,7 @@ def opened(sweep: SweepConfig) -> tuple[SweepConfig, Dataset]:
     dataset = open_dataset(sweep.run.data)
     sweep = dataclasses.replace(sweep, run=resolve(sweep.run, dataset))
     connect_for(sweep)
-    open_sweep(sweep)
+    open_sweep(sweep, fingerprint_of(dataset))
     return sweep, parted_for_search(dataset, sweep.search.holdout, sweep.search.seed)
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from diffvit.analysis.arms import FinishedRun
 from diffvit.analysis.curves import Curves, read_curves
 from diffvit.config import from_json
+from diffvit.data.fingerprint import known_images
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
+from diffvit.storage import Storage
 
 
 def load_run(folder: Path) -> FinishedRun:
@@ -37,4 +39,4 @@ def load_run(folder: Path) -> FinishedRun:
         curves = read_curves(folder / "tensorboard")
     except FileNotFoundError:  # somebody tidied up; figures of what was recorded leave the run out
         curves = {}
-    return FinishedRun(config.seed, model, config, curves)
+    return FinishedRun(config.seed, model, config, curves, known_images(Storage(str(folder))))

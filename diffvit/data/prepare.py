@@ -223,6 +223,11 @@ def _finish(
         write_table(target, index_name(split), index)
         counts = np.bincount(index["label"].to_numpy(), minlength=len(layout.classes))
         splits[split] = SplitInfo(index.num_rows, counts.tolist(), shards)
+        if split == "train" and not counts.all():
+            raise ValueError(
+                f"no training image of class {layout.classes[int(counts.argmin())]!r} can be used; "
+                f"{QUARANTINE_NAME} in {target.uri} says why: mend them, or take the class out"
+            )
     mean, std = _channel_statistics(layout, packed, splits["train"].images)
     info = DatasetInfo(
         format_version=FORMAT_VERSION,

@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from diffvit.search.records import Candidate, Record, ranked
+from diffvit.search.space import LOG_SCALE
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#8C8C8C"  # Okabe and Ito: told apart by every kind of colour vision
 _SCALE = colormaps["cividis"]
-_LOG = ("lr", "weight_decay")
 _CATEGORIES = ("variant", "num_heads", "patch_size")
 _WIDTH, _HEIGHT = 4.4, 3.1  # inches: at the width of a phone the text stays readable
 _STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "diffvit"}
@@ -50,7 +50,7 @@ class Scale:
         if not self._numbers:
             return words
         low, high = min(self._numbers), max(self._numbers)
-        middle = math.sqrt(low * high) if self.name in _LOG else (low + high) / 2
+        middle = math.sqrt(low * high) if self.name in LOG_SCALE else (low + high) / 2
         return [*((self.place(x), f"{x:.2g}") for x in dict.fromkeys((low, middle, high))), *words]
 
     @property
@@ -62,7 +62,7 @@ class Scale:
         return sorted(set(self.values))
 
     def _transformed(self, value: float) -> float:
-        return math.log(value) if self.name in _LOG else value
+        return math.log(value) if self.name in LOG_SCALE else value
 
 
 def parallel_coordinates(records: Sequence[Record], columns: Sequence[str]) -> str:

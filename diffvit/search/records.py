@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import optuna
 from optuna.study import StudyDirection
@@ -130,13 +130,12 @@ class Journal:
         found = [json.loads(text) for name, text in attributes if name.startswith(f"{role}s/")]
         return [Record(**{**fields, "history": tuple(fields["history"])}) for fields in found if fields is not None]
 
-    def save_score(self, number: int, score: dict[str, Any]) -> None:
-        self.study.set_user_attr(f"{_SCORE}{number:04d}", json.dumps(score))
+    def save_scores(self, number: int, scores: dict[str, dict[str, float]]) -> None:
+        self.study.set_user_attr(f"{_SCORE}{number:04d}", json.dumps(scores))
 
-    def score(self, number: int) -> dict[str, Any] | None:
-        """What configuration `number` scored on the recipe's own validation split, if it was asked before."""
-        text = self.study.user_attrs.get(f"{_SCORE}{number:04d}")
-        return None if text is None else dict(json.loads(text))
+    def scores(self, number: int) -> dict[str, dict[str, float]]:
+        """What runs of configuration `number` scored on the recipe's own validation split, by name, if asked before."""
+        return dict(json.loads(self.study.user_attrs.get(f"{_SCORE}{number:04d}", "{}")))
 
     def scored(self) -> list[int]:
         """Configurations that have seen the validation split: one, unless a continued sweep found a better one."""

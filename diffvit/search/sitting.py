@@ -95,7 +95,7 @@ class Sitting:
         done = {(record.number, record.seed) for record in self.journal.records("finalist")}
         jobs, asked = [], set[tuple[int, int]]()
         for record in best:
-            config = from_json(record.config, record.name)
+            config = self._on_todays_resources(record)
             for seed in range(config.seed + 1, config.seed + 1 + search.seeds):
                 asked.add((record.number, seed))
                 if (record.number, seed) not in done:
@@ -113,16 +113,23 @@ class Sitting:
         return found
 
     def score_once(self, winner: Candidate, dataset: Dataset) -> list[dict[str, float]]:
-        """The winner's runs on the recipe's own validation split; kept, so that it is looked at once."""
-        known = self.journal.score(winner.number)
-        if known is not None:
-            return list(known["runs"])
+        """The winner's runs on the recipe's own validation split; kept, so that each is looked at once."""
+        known = self.journal.scores(winner.number)
         remote = self._alone(score)
         runs = [run for run in winner.runs if run.status == "finished"]
-        pending = [remote.remote(run.config, dataset, str(self.folder / run.name)) for run in runs]
-        scores: list[dict[str, float]] = ray.get(pending)
-        self.journal.save_score(winner.number, {"runs": scores})
-        return scores
+        pending = {
+            run.name: remote.remote(to_json(self._on_todays_resources(run)), dataset, str(self.folder / run.name))
+            for run in runs
+            if run.name not in known
+        }
+        if pending:
+            known |= dict(zip(pending, ray.get(list(pending.values())), strict=True))
+            self.journal.save_scores(winner.number, known)
+        return [known[run.name] for run in runs]
+
+    def _on_todays_resources(self, record: Record) -> RunConfig:
+        """An earlier sitting may have had others."""
+        return dataclasses.replace(from_json(record.config, record.name), scale=self.sweep.trial_recipe.scale)
 
     def write_csv(self) -> None:
         """`trials.csv`, from the journal."""

@@ -31,7 +31,7 @@ _SECTIONS = {
 }
 """Where the fields of `Space` lie in a `RunConfig`, in the order of the tables."""
 
-_LOG_SCALE = ("lr", "muon_lr", "weight_decay")
+LOG_SCALE = ("lr", "muon_lr", "weight_decay")
 
 Values = dict[str, Any]
 """The varied fields of a configuration, by name: `{"num_heads": 2, "lambda_init": "depth", "lr": 1e-3}`."""
@@ -80,7 +80,7 @@ class Space:
                 bounds is None or -math.inf < bounds[0] <= bounds[1] < math.inf,
                 f"space.{name} must be LOW HIGH, two finite numbers, got {bounds}",
             )
-        for name in _LOG_SCALE:
+        for name in LOG_SCALE:
             bounds = getattr(self, name)
             require(bounds is None or bounds[0] > 0, f"space.{name} is on a log scale: LOW must be positive: {bounds}")
         for name in ("lambda_init", "drop_path"):
@@ -235,7 +235,7 @@ class Space:
             return " or ".join(filter(None, ["the depth schedule" if self.depth_schedule else "", constant]))
         if name in ("variant", "patch_size"):
             return ", ".join(map(str, bounds))
-        return f"{bounds[0]:g} to {bounds[1]:g}" + (", log scale" if name in _LOG_SCALE else "")
+        return f"{bounds[0]:g} to {bounds[1]:g}" + (", log scale" if name in LOG_SCALE else "")
 
 
 class _Recogniser:

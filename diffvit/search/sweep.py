@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffvit.config import RunConfig, from_json, to_json
+from diffvit.data.fingerprint import fingerprint_of
 from diffvit.data.loader import plan_run
 from diffvit.data.sources import open_dataset
 from diffvit.data.subset import parted_for_search
@@ -55,7 +56,7 @@ def run_sweep(sweep: SweepConfig) -> dict[str, Any]:
     connect_for(sweep)
     folder = sweep.run.folder
     with RunLock(folder):
-        open_sweep(sweep)
+        open_sweep(sweep, fingerprint_of(dataset))
         require_shared(folder / SWEEP_FILE)
         sitting = Sitting(sweep, parted)
         sitting.search()

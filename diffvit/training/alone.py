@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from diffvit.config import RunConfig
-from diffvit.data.identity import identity_of
+from diffvit.data.fingerprint import fingerprint_of
 from diffvit.data.loader import BatchLoader, LocalStream, plan_run
 from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.sources import Dataset
@@ -47,7 +47,7 @@ def train_alone(
     require_compiler(config.scale)
     plans = plan_run(config, dataset)
     with RunLock(config.location):
-        earlier = open_run(config, identity_of(dataset))
+        earlier = open_run(config, fingerprint_of(dataset))
         if earlier is not None and earlier["status"] == "finished":
             return earlier
         if publish is not None:

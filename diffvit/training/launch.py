@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffvit.config import RunConfig, ScaleConfig, to_json
 from diffvit.console import Console
-from diffvit.data.identity import identity_of
+from diffvit.data.fingerprint import fingerprint_of
 from diffvit.data.loader import plan_run
 from diffvit.data.order import TrainPlan
 from diffvit.data.sources import Dataset, open_dataset
@@ -77,7 +77,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     if _RAYS_COPY in config.location:
         print(f"warning: Ray deletes {config.location}, in the job's copy of its folder; give --storage another place")
     with RunLock(config.location):
-        results = open_run(config, identity_of(dataset))
+        results = open_run(config, fingerprint_of(dataset))
         if results is not None and results["status"] == "finished":
             return results
         return _train(config, dataset, train_plan, started)

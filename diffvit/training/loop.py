@@ -110,7 +110,8 @@ def _train(
                 state.skipped_samples = sorted({*state.skipped_samples, *_tell_unusable(unusable, worker)})
             tracker.log_steps(read)
             saves = saver.answer(ask) or saves
-            _require_usable(tracker.epoch_skipped / train_plan.repeats, train_plan.num_samples, config, "training")
+            repeats = train_plan.repeats  # and as many times fewer different images in an epoch
+            _require_usable(tracker.epoch_skipped / repeats, train_plan.num_samples // repeats, config, "training")
             # only at steps that do not depend on the clock, so that a run that is cut goes the way of one that is not
             if judges and state.health.is_sick:
                 undone = saver.roll_back()

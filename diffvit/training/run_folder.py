@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from diffvit.config import RunConfig, differing_fields, from_json, to_json
-from diffvit.data.identity import Identity, require_same_images
+from diffvit.data.fingerprint import DATA_NAME, Fingerprint, known_images, require_same_images
 from diffvit.manifest import CHECKPOINT_FOLDER, checkpoints_in
 from diffvit.models.vit import VisionTransformer
 from diffvit.storage import UNFINISHED_SUFFIX, Storage, StorageError
@@ -36,7 +36,6 @@ from diffvit.training.run_lock import LOCK_NAME
 from diffvit.training.utilisation import arithmetic
 
 CONFIG_NAME = "config.json"
-DATA_NAME = "data.json"
 RESULTS_NAME = "results.json"
 _LIBRARIES = ("torch", "torchvision", "ray", "numpy", "pyarrow", "pillow")
 _SPARE_BYTES = 64 * 2**20
@@ -47,14 +46,14 @@ _TEMPORARY_SECONDS = 60.0
 """What was not written to for so long is nobody's."""
 
 
-def open_run(config: RunConfig, images: Identity) -> dict[str, Any] | None:
+def open_run(config: RunConfig, images: Fingerprint) -> dict[str, Any] | None:
     """Make sure that the run can be written and is not another one of the same name.
 
     The `results.json` of a sitting that did not finish goes: while another one is under way it would be out of date.
 
     Args:
         config: of the run, as `resolve` completes it.
-        images: its 'training' and 'validation' images (`identity_of`); a run that goes on must have those it had,
+        images: its 'training' and 'validation' images (`fingerprint_of`); a run that goes on must have those it had,
             which may lie at another `data.path` than before.
 
     Returns:
@@ -67,23 +66,22 @@ def open_run(config: RunConfig, images: Identity) -> dict[str, Any] | None:
     run = Storage(config.location)
     try:
         existing = _read(run, CONFIG_NAME)
-        known = _read(run, DATA_NAME)
         if existing is not None:
-            _require_same_run(existing, known, config, images)
+            _require_same_run(existing, config, moved=known_images(run) is not None)
+            require_same_images(run, images, config.data.path)
         elif any(LOCK_NAME not in name and not _TEMPORARY.fullmatch(name) for name in run.names()):
             where = run.uri.partition("?")[0]
             raise ValueError(f"{where} holds files but no {CONFIG_NAME}: it is not a run; choose another --name")
         results = _results(run) if existing is not None else None
         if results is not None and results["status"] == "finished":
+            _note_path(run, existing, config)
             return results
-        if known is not None:
-            require_same_images(known, images, config)
         if not config.is_remote:
             there = len(checkpoints_in(config.folder))
             # the last ones, the best and the one being written
             _require_writable(config.folder, _checkpoint_bytes(config), max(config.checkpoint.keep_last + 2 - there, 1))
         run.write(CONFIG_NAME, _content(config))
-        run.write(DATA_NAME, images.to_json())
+        run.write(DATA_NAME, images.to_json().encode())
         run.delete(RESULTS_NAME)
         if not config.is_remote:
             _sweep(config.folder)
@@ -218,21 +216,28 @@ def summarise(checkpoints: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _require_same_run(existing: bytes, known: bytes | None, config: RunConfig, images: Identity) -> None:
-    """Of the same config, but for a `data.path` that has the same images."""
+def _note_path(run: Storage, existing: bytes | None, config: RunConfig) -> None:
+    """Where its images lie now is all that changes of a run that is finished."""
+    written = from_json(existing or b"", CONFIG_NAME)
+    if written.data.path != config.data.path:
+        data = dataclasses.replace(written.data, path=config.data.path)
+        run.write(CONFIG_NAME, to_json(dataclasses.replace(written, data=data)).encode())
+
+
+def _require_same_run(existing: bytes, config: RunConfig, *, moved: bool) -> None:
+    """`moved`: the images may lie elsewhere, because they are known again by themselves."""
     where = config.location.partition("?")[0]
     if not config.resume:
         raise ValueError(f"run {config.name!r} exists in {where}; choose another --name or leave --resume on")
     differing = differing_fields(from_json(existing, f"{where}/{CONFIG_NAME}"), config)
-    path = differing.pop("data.path", None) if known is not None else None
+    if moved:
+        differing.pop("data.path", None)
     if differing:
         lines = "".join(f"\n  {name}: {old!r} there, {new!r} now" for name, (old, new) in differing.items())
         raise ValueError(
             f"run {config.name!r} exists in {where} with another config; choose another --name, "
             f"or the same values to continue it:{lines}"
         )
-    if known is not None and path is not None:
-        require_same_images(known, images, config)
 
 
 def _require_writable(folder: Path, checkpoint_bytes: int, checkpoints: int) -> None:
