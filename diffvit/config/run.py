@@ -80,9 +80,16 @@ class RunConfig:
         )
         micro = self.scale.micro_batch_size
         require(
-            bool(self._fitting_steps(workers)),
+            not self._mixes or (share % 2 == 0 and (micro or 2) >= 2),
             "augment.mixup and augment.cutmix mix pairs of images, so a worker's share of the batch must be even "
             f"({self.optim.batch_size} / {workers} = {share}) and scale.micro_batch_size at least 2, got {micro}",
+        )
+        require(
+            micro is None or bool(self._fitting_steps(workers)),
+            f"scale.micro_batch_size must divide a worker's share of the batch, {share} images, or be at most twice a "
+            f"number that does, got {micro}; the nearest batch sizes for {micro} are "
+            f"{max(share // (micro or 1), 1) * (micro or 1) * workers} and "
+            f"{-(-share // (micro or 1)) * (micro or 1) * workers}",
         )
 
     @property
@@ -124,8 +131,9 @@ class RunConfig:
 
     def _fitting_steps(self, workers: int) -> list[int]:
         share, multiple = self.optim.batch_size // workers, 2 if self._mixes else 1
-        largest = self.scale.micro_batch_size or self._smallest_share
-        return [n for n in range(1, share + 1) if share % (n * multiple) == 0 and share // n <= largest]
+        micro = self.scale.micro_batch_size
+        largest, least = micro or self._smallest_share, min(micro or 0, share) / 2
+        return [n for n in range(1, share + 1) if share % (n * multiple) == 0 and least <= share // n <= largest]
 
     @property
     def _smallest_share(self) -> int:

@@ -94,8 +94,8 @@ class ScaleConfig:
     cpus_per_worker: float = 0.5
     """CPUs a worker reserves. Decoding runs in Ray tasks beside the workers, one CPU each, and needs some left."""
     micro_batch_size: int | None = None
-    """Samples that a worker takes through the model at once, or a few less where that does not divide its share; the
-    rest is accumulated. None: the whole share, that of the most workers where their number is left open."""
+    """Samples that a worker takes through the model at once, or less, half at least, where that does not divide its
+    share; the rest is accumulated. None: the whole share, that of the most workers where their number is left open."""
     precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
     """auto: bf16 autocast on a GPU that has it, else float32; bf16: on a CPU that has it too; tf32: float32, but a GPU
     from Ampere on multiplies with 10 bits of mantissa; fp32: float32 throughout. On a CPU tf32 is fp32."""

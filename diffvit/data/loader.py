@@ -5,6 +5,7 @@ Letters: B samples in the micro-batch, C channels, S image side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from diffvit.data.subset import Excerpt
 Images = npt.NDArray[np.uint8]
 
 _EVAL_ROW_SIZE = 250
+_FIRST_WEIGHTS_SHARE = 0.05
+"""That an average of the weights may owe to those of the first step when the run ends."""
 _KEPT_BYTES = 256 * 2**20
 """Validation images that a rank keeps decoded."""
 
@@ -48,6 +51,13 @@ def plan_run(config: RunConfig, dataset: Dataset, workers: int = 1) -> tuple[Tra
     ):
         if (steps or 0) > train_plan.total_steps:
             raise ValueError(f"{name} must not exceed the {train_plan.total_steps} steps of the run, got {steps}")
+    decay, averaged = config.optim.ema_decay, train_plan.total_steps - 1
+    if decay**averaged > _FIRST_WEIGHTS_SHARE and averaged > 0 and decay:
+        raise ValueError(
+            f"optim.ema_decay must be at most {math.floor(1e4 * _FIRST_WEIGHTS_SHARE ** (1 / averaged)) / 1e4} for a "
+            f"run of {train_plan.total_steps} steps, or its average, which is what is evaluated, would be made of the "
+            f"first step's weights by {100 * decay**averaged:.0f} %; got {decay}"
+        )
     return train_plan, EvalPlan(len(dataset.val), min(config.scale.micro_batch_size or _EVAL_ROW_SIZE, _EVAL_ROW_SIZE))
 
 

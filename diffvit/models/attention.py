@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffvit.models.bounded import bounded
 from diffvit.models.rms_norm import rms_norm
 from diffvit.models.two_maps import TwoMaps, attend_two_maps, in_full_precision, scaled_scores, softmax_map
 
@@ -100,7 +99,9 @@ class DiffAttention(nn.Module):
     The RMSNorm is over the E values of one head, affine, its weight shared by the heads.
 
     Two departures from the paper, off by default: `head_norm="layer"` puts a LayerNorm (affine, with bias) in the place
-    of the RMSNorm; `lambda_max` keeps lambda in [0, lambda_max] (`bounded`).
+    of the RMSNorm; `lambda_max` keeps lambda in [0, lambda_max]. Beyond these bounds its gradient is that of the lambda
+    inside, so that it can come back; `diffvit.training.bounds.hold_lambdas`, before each step of an optimiser, keeps it
+    from going further, and without that it runs away.
 
     Parameters: `qkv` with 3D rows in the order Q, K, V; the rows of Q and of K are those of 2H maps of size K, of
     which 2i and 2i + 1 are the two maps of head i. `lambda_q1`, `lambda_k1`, `lambda_q2`, `lambda_k2`, `sub_norm`,
@@ -157,11 +158,15 @@ class DiffAttention(nn.Module):
 
     def current_lambda(self) -> Tensor:
         """Lambda, a scalar tensor, computed in float32 or better."""
-        q1, k1, q2, k2 = (
-            in_full_precision(t) for t in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2)
-        )
-        learned = torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + self.lambda_init
-        return learned if self.lambda_max is None else bounded(learned, 0.0, self.lambda_max)
+        learned = self.learned_lambda(self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2)
+        if self.lambda_max is None:
+            return learned
+        return learned + (learned.clamp(0.0, self.lambda_max) - learned).detach()
+
+    def learned_lambda(self, *vectors: Tensor) -> Tensor:
+        """Lambda without its bounds, of `lambda_q1`, `lambda_k1`, `lambda_q2` and `lambda_k2`, (K,) each."""
+        q1, k1, q2, k2 = map(in_full_precision, vectors)
+        return torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + self.lambda_init
 
     def _norm_heads(self, heads: Tensor) -> Tensor:
         """(1 - lambda_init) norm(heads), (..., E); the factor goes into the norm's weight, smaller than the heads."""

@@ -8,7 +8,7 @@ opens.
 V1 is not, and cannot be: the two value halves of a V1 head, which belonged to two plain heads, are read through one
 pair of maps. What is lost at the start: the second plain head of each pair reads through the first one's map, the
 second map is subtracted, and RMSNorm takes each token's magnitude. Everything outside of attention is kept; with
-`lambda_init = 0` nothing is subtracted at first.
+`lambda_init = 0` nothing is subtracted at first: lambda is 0 there.
 
 Letters: D width, H heads of the plain model, K their size.
 """
@@ -79,7 +79,9 @@ def convert_plain(weights: Weights, model: VisionTransformer, plain_heads: int |
             converted[name] = _queries_of_two_maps(tensor, model.config.num_heads)
     for name in own:
         if name.endswith(("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2", "sub_norm.weight", "sub_norm.bias")):
-            converted[name] = own[name]
+            # exp(q1 . k1) - exp(q2 . k2) is 0 where the second pair is the first
+            alike = name.endswith(("lambda_q2", "lambda_k2")) and model.config.lambda_init == 0
+            converted[name] = own[f"{name[:-1]}1"] if alike else own[name]
         elif name.endswith("lambda_proj.weight"):
             converted[name] = torch.zeros_like(own[name])  # sigmoid(0): every gate half open, once they open
     return converted

@@ -184,7 +184,10 @@ def _best_there(run: Path) -> Path | None:
     for checkpoint in checkpoints_in(run):
         with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):  # a damaged one is not the best
             content = json.loads((checkpoint / MANIFEST_NAME).read_text())
-            found.append((content["metrics"].get("top1", -1.0), content["step"], checkpoint))
+            found.append((content["step"], content["metrics"].get("top1"), checkpoint))
+    evaluated = [(top1, -step, checkpoint) for step, top1, checkpoint in found if top1 is not None]
+    if evaluated:
+        return max(evaluated)[2]  # the first of equals, as `results.json` has it
     return max(found)[2] if found else None
 
 

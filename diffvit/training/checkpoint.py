@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from diffvit.config import RunConfig
 from diffvit.manifest import WEIGHTS_NAME, read_manifest, write_manifest
 from diffvit.models.vit import VisionTransformer
-from diffvit.training.health import Health
+from diffvit.training.health import CALM_STEPS, Health
 from diffvit.training.sharding import own_part, whole
 
 _TRAINING_STATE_NAME = "training.pt"
@@ -34,6 +34,7 @@ _COUNTS = (
     "poisoned_steps",
     "rollbacks",
     "good_step",
+    "untried_step",
     "epoch_sums",
 )
 """Fields of `TrainState` that are saved as they are."""
@@ -57,6 +58,8 @@ class TrainState:
     """Whether these weights were, at the end of an epoch."""
     good_step: int | None = None
     """That of the checkpoint which a sick run goes back to."""
+    untried_step: int | None = None
+    """That of one which may come to be good: nothing has shown yet that its weights are of use."""
     skipped_samples: list[int] = field(default_factory=list)
     """Numbers of the training samples whose image could not be used so far, each once."""
     epoch_sums: dict[str, float] = field(default_factory=dict)
@@ -76,6 +79,25 @@ class TrainState:
     def evaluated_model(self) -> VisionTransformer:
         """The average where the run keeps one."""
         return self.model if self.ema is None else cast(VisionTransformer, self.ema.module)
+
+    def note_healthy(self, *, tried: bool) -> None:
+        """The checkpoint of this step is healthy as far as is known, and good once its weights were `tried`.
+
+        That is when they were evaluated, or after CALM_STEPS further steps; the last update before a checkpoint may
+        have gone too far.
+        """
+        if tried:
+            self.good_step, self.untried_step = self.step, None
+        elif self.untried_step is None:
+            self.untried_step = self.step
+        elif self.step - self.untried_step >= CALM_STEPS:
+            self.good_step, self.untried_step = self.untried_step, self.step
+
+    def note_evaluated(self) -> None:
+        """The weights of this step were evaluated; where the run keeps an average, that was."""
+        self.evaluated = True
+        if not self.health.counted:
+            self.note_healthy(tried=self.ema is None)
 
 
 def checkpoint_name(step: int) -> str:
@@ -179,9 +201,9 @@ def load_checkpoint(folder: Path, state: TrainState) -> None:
             setattr(state, name, training[name])
     if "health" in training:
         state.health.load_state_dict(training["health"])
-    state.evaluated = "top1" in manifest["metrics"]
-    if state.evaluated and not state.health.counted:
-        state.good_step = state.step  # as found after the rest was written
+    state.evaluated = False
+    if "top1" in manifest["metrics"]:
+        state.note_evaluated()  # which was found after the rest was written
 
 
 def _load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
@@ -211,6 +233,7 @@ def roll_back(folder: Path, state: TrainState) -> None:
         setattr(state, name, value)
     state.health.load_state_dict(health)
     state.health.cure()
+    state.untried_step = None
     state.schedule.last_epoch = state.step - 1
     state.schedule.step()
     state.rollbacks += 1

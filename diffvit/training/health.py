@@ -40,6 +40,15 @@ class Health:
         """Whether there were too many: what is wrong is the weights, and not a batch."""
         return self.counted > self._max_skipped_steps
 
+    @property
+    def complaint(self) -> str:
+        """What is wrong, where there were too many."""
+        return (
+            f"the loss or its gradient is not finite at step {self.last_poisoned}, after {self.counted} such steps "
+            f"with never {CALM_STEPS} good ones between them, more than the optim.max_skipped_steps = "
+            f"{self._max_skipped_steps} that are left out"
+        )
+
     def add(self, grad_norm: Tensor) -> None:
         self._unread.append(grad_norm)
 

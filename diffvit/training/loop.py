@@ -19,13 +19,13 @@ from diffvit.config import RunConfig
 from diffvit.data.batches import SKIPPED_LABEL, Batch, Stream
 from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.models.vit import VisionTransformer
-from diffvit.models.weights import load_weights
 from diffvit.storage import Storage
 from diffvit.training.audit import Audit
 from diffvit.training.checkpoint import TrainState, load_checkpoint
 from diffvit.training.evaluation import evaluate
 from diffvit.training.gather import gather_bytes
 from diffvit.training.health import Health
+from diffvit.training.initial import load_initial
 from diffvit.training.logbook import Logbook
 from diffvit.training.metrics import Sums
 from diffvit.training.optim import build_ema, build_optimizer, build_schedule
@@ -91,7 +91,14 @@ def _train(
 
     while True:
         if state.step and state.step % train_plan.steps_per_epoch == 0 and not state.evaluated:
-            _end_epoch(config, train_plan, eval_plan, stream, worker, state, saver, tracker)
+            diverged = _end_epoch(config, train_plan, eval_plan, stream, worker, state, saver, tracker)
+            if diverged:
+                undone = saver.roll_back(diverged)
+                if audit:
+                    audit.forget(undone, state.step)
+                rows = tuple(_write_audit(audit, state.step, config, worker))
+                saver.save(tracker.metrics(), tracker.to_copy(), rows, healthy=False, ends_epoch=True)
+                continue  # and evaluate these
         if state.step == train_plan.total_steps:
             return
         _open_gates(config, state)
@@ -110,18 +117,17 @@ def _train(
                 state.skipped_samples = sorted({*state.skipped_samples, *_tell_unusable(unusable, worker)})
             tracker.log_steps(read)
             saves = saver.answer(ask) or saves
-            repeats = train_plan.repeats  # and as many times fewer different images in an epoch
-            _require_usable(tracker.epoch_skipped / repeats, train_plan.num_samples // repeats, config, "training")
+            _require_usable(len(state.skipped_samples), train_plan.num_samples, config, "training")
             # only at steps that do not depend on the clock, so that a run that is cut goes the way of one that is not
             if judges and state.health.is_sick:
-                undone = saver.roll_back()
+                undone = saver.roll_back(state.health.complaint)
                 saves = planned = True
                 if audit:
                     audit.forget(undone, state.step)
         if saves:
             rows = tuple(_write_audit(audit, state.step, config, worker))
-            good = planned and not ends_epoch and state.health.counted == 0
-            saver.save(tracker.metrics(), tracker.to_copy(), rows, good=good, ends_epoch=ends_epoch)
+            healthy = planned and not ends_epoch and state.health.counted == 0
+            saver.save(tracker.metrics(), tracker.to_copy(), rows, healthy=healthy, ends_epoch=ends_epoch)
             tracker.saved()
 
 
@@ -134,8 +140,11 @@ def _end_epoch(
     state: TrainState,
     saver: Saver,
     tracker: Tracker,
-) -> None:
-    """Evaluate what was saved just before, so that a cut meanwhile costs no more than the evaluation."""
+) -> str | None:
+    """Evaluate what was saved just before, so that a cut meanwhile costs no more than the evaluation.
+
+    What is wrong with these weights where the loss is not finite: no step may have been seen to go wrong yet.
+    """
     unusable: dict[int, str] = {}
     evaluation = _noting_unusable(stream.evaluate(), unusable)
     evaluated = evaluate(state.evaluated_model, evaluation, eval_plan.num_samples, config, worker.device)
@@ -143,11 +152,14 @@ def _end_epoch(
         _tell_unusable(unusable, worker)
     tracker.log_epoch(evaluated, stream)
     _require_usable(evaluated["skipped"], eval_plan.num_samples, config, "validation")
-    _require_finite(evaluated["loss"], state.step // train_plan.steps_per_epoch, saver)
+    if not math.isfinite(evaluated["loss"]):
+        epoch = state.step // train_plan.steps_per_epoch
+        return f"the validation loss is not finite after epoch {epoch}: the weights have diverged"
     metrics = tracker.end_epoch(evaluated)
     saver.describe(metrics, tracker.to_copy())
     worker.report(metrics)
     tracker.saved()
+    return None
 
 
 def _write_audit(audit: Audit | None, step: int, config: RunConfig, worker: Worker) -> Iterator[Callable[[], None]]:
@@ -164,14 +176,10 @@ def start_state(config: RunConfig, plan: TrainPlan, worker: Worker) -> TrainStat
     model = VisionTransformer(config.model)
     step = newest_step(worker, config.model)
     if step is None and config.init.weights:
-        report = load_weights(
-            model, config.init.weights, replace_head=True, from_plain=True, classes=config.data.classes
-        )
-        if config.init.gate_opening_steps and not report.converted:
-            raise RunStopped(
-                "init.gate_opening_steps is for a plain ViT's weights, whose second maps are new, and init.weights = "
-                f"{config.init.weights!r} are a V2's: closing its gates would take away what it learned; leave it out"
-            )
+        try:
+            report = load_initial(model, config)
+        except ValueError as error:
+            raise RunStopped(str(error)) from None
         if worker.rank == 0:
             worker.publish("started from", {"message": f"started from {config.init.weights}: {report}"})
     if config.init.train == "head":
@@ -232,13 +240,4 @@ def _require_usable(skipped: float, num_samples: int, config: RunConfig, split: 
         raise RunStopped(
             f"{skipped:.0f} of the {num_samples} {split} images cannot be used, more than the {allowed} that "
             f"data.max_skipped_fraction = {config.data.max_skipped_fraction} allows; skipped.txt names them"
-        )
-
-
-def _require_finite(evaluated_loss: float, epoch: int, saver: Saver) -> None:
-    """Weights that are finite may still be of no use: then no step may have been seen to go wrong yet."""
-    if not math.isfinite(evaluated_loss):
-        raise RunStopped(
-            f"the validation loss is not finite after epoch {epoch}: the weights have diverged; {saver.last_good}. "
-            "A lower optim.lr, a longer optim.warmup_epochs or a smaller optim.clip_norm are the usual remedies"
         )

@@ -12,8 +12,9 @@ from diffvit.data.sources import SAMPLE, Dataset
 from diffvit.models.origin import IMAGENET_STATISTICS
 from diffvit.models.pretrained import origin_of
 from diffvit.models.vit import VisionTransformer
-from diffvit.models.weights import HUB, load_weights
+from diffvit.models.weights import HUB
 from diffvit.storage import absolute
+from diffvit.training.initial import load_initial
 from diffvit.training.optim import require_no_decay
 
 
@@ -49,7 +50,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
 def require_weights(config: RunConfig) -> None:
     """Load what the run starts from once before any worker does."""
     if config.init.weights:
-        load_weights(VisionTransformer(config.model), config.init.weights, replace_head=True, from_plain=True)
+        load_initial(VisionTransformer(config.model), config)
 
 
 def _channel_statistics(config: RunConfig, dataset: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:

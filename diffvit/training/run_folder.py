@@ -78,8 +78,8 @@ def open_run(config: RunConfig, images: Fingerprint) -> dict[str, Any] | None:
             return results
         if not config.is_remote:
             there = len(checkpoints_in(config.folder))
-            # the last ones, the best and the one being written
-            _require_writable(config.folder, _checkpoint_bytes(config), max(config.checkpoint.keep_last + 2 - there, 1))
+            # the last ones, the best, the good one and the one being written
+            _require_writable(config.folder, _checkpoint_bytes(config), max(config.checkpoint.keep_last + 3 - there, 1))
         run.write(CONFIG_NAME, _content(config))
         run.write(DATA_NAME, images.to_json().encode())
         run.delete(RESULTS_NAME)

@@ -13,7 +13,6 @@ from diffvit.config import ModelConfig, RunConfig
 from diffvit.storage import StorageError
 from diffvit.training.checkpoint import TrainState, checkpoint_name, roll_back, take_snapshot
 from diffvit.training.checkpoint_writer import CheckpointWriter
-from diffvit.training.health import CALM_STEPS
 from diffvit.training.logbook import Logbook
 from diffvit.training.sharding import is_sharded
 from diffvit.training.worker import RunStopped, Worker
@@ -107,14 +106,14 @@ class Saver:
         return notice or Ask.SAVE in ask
 
     def save(
-        self, metrics: dict[str, Any], curves: Writes = (), audit: Writes = (), *, good: bool, ends_epoch: bool
+        self, metrics: dict[str, Any], curves: Writes = (), audit: Writes = (), *, healthy: bool, ends_epoch: bool
     ) -> None:
         """Hand a copy of the state to the writer, which writes `curves` and `audit` before it. These are rank 0's.
 
-        A `good` one is what a sick run goes back to; one that `ends_epoch` is still to be evaluated.
+        A `healthy` one may be what a sick run goes back to; one that `ends_epoch` is still to be evaluated.
         """
-        if good:
-            self._state.good_step = self._state.step
+        if healthy:
+            self._state.note_healthy(tried=False)
         keeps = self._writer is not None
         if keeps or is_sharded(self._state.model):
             snapshot = take_snapshot(self._state, self._config, metrics, keeps=keeps)
@@ -127,54 +126,42 @@ class Saver:
 
     def describe(self, metrics: dict[str, Any], curves: Writes = ()) -> None:
         """Give the checkpoint of this step, the end of an epoch, the metrics of its evaluation; after the `curves`."""
-        state = self._state
-        state.evaluated = True
-        if not state.health.counted:
-            state.good_step = state.step
+        self._state.note_evaluated()
         if self._writer is not None:
-            self._writer.describe(state.step, metrics, self._pinned, curves)
+            self._writer.describe(self._state.step, metrics, self._pinned, curves)
         elif self._worker.rank == 0:
             _try_each(curves)
 
     @property
     def _pinned(self) -> tuple[int, ...]:
-        return () if self._state.good_step is None else (self._state.good_step,)
+        return tuple(step for step in (self._state.good_step, self._state.untried_step) if step is not None)
 
-    def roll_back(self) -> int:
+    def roll_back(self, why: str) -> int:
         """Take the weights of the last good checkpoint, and go on from here with them; the step they are of.
 
         Raises:
-            RunStopped: there is none, or that was done `optim.max_rollbacks` times.
+            RunStopped: there is none, or that was done `optim.max_rollbacks` times; it says `why`.
         """
-        config, health, good_step = self._config.optim, self._state.health, self._state.good_step
+        good_step = self._state.good_step
         if self._writer is not None:
             self._writer.wait()
         store = self._worker.store
         step = None if good_step is None else newest_step(self._worker, self._config.model, good_step)
-        if store is None or step is None or self._state.rollbacks >= config.max_rollbacks:
+        if store is None or step is None or self._state.rollbacks >= self._config.optim.max_rollbacks:
+            good = "none is known to be good yet" if good_step is None else f"the last is {checkpoint_name(good_step)}"
             raise RunStopped(
-                f"the loss or its gradient is not finite at step {health.last_poisoned}, after {health.counted} such "
-                f"steps with never {CALM_STEPS} good ones between them, more than the optim.max_skipped_steps = "
-                f"{config.max_skipped_steps} that are left out; {self._state.rollbacks} times the run went back to a "
-                f"good checkpoint; {self.last_good}. A lower optim.lr, a longer optim.warmup_epochs or a smaller "
-                "optim.clip_norm are the usual remedies"
+                f"{why}; {self._state.rollbacks} times the run went back to a good checkpoint; {good}. "
+                "A lower optim.lr, a longer optim.warmup_epochs or a smaller optim.clip_norm are the usual remedies"
             )
         with store.opened(step) as folder:
             roll_back(folder, self._state)
         self._worker.agree(None)  # a barrier: the next save may delete what another rank still reads
         if self._worker.rank == 0:
             self._worker.warn(
-                f"step {health.last_poisoned}: too many steps whose loss or gradient is not finite; back to the "
-                f"weights of {checkpoint_name(step)}, on with the samples after step {self._state.step}"
+                f"{why}; back to the weights of {checkpoint_name(step)}, on with the samples after step "
+                f"{self._state.step}"
             )
         return step
-
-    @property
-    def last_good(self) -> str:
-        """For messages."""
-        good_step = self._state.good_step
-        exists = checkpoint_name(good_step) if good_step is not None else None
-        return f"the last good checkpoint {f'is {exists}' if exists else 'does not exist: none was saved yet'}"
 
     def finish(self) -> None:
         """Wait for the last checkpoint.

@@ -52,6 +52,11 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+def own_rows(value: Tensor) -> Tensor:
+    """Those of a tensor that this rank holds, which may be all."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def own_part(value: Tensor, like: Tensor) -> Tensor:
     """What this rank keeps of a whole tensor, which every rank has, where it is spread as the parameter `like` is."""
     if not isinstance(like, DTensor):

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from diffvit.config import RunConfig
 from diffvit.data.batches import Batch
 from diffvit.data.order import TrainPlan, step_seed
+from diffvit.training.bounds import hold_lambdas
 from diffvit.training.checkpoint import TrainState
 from diffvit.training.evaluation import to_device
 from diffvit.training.health import skip_poisoned
@@ -67,6 +68,8 @@ def take_step(
             loss_sum = _summed_loss(logits, targets, config.optim.label_smoothing)
             (loss_sum / share).backward()
         sums.add(loss_sum, logits, labels, only_finite=True)
+    if config.model.lambda_max is not None:
+        hold_lambdas(state.model)
     grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or float("inf")))
     skip_poisoned(state.optimizer, grad_norm)
     state.optimizer.step()

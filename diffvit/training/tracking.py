@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -85,11 +86,6 @@ class Tracker:
         self._state.epoch_sums = dict.fromkeys(("loss", "top1", "images", "skipped", "seconds", "waited"), 0.0)
 
     @property
-    def epoch_skipped(self) -> float:
-        """Training samples skipped since the epoch began, over all ranks."""
-        return self._state.epoch_sums["skipped"]
-
-    @property
     def minutes_since_save(self) -> float:
         """Since the last checkpoint, or the start of this sitting."""
         return (time.perf_counter() - self._saved_at) / 60
@@ -123,9 +119,10 @@ class Tracker:
             return
         step = self._state.step
         images = sums["images"] + sums["skipped"]
+        # of poisoned steps alone there is no loss
+        trained = {"train/loss": sums["loss"], "train/top1": sums["top1"]} if sums["images"] else {}
         scalars: dict[str, float] = {
-            "train/loss": sums["loss"],
-            "train/top1": sums["top1"],
+            **trained,
             **self._learning_rates(),
             "speed/images_per_second": images / seconds,
             "speed/data_wait_fraction": min(waited / seconds, 1.0),
@@ -139,7 +136,7 @@ class Tracker:
             {
                 "epoch": (step - 1) // self._plan.steps_per_epoch + 1,
                 "step": step,
-                "loss": sums["loss"],
+                "loss": sums["loss"] if sums["images"] else math.nan,
                 "images_per_second": images / seconds,
                 "eta_seconds": self._eta_seconds(now),
             },
