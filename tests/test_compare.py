@@ -15,13 +15,14 @@ import torch
 from conftest import with_fields
 
 from diffvit.analysis.comparison import CompareOptions
-from diffvit.arms import _outcome, _train_arm, arm_configs, train_arms
+from diffvit.arms import ArmRoom, _outcome, _train_arm, arm_configs, train_arms
 from diffvit.cli import parse_compare_config
 from diffvit.compare import CompareConfig, run_comparison
 from diffvit.config import RunConfig, differing_fields, to_json
 from diffvit.data.sources import open_dataset
 from diffvit.models.vit import VisionTransformer
 from diffvit.recipes import RECIPES
+from diffvit.training.alone import train_alone
 from diffvit.training.loop import RunStopped
 from diffvit.training.resolve import resolve
 
@@ -85,6 +86,22 @@ def test_options_that_would_not_be_heeded_are_refused(
     with pytest.raises(SystemExit, match="2"):
         parse_compare_config("", ["sample", *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_arms_that_saw_other_images_are_refused_before_any_is_trained(tiny_config: RunConfig) -> None:
+    """Also those that are trained already; and so are finished runs whose validation images have changed."""
+    recipe = with_fields(tiny_config, model={"num_heads": 1, "num_classes": 3})
+    arm = dataclasses.replace(arm_configs(recipe)["plain"], name="plain-seed0")
+    dataset = open_dataset(recipe.data)
+    train_alone(resolve(arm, dataset), dataset)
+    image = next(Path(recipe.data.path).glob("val/*/*.png"))
+    image.rename(image.with_name("another.png"))
+    with pytest.raises(ValueError, match=r"plain-seed0 was begun with 15 validation images, .* has 15 now, but with"):
+        train_arms(recipe, 1, ArmRoom(), quiet)
+    config = CompareConfig(run=recipe, runs=(str(arm.folder),), out=str(arm.folder.parent / "out"))
+    with pytest.raises(ValueError, match=r"run 'plain-seed0' was begun with 15 validation images"):
+        run_comparison(config, quiet)
+    assert not Path(config.out).exists()
 
 
 @pytest.mark.ray

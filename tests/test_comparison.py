@@ -31,6 +31,7 @@ from diffvit.analysis.statistics import mean_and_std
 from diffvit.compare import _name
 from diffvit.config import DataConfig, ModelConfig, OptimConfig, RunConfig, to_json
 from diffvit.data.batches import SKIPPED_LABEL, Batch
+from diffvit.data.fingerprint import Fingerprint, SplitFingerprint
 from diffvit.manifest import WEIGHTS_NAME, write_manifest
 from diffvit.models.vit import VisionTransformer
 
@@ -360,3 +361,29 @@ def test_a_spread_in_words() -> None:
     assert spread(mean_and_std([1.0, 2.0, 6.0]), 1) == "3.0 ±\u00a02.6"
     assert spread(mean_and_std([0.125]), 2, 100) == "12.50"
     assert spread({"mean": None, "std": None}, 2) == "–"
+
+
+def test_images_are_known_by_themselves_and_not_by_their_place() -> None:
+    """Where both runs wrote down what they saw."""
+    seen = Fingerprint(SplitFingerprint(36, "a" * 64), SplitFingerprint(15, "b" * 64))
+    grown = dataclasses.replace(seen, training=SplitFingerprint(40, "c" * 64))
+    judged_by_others = dataclasses.replace(seen, validation=SplitFingerprint(15, "c" * 64))
+
+    def run(seed: int, path: str, images: Fingerprint | None) -> FinishedRun:
+        made = make_run("diff", seed)
+        data = dataclasses.replace(made.config.data, path=path)
+        return dataclasses.replace(made, config=dataclasses.replace(made.config, data=data), images=images)
+
+    first = run(0, "/a", seen)
+    check_arms({"a": [first, run(1, "/b", seen)]})
+    arms: dict[str, list[FinishedRun]] = {"Diff-ViT V1": [first]}
+    assert _name(run(1, "/b", seen), arms) == "Diff-ViT V1"
+    assert _name(run(1, "/a", grown), arms) == "Diff-ViT V1 (diff-1)"
+    with pytest.raises(ValueError, match=r"images: '36 \(aaaaaaaa\)' and '40 \(cccccccc\)' in 'a'; make it"):
+        check_arms({"a": [first, run(1, "/a", grown)]})
+    check_arms({"a": [first], "b": [run(1, "/b", grown)]})  # asked about the same images, trained on others
+    assert list(differences(first, run(0, "/b", grown))["also"]) == ["training images"]
+    with pytest.raises(ValueError, match=r"the same images, got validation images: '15 \(bbbbbbbb\)' and"):
+        check_arms({"a": [first], "b": [run(1, "/a", judged_by_others)]})
+    with pytest.raises(ValueError, match=r"got data\.path: '/a' and '/b'"):
+        check_arms({"a": [first], "b": [run(1, "/b", None)]})

@@ -67,6 +67,18 @@ def test_recipes_are_valid_and_round_trip(recipe: str) -> None:
         ),
         ({"scale": {"micro_batch_size": 1}, "augment": {"mixup": 0.2}}, "micro_batch_size at least 2, got 1"),
         (
+            {"scale": {"micro_batch_size": 64}, "optim": {"batch_size": 998}},
+            r"divide a worker's share of the batch, 998 images, .* got 64; the nearest .* for 64 are 960 and 1024",
+        ),
+        (
+            {"scale": {"micro_batch_size": 8, "workers": 2}, "optim": {"batch_size": 22}},
+            r"share of the batch, 11 images, or be .* got 8; the nearest .* for 8 are 16 and 32",
+        ),
+        (
+            {"init": {"weights": "x", "train": "head", "gate_opening_steps": 3}, "model": {"variant": "diff_v2"}},
+            "gate_opening_steps changes what the model computes",
+        ),
+        (
             {"scale": {"workers": (1, 4)}, "init": {"gate_opening_steps": 3, "weights": "x"}},
             "is for model.variant = 'diff_v2'",
         ),
@@ -184,7 +196,7 @@ def test_wrong_command_lines_end_with_status_2_and_a_hint(arguments, message, ca
         ((1, 4), None, 0.3, (1, 2, 3), [3, 3, 1]),
         (1, 5, 0.0, (1,), [3]),
         ((1, 4), 5, 0.0, (1, 2, 3, 4), [3, 2, 1, 1]),  # shares of 12, 6, 4, 3 in micro-batches of 4, 3, 4, 3
-        ((1, 4), 5, 0.3, (1, 2, 3), [3, 3, 1]),  # even ones only: 4, 2, 4
+        ((1, 4), 5, 0.3, (1, 3), [3, 1]),  # even ones only, so that 2 workers would take micro-batches of 2
     ],
 )
 def test_numbers_of_workers_that_a_run_can_have(

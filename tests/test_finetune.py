@@ -27,7 +27,7 @@ from diffvit.training import launch
 from diffvit.training.alone import train_alone
 from diffvit.training.loop import RunStopped
 from diffvit.training.optim import build_optimizer
-from diffvit.training.resolve import resolve
+from diffvit.training.resolve import require_weights, resolve
 
 PLAIN = ModelConfig(variant="softmax", image_size=20, patch_size=5, num_classes=7, embed_dim=48, depth=3, num_heads=6)
 
@@ -101,6 +101,9 @@ def test_v1_from_plain_keeps_what_is_outside_of_attention() -> None:
     maps, own = model.blocks[0].attn.attention_maps(x), plain.blocks[0].attn.attention_maps(x)
     torch.testing.assert_close(maps.positive, own.positive[:, 0::2])
     torch.testing.assert_close(maps.negative, own.positive[:, 1::2])
+    assert model.lambdas() == [0.0] * 3  # nothing is subtracted at first, and both terms of lambda learn
+    model.blocks[0].attn.current_lambda().backward()
+    assert model.blocks[0].attn.lambda_q1.grad.abs().sum() > 0
 
 
 def test_conversion_is_asked_for_and_of_one_width() -> None:
@@ -239,6 +242,18 @@ def test_linear_probe_trains_the_classifier_only(pretrained: RunConfig, tmp_path
     before = reference.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before if not name.startswith("head."))
     assert after["head.weight"].shape == (2, 16)
+
+
+def test_a_probe_of_features_that_conversion_changes_is_refused(pretrained: RunConfig) -> None:
+    config = with_fields(
+        dataclasses.replace(pretrained, name="probe"),
+        model={"variant": "diff_v2"},
+        init={"weights": str(pretrained.folder), "train": "head"},
+    )
+    with pytest.raises(ValueError, match=r"train = 'head' keeps the features .* model.variant = 'diff_v2' they"):
+        require_weights(config)
+    with pytest.raises(RunStopped, match=r"take --model\.variant softmax"):
+        train_alone(config, open_dataset(config.data))
 
 
 @pytest.mark.slow

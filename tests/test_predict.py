@@ -107,6 +107,12 @@ def test_predictions_are_the_models(config: PredictConfig, monkeypatch: pytest.M
     assert not Path(config.out, ".staging").exists()
 
 
+def test_a_picture_of_thousands_of_classes_is_left_out(config: PredictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PICTURED_CLASSES", 2)
+    assert len(predict(config, quiet)["classes"]) == 3
+    assert not Path(config.out, "confusion.png").exists()
+
+
 def test_cut_between_parts_it_goes_on(config: PredictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PART_IMAGES", 5)
 

@@ -212,6 +212,15 @@ def test_a_split_without_a_good_image_is_refused_and_its_images_named(tmp_path: 
         assert sorted(keys) == ["val/blue/000.png", "val/green/000.png", "val/red/000.png"]
 
 
+def test_a_class_that_training_would_never_see_is_refused(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "in", images_per_class=2, val_per_class=1)
+    for path in root.glob("train/green/*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"no training image of class 'green' can be used; quarantine\.parquet in"):
+        prepare(PrepareConfig(source=str(root), out=str(tmp_path / "out")), quiet)
+    assert not (tmp_path / "out/dataset.json").exists()
+
+
 def test_from_bucket_to_bucket(tmp_path: Path, object_store: ObjectStore) -> None:
     images = make_folder(tmp_path / "images", images_per_class=4, val_per_class=2)
     bucket = Storage(object_store.uri(f"in-{tmp_path.name}"))

@@ -82,6 +82,7 @@ def test_runs_are_lines_where_nothing_can_be_redrawn(recipe: RunConfig) -> None:
 def test_places_on_an_axis() -> None:
     rate = Scale("lr", (1e-4, 1e-2, 1e-3))
     assert [rate.place(value) for value in (1e-4, 1e-3, 1e-2)] == pytest.approx([0.0, 0.5, 1.0])
+    assert Scale("muon_lr", (0.005, 0.05)).place(0.05 / 10**0.5) == pytest.approx(0.5)
     schedule = Scale("lambda_init", (0.2, "depth", 0.6))
     assert [schedule.place(value) for value in (0.2, 0.4, 0.6, "depth")] == pytest.approx([0.0, 0.425, 0.85, 1.0])
     assert [label for _, label in schedule.ticks()] == ["0.2", "0.4", "0.6", "depth"]

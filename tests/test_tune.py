@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from diffvit.search.cluster import connect_for
 from diffvit.search.config import SearchConfig, SweepConfig
 from diffvit.search.folder import open_sweep
 from diffvit.search.progress import Progress
-from diffvit.search.records import Journal, Record
+from diffvit.search.records import Candidate, Journal, Record
 from diffvit.search.sitting import Sitting, remind
 from diffvit.search.space import Space
 from diffvit.search.sweep import SweepFailed, run_sweep
@@ -154,6 +155,37 @@ def test_two_objectives_give_a_front_of_whole_trials(sweep: SweepConfig) -> None
     written = sorted(path.stem for path in (sweep.run.folder / "pareto").iterdir())
     assert written == sorted(f"{point['number']:04d}" for point in front)
     assert "Accuracy against time" in (sweep.run.folder / "report.html").read_text()
+
+
+def test_finalists_take_todays_resources_and_each_run_is_scored_once(
+    sweep: SweepConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sitting = Sitting(*opened(sweep))
+    elsewhere = to_json(with_fields(sitting.sweep.run, scale={"workers": 2, "gpu": True}))
+    sitting.journal.save(record(0, 50.0, config=elsewhere))
+    asked: list[RunConfig] = []
+    monkeypatch.setattr(Sitting, "_run", lambda _, role, config, space, table: asked.extend(
+        from_json(Job.unpack({"job": job}).config, "test") for job in space["job"]["grid_search"]
+    ))  # fmt: skip
+    with pytest.raises(SweepFailed, match="no finalist"):
+        sitting.compare_finalists()
+    assert {config.scale for config in asked} == {sitting.sweep.trial_recipe.scale}
+    assert len(asked) == sweep.search.seeds
+
+    scored: list[str] = []
+
+    def remote(config: str, _: Dataset, folder: str) -> Any:
+        assert from_json(config, "test").scale == sitting.sweep.trial_recipe.scale
+        scored.append(Path(folder).name)
+        return ray.put({"top1": float(len(scored))})
+
+    monkeypatch.setattr(Sitting, "_alone", lambda *_: SimpleNamespace(remote=remote))
+    runs = [record(0, 50.0, role="finalist", seed=seed, config=elsewhere) for seed in (1, 2, 3)]
+    first, all_three = (Candidate(0, {}, (), tuple(runs[:count])) for count in (1, 3))
+    assert sitting.score_once(first, sitting.dataset) == [{"top1": 1.0}]
+    assert sitting.score_once(all_three, sitting.dataset) == [{"top1": 1.0}, {"top1": 2.0}, {"top1": 3.0}]
+    assert sitting.score_once(first, sitting.dataset) == [{"top1": 1.0}]
+    assert scored == [f"0000-seed-{seed}" for seed in (1, 2, 3)]
 
 
 @pytest.mark.faults

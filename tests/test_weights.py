@@ -164,7 +164,8 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
 
 def test_a_run_that_was_cut_gives_its_best_so_far(tmp_path: Path) -> None:
     best, target = model(1), model(2)
-    for step, top1, source in ((3, 50.0, model(3)), (6, 70.0, best), (9, 60.0, model(4)), (11, None, model(5))):
+    saved = [(3, 50.0, model(3)), (6, 70.0, best), (9, 60.0, model(4)), (10, 70.0, model(8)), (11, None, model(5))]
+    for step, top1, source in saved:  # the first of equals, as in results.json
         folder = save_checkpoint(tmp_path / f"checkpoint_step_{step:08d}", source)
         manifest = json.loads((folder / "checkpoint.json").read_text())
         metrics = {} if top1 is None else {"top1": top1}
