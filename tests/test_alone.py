@@ -112,6 +112,12 @@ def test_cut_it_goes_on(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_an_average_that_would_be_of_the_first_weights_is_refused(config: RunConfig, dataset: Dataset) -> None:
+    plan_run(with_fields(config, optim={"ema_decay": 0.7}), dataset)  # 0.02 of it after 12 steps
+    with pytest.raises(ValueError, match=r"at most 0\.7615 for a run of 12 steps, or .* weights by 31 %; got 0\.9"):
+        plan_run(with_fields(config, optim={"ema_decay": 0.9}), dataset)
+
+
 def test_divergence_says_why(config: RunConfig, dataset: Dataset) -> None:
     config = with_fields(config, optim={"lr": 1e30, "warmup_epochs": 0.0, "clip_norm": 0.0})
     with pytest.raises(RunStopped, match="not finite"):

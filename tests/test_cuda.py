@@ -113,7 +113,7 @@ def config(tmp_path: Path) -> RunConfig:
         name="cuda",
         storage=str(tmp_path),
         model=dataclasses.replace(recipe.model, num_classes=10, depth=2, drop_path=0.1),
-        optim=dataclasses.replace(recipe.optim, epochs=1, batch_size=500, warmup_epochs=0.1, ema_decay=0.9),
+        optim=dataclasses.replace(recipe.optim, epochs=1, batch_size=500, warmup_epochs=0.1, ema_decay=0.8),
         scale=ScaleConfig(workers=1, gpu=True),
     )
 
