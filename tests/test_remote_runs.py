@@ -121,7 +121,16 @@ def test_cut_it_goes_on_from_the_store_alone(
     table = pq.read_table(uncut.folder / "audit").sort_by([("epoch", "ascending"), ("position", "ascending")])
     assert audited(config) == table.to_pylist()
     assert set(run.names()) - kept == {
-        *("alive.json", "audit", "config.json", "interruptions.json", "results.json", "sitting.json", "tensorboard")
+        *(
+            "alive.json",
+            "audit",
+            "config.json",
+            "data.json",
+            "interruptions.json",
+            "results.json",
+            "sitting.json",
+            "tensorboard",
+        )
     }
     assert train_alone(config, dataset)["last"] == results["last"]  # finished: nothing is trained again
     with on_disk(config.location, "last") as copy:
