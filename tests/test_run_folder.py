@@ -74,7 +74,7 @@ def test_what_is_there_needs_no_more_space(tiny_config: RunConfig, monkeypatch: 
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 3 * 2**19))
     with pytest.raises(ValueError, match=r"has 2 MiB free, this model's checkpoints need 5 MiB"):
         open_run(tiny_config, IMAGES)
-    for step in (1, 2, 3):  # the fourth is the one being written
+    for step in (1, 2, 3, 4):  # the fifth is the one being written
         (tiny_config.folder / f"checkpoint_step_{step:08d}").mkdir()
     (tiny_config.folder / "config.json").write_text(to_json(tiny_config))
     open_run(tiny_config, IMAGES)
