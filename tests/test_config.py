@@ -72,7 +72,15 @@ def test_recipes_are_valid_and_round_trip(recipe: str) -> None:
         ),
         (
             {"scale": {"micro_batch_size": 8, "workers": 2}, "optim": {"batch_size": 22}},
-            r"share of the batch, 11 images, or be .* got 8; the nearest .* for 8 are 16 and 32",
+            r"share of the batch, 11 images, or be .* twice a number .* got 8; the nearest .* for 8 are 16 and 32",
+        ),
+        (
+            {"scale": {"micro_batch_size": 5}, "optim": {"batch_size": 6}, "augment": {"mixup": 0.2}},
+            r"share of the batch, 6 images, or be .* twice an even .* got 5; the nearest .* for 4 are 4 and 8",
+        ),
+        (
+            {"scale": {"micro_batch_size": 8, "workers": (1, 2)}, "optim": {"batch_size": 22}},
+            r"workers = \(1, 2\) must hold a number .*micro_batch_size = 8 or half of that at least",
         ),
         (
             {"init": {"weights": "x", "train": "head", "gate_opening_steps": 3}, "model": {"variant": "diff_v2"}},

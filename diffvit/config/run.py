@@ -68,7 +68,8 @@ class RunConfig:
             require(
                 bool(self.worker_counts),
                 f"scale.workers = {self.scale.workers} must hold a number that divides optim.batch_size = "
-                f"{self.optim.batch_size} into shares that the model can take (even ones where images are mixed)",
+                f"{self.optim.batch_size} into shares that the model can take (even ones where images are mixed), in "
+                f"micro-batches of scale.micro_batch_size = {self.scale.micro_batch_size} or half of that at least",
             )
 
     def _require_workers(self, workers: int) -> None:
@@ -84,13 +85,14 @@ class RunConfig:
             "augment.mixup and augment.cutmix mix pairs of images, so a worker's share of the batch must be even "
             f"({self.optim.batch_size} / {workers} = {share}) and scale.micro_batch_size at least 2, got {micro}",
         )
-        require(
-            micro is None or bool(self._fitting_steps(workers)),
-            f"scale.micro_batch_size must divide a worker's share of the batch, {share} images, or be at most twice a "
-            f"number that does, got {micro}; the nearest batch sizes for {micro} are "
-            f"{max(share // (micro or 1), 1) * (micro or 1) * workers} and "
-            f"{-(-share // (micro or 1)) * (micro or 1) * workers}",
-        )
+        if micro is not None and not self._fitting_steps(workers):
+            unit = micro - micro % 2 if self._mixes else micro
+            below, above = (max(count, 1) * unit * workers for count in (share // unit, -(-share // unit)))
+            raise ValueError(
+                f"scale.micro_batch_size must divide a worker's share of the batch, {share} images, or be at most "
+                f"twice {'an even' if self._mixes else 'a'} number that does, got {micro}; the nearest batch sizes for "
+                f"{unit} are {below} and {above}"
+            )
 
     @property
     def _mixes(self) -> bool:

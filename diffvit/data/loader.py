@@ -52,7 +52,7 @@ def plan_run(config: RunConfig, dataset: Dataset, workers: int = 1) -> tuple[Tra
         if (steps or 0) > train_plan.total_steps:
             raise ValueError(f"{name} must not exceed the {train_plan.total_steps} steps of the run, got {steps}")
     decay, averaged = config.optim.ema_decay, train_plan.total_steps - 1
-    if decay**averaged > _FIRST_WEIGHTS_SHARE and averaged > 0 and decay:
+    if decay and averaged and decay**averaged > _FIRST_WEIGHTS_SHARE:
         raise ValueError(
             f"optim.ema_decay must be at most {math.floor(1e4 * _FIRST_WEIGHTS_SHARE ** (1 / averaged)) / 1e4} for a "
             f"run of {train_plan.total_steps} steps, or its average, which is what is evaluated, would be made of the "

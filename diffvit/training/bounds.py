@@ -14,8 +14,8 @@ def hold_lambdas(model: nn.Module) -> None:
     """Drop the gradient of every lambda that is beyond a bound and would be taken further by it.
 
     To be called with the gradient of the whole global batch: the sign of a part of it is another. Otherwise what is
-    learnt runs away, while the lambda that is used stays at its bound, until exp overflows. A gradient that is not
-    finite stays so. A collective where the model is sharded.
+    learnt runs away, while the lambda that is used stays at its bound, until its gradient, which grows as exp does,
+    overflows. A gradient that is not finite stays so. A collective where the model is sharded.
     """
     for layer in model.modules():
         if not isinstance(layer, DiffAttention) or layer.lambda_max is None or layer.lambda_q1.grad is None:

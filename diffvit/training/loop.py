@@ -93,9 +93,7 @@ def _train(
         if state.step and state.step % train_plan.steps_per_epoch == 0 and not state.evaluated:
             diverged = _end_epoch(config, train_plan, eval_plan, stream, worker, state, saver, tracker)
             if diverged:
-                undone = saver.roll_back(diverged)
-                if audit:
-                    audit.forget(undone, state.step)
+                _go_back(diverged, saver, audit, state)
                 rows = tuple(_write_audit(audit, state.step, config, worker))
                 saver.save(tracker.metrics(), tracker.to_copy(), rows, healthy=False, ends_epoch=True)
                 continue  # and evaluate these
@@ -120,10 +118,8 @@ def _train(
             _require_usable(len(state.skipped_samples), train_plan.num_samples, config, "training")
             # only at steps that do not depend on the clock, so that a run that is cut goes the way of one that is not
             if judges and state.health.is_sick:
-                undone = saver.roll_back(state.health.complaint)
+                _go_back(state.health.complaint, saver, audit, state)
                 saves = planned = True
-                if audit:
-                    audit.forget(undone, state.step)
         if saves:
             rows = tuple(_write_audit(audit, state.step, config, worker))
             healthy = planned and not ends_epoch and state.health.counted == 0
@@ -160,6 +156,12 @@ def _end_epoch(
     worker.report(metrics)
     tracker.saved()
     return None
+
+
+def _go_back(why: str, saver: Saver, audit: Audit | None, state: TrainState) -> None:
+    undone = saver.roll_back(why)
+    if audit is not None:
+        audit.forget(undone, state.step)
 
 
 def _write_audit(audit: Audit | None, step: int, config: RunConfig, worker: Worker) -> Iterator[Callable[[], None]]:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from diffvit.config import RunConfig, differing_fields, from_json, to_json
-from diffvit.data.fingerprint import DATA_NAME, Fingerprint, known_images, require_same_images
+from diffvit.data.fingerprint import DATA_NAME, Fingerprint, known_images, require_same
 from diffvit.manifest import CHECKPOINT_FOLDER, checkpoints_in
 from diffvit.models.vit import VisionTransformer
 from diffvit.storage import UNFINISHED_SUFFIX, Storage, StorageError
@@ -67,13 +67,14 @@ def open_run(config: RunConfig, images: Fingerprint) -> dict[str, Any] | None:
     try:
         existing = _read(run, CONFIG_NAME)
         if existing is not None:
-            _require_same_run(existing, config, moved=known_images(run) is not None)
-            require_same_images(run, images, config.data.path)
+            known = known_images(run)
+            _require_same_run(existing, config, moved=known is not None)
+            require_same(known, images, f"run {config.name!r}", config.data.path)
         elif any(LOCK_NAME not in name and not _TEMPORARY.fullmatch(name) for name in run.names()):
             where = run.uri.partition("?")[0]
             raise ValueError(f"{where} holds files but no {CONFIG_NAME}: it is not a run; choose another --name")
         results = _results(run) if existing is not None else None
-        if results is not None and results["status"] == "finished":
+        if existing is not None and results is not None and results["status"] == "finished":
             _note_path(run, existing, config)
             return results
         if not config.is_remote:
@@ -216,9 +217,9 @@ def summarise(checkpoints: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _note_path(run: Storage, existing: bytes | None, config: RunConfig) -> None:
+def _note_path(run: Storage, existing: bytes, config: RunConfig) -> None:
     """Where its images lie now is all that changes of a run that is finished."""
-    written = from_json(existing or b"", CONFIG_NAME)
+    written = from_json(existing, CONFIG_NAME)
     if written.data.path != config.data.path:
         data = dataclasses.replace(written.data, path=config.data.path)
         run.write(CONFIG_NAME, to_json(dataclasses.replace(written, data=data)).encode())
