@@ -288,6 +288,7 @@ def test_too_many_poisoned_steps_take_the_weights_back_and_the_order_on(tiny_con
         assert torch.equal(tensor, states[8]["model"][name]), name
         assert not torch.equal(tensor, states[6]["model"][name]), name
     assert states[8]["schedule"]["last_epoch"] == 8
+    assert (states[8]["good_step"], states[8]["untried_step"]) == (3, 8)  # nobody goes back to step 4 any more
     lr = loop.build_schedule(loop.build_optimizer(VisionTransformer(config.model), config.optim), config.optim, 3)
     assert states[8]["schedule"]["_last_lr"] == [lr.base_lrs[0] * lr.lr_lambdas[0](8)] * 2
     assert (run.metrics[-1]["poisoned_steps"], run.metrics[-1]["rollbacks"]) == (3, 1)
@@ -379,13 +380,28 @@ def test_poisoned_steps_alone_have_no_loss(
     assert [math.isnan(loss) for loss in told] == [False, True, False, False, False, False]
 
 
-def test_micro_batches_change_nothing_at_the_bound_of_lambda(tiny_config: RunConfig, tmp_path: Path) -> None:
+def test_what_may_come_to_be_good_is_known_again(tiny_config: RunConfig, tmp_path: Path) -> None:
+    """Of a run with an average, whose evaluation says nothing of the weights behind it."""
+    config = with_fields(tiny_config, checkpoint={"every_steps": 2}, optim={"ema_decay": 0.5})
+    Run(config, tmp_path / "uncut")
+    cut(dataclasses.replace(config, name="again"), tmp_path / "cut", 4)
+    Run(dataclasses.replace(config, name="again"), tmp_path / "cut")
+    for folder in ("uncut", "cut"):
+        state = torch.load(checkpoint(tmp_path / folder, 6) / "training.pt", weights_only=True)
+        assert (state["good_step"], state["untried_step"]) == (None, 2)
+
+
+def test_micro_batches_change_nothing_at_the_bound_of_lambda(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where the sign of a part of the gradient may be another than that of the whole."""
-    found = []
+    found, held, hold = [], [], step_module.hold_lambdas
+    monkeypatch.setattr(step_module, "hold_lambdas", lambda model: held.append(1) or hold(model))
     for size in (None, 4):
         config = with_fields(tiny_config, model={"lambda_max": 0.05}, scale={"micro_batch_size": size})
         Run(config, tmp_path / str(size))
         found.append(weights(checkpoint(tmp_path / str(size), 6)))
+    assert len(held) == 2 * 6  # once a step
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
