@@ -163,3 +163,12 @@ def test_a_bad_image_counts_once_however_often_it_is_repeated(config: RunConfig,
     Path(path).write_bytes(b"no image")
     results = train_alone(config, dataset)
     assert (results["status"], results["skipped_images"]) == ("finished", 1)
+
+
+def test_bad_images_are_too_many_whenever_they_are_met(config: RunConfig, dataset: Dataset) -> None:
+    """With three copies of each an epoch shows a third of the images; one of 36 may be bad, and two are."""
+    config = with_fields(config, augment={"repeats": 3}, optim={"epochs": 9}, data={"max_skipped_fraction": 0.03})
+    for number in (0, 20):
+        Path(config.data.path, dataset.train.key(number)).write_bytes(b"no image")
+    with pytest.raises(RunStopped, match=r"2 of the 36 training images cannot be used, more than the 1 that"):
+        train_alone(config, dataset)
