@@ -383,7 +383,9 @@ def test_poisoned_steps_alone_have_no_loss(
 def test_what_may_come_to_be_good_is_known_again(tiny_config: RunConfig, tmp_path: Path) -> None:
     """Of a run with an average, whose evaluation says nothing of the weights behind it."""
     config = with_fields(tiny_config, checkpoint={"every_steps": 2}, optim={"ema_decay": 0.5})
-    Run(config, tmp_path / "uncut")
+    run = Run(config, tmp_path / "uncut", keep_last=1)
+    assert 2 in run.steps  # and kept until then
+    assert 4 not in run.steps
     cut(dataclasses.replace(config, name="again"), tmp_path / "cut", 4)
     Run(dataclasses.replace(config, name="again"), tmp_path / "cut")
     for folder in ("uncut", "cut"):
