@@ -50,21 +50,21 @@ def imagenet_s16(epochs: Literal[90, 150, 300]) -> RunConfig:
     prepare's to decide, for a folder `data.val_fraction`, which a folder with a validation set of its own does not ask;
     its scores are those of the official one (`predict.py`).
 
-    What differs: its RandAugment also has Cutout, Invert and SolarizeAdd, and no Identity; at its strength it always
-    raises colour, contrast, brightness and sharpness by 0.9 (here raises or lowers) and solarises nothing (here all);
-    it normalises tokens before their mean, and its head, with which it has these scores, is a tanh layer and one that
-    starts from 0; its matrices start from Xavier's distribution, and its GELU is the one approximated by tanh. It
-    resizes crops without antialiasing and, to evaluate, by area (here both bilinear with antialiasing), and keeps
-    AdamW's first moment in bf16.
+    What differs: it normalises tokens before their mean, and its head, with which it has these scores, is a tanh layer
+    and one that starts from 0; the matrices of its blocks start from Xavier's distribution, its patch projection from
+    LeCun's, with biases of 0; its GELU is the one approximated by tanh. It resizes crops without antialiasing and, to
+    evaluate, by area (here both bilinear with antialiasing), computes in float32 but for AdamW's first moment, which it
+    keeps in bf16, and its first step has a rate of 0.
     """
     return RunConfig(
         name=f"imagenet-s16-{epochs}ep",
         model=model_preset("small", "softmax", num_classes=1000, class_token=False, pool="avg", pos_embed="sincos2d"),
         data=DataConfig(path="", val_fraction=0.01, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
         augment=AugmentConfig(
-            crop="inception",
+            crop="inception_tf",
             crop_scale=(0.05, 1.0),
             rand_augment_layers=2,
+            rand_augment="big_vision",
             rand_augment_magnitude=30,  # 10 of 10
             policy_fill=128,
             mixup=0.2,
@@ -93,10 +93,11 @@ def deit(size: Literal["tiny", "small", "base"]) -> RunConfig:
     days on 4 GPUs. lr 5e-4 x batch / 512. As in its sampler, an epoch of 3 copies of each image shows a third of them.
     timm's rand-m9-mstd0.5-inc1 counts strength to 10 and applies an operation with probability 0.5.
 
-    What differs: its RandAugment also has Invert and SolarizeAdd, and no Identity; it turns with either interpolation
-    and leaves ImageNet's mean colour where an image was (here nearest, and grey), and posterises further; its mixup
-    pairs a batch with its reverse, and each GPU's share of the batch draws for itself (here one draw for all); its
-    learning rate changes by the epoch, warms up from 1e-6, and its cosine counts the epochs of warm-up too.
+    What differs: its RandAugment turns, shears and shifts bicubically (here bilinearly, which is what torchvision has);
+    its erasing noise is not kept within black and white; its mixup pairs a batch with its reverse, and each GPU's share
+    of the batch draws for itself (here one draw for all); its learning rate changes by the epoch, warms up from 1e-6
+    (where it stays for two epochs), and its cosine counts the epochs of warm-up too; its class token starts from a
+    deviation of 0.02 (here 1e-6, as in newer versions of timm); it trains in fp16 (here bf16).
     """
     return RunConfig(
         name=f"deit-{'ti' if size == 'tiny' else size[0]}16",
@@ -106,10 +107,11 @@ def deit(size: Literal["tiny", "small", "base"]) -> RunConfig:
             crop="inception",
             interpolation="bicubic",
             rand_augment_layers=2,
+            rand_augment="timm",
             rand_augment_magnitude=27,  # 9 of 10
             rand_augment_magnitude_std=1.5,  # 0.5 of 10
             rand_augment_probability=0.5,
-            policy_fill=116,
+            policy_fill=(124, 116, 104),
             erasing=0.25,
             erasing_fill="noise",
             mixup=0.8,
@@ -140,11 +142,14 @@ def cifar(classes: Literal[10, 100]) -> RunConfig:
     Source: arXiv 2112.13492 and the code of its authors, aanna0701/SPT_LSA_ViT: 192 wide, 9 blocks, 12 heads, patches
     of 4 px, CutMix or mixup in half of the steps, AutoAugment, erasing. What is called repeated augmentation of 3 there
     is a sampler whose epochs are 3 passes with 1 copy of an image each: 100 epochs with 10 of warm-up are 300 and 30
-    here, and `augment.repeats` is 1. Hardware and time are not given.
+    here, and `augment.repeats` is 1. Hardware and time are not given, nor whether the published score is that of the
+    last epoch or of the best, both of which its program prints.
 
     What differs: its drop path is 0.1 in every block, its AdamW decays every parameter, it erases up to 40 % of an
     image, with other proportions, and writes the mean into what is normalised already, a light grey (here up to a
-    third, and black), and its matrices start from Xavier's distribution, class token and positions from N(0, 1).
+    third, and black), its AutoAugment shears bicubically (here nearest) and turns one way only, it mixes any two
+    images of a batch (here neighbours), its LayerNorms add 1e-5 (here 1e-6), and its matrices start from Xavier's
+    distribution, class token and positions from N(0, 1). It trains in float32 (here bf16 on a GPU that has it).
     """
     return RunConfig(
         name=f"cifar{classes}",

@@ -85,8 +85,8 @@ def folder() -> RunConfig:
     What it reaches, and in what time, depends on the images: the first of the commands says how long it will take.
 
     Source: arXiv 2205.01580, "Better plain ViT baselines for ImageNet-1k": batch 1024, lr 1e-3, weight decay 0.1,
-    RandAugment(2, 10) (its 10 is torchvision's 30), mean pooling, fixed sin-cos positions; without its mixup, 10,000
-    warm-up steps and crops down to 5 % of an image (here 8 %), which suit data of ImageNet's size.
+    RandAugment(2, 10), mean pooling, fixed sin-cos positions; with torchvision's operations and crops (of at least 8 %
+    of an image, there 5 %), without its mixup and 10,000 warm-up steps, which suit data of ImageNet's size.
     """
     return RunConfig(
         name="folder",
@@ -105,9 +105,11 @@ def finetune() -> RunConfig:
 
     What it reaches, and in what time, depends on the weights and the images: --rehearse says how long it will take.
 
-    Source: MAE's fine-tuning of ViT-B (arXiv 2111.06377, table 9): AdamW, layer-wise decay 0.75, weight decay 0.05,
-    smoothing 0.1; without its RandAugment, mixup, CutMix and drop path of 0.1, and in fewer epochs, for smaller data.
-    Its base rate of 1e-3 is for batches of 256, this one for 128.
+    Source: MAE's fine-tuning (arXiv 2111.06377 and main_finetune.py): AdamW, layer-wise decay 0.75, weight decay 0.05,
+    smoothing 0.1; without its RandAugment, erasing, mixup, CutMix and drop path of 0.1, with crops of 0.3 of an image
+    at least (there 0.08) and in fewer epochs, for smaller data. Its base rate of 1e-3 is for batches of 256, this one
+    for 128. Gradients are clipped here, images resized bilinearly (there bicubically), a new head starts from a
+    deviation of 0.02 (there 2e-5), and the rate ends at 0 (there 1e-6).
     """
     return RunConfig(
         name="finetune",

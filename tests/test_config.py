@@ -60,6 +60,11 @@ def test_recipes_are_valid_and_round_trip(recipe: str) -> None:
         ({"optim": {"batch_size": 0}}, "batch_size must be at least 1"),
         ({"augment": {"mixup": 0.2}, "optim": {"batch_size": 9}}, r"must be even \(9 / 1 = 9\)"),
         ({"augment": {"rand_augment_layers": 2, "auto_augment": "svhn"}}, "exclude each other, got 'svhn' and 2"),
+        ({"augment": {"policy_fill": (0, 256, 0)}}, r"policy_fill must be in 0..255, got \(0, 256, 0\)"),
+        (
+            {"augment": {"policy_fill": (1, 2, 3)}, "model": {"in_channels": 1}},
+            r"policy_fill is a colour, \(1, 2, 3\), so model.in_channels must be 3, got 1: give one grey level",
+        ),
         ({"augment": {"color_jitter": -0.1}}, "color_jitter must not be negative"),
         (
             {"scale": {"workers": 5}},

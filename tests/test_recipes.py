@@ -31,7 +31,8 @@ BIG_VISION = EVERYWHERE | {
     "model.image_size": 224, "model.num_classes": 1000, "model.qkv_bias": True,
     "optim.batch_size": 1024, "optim.lr": 1e-3, "optim.weight_decay": 0.1, "optim.warmup_steps": 10_000,
     "optim.clip_norm": 1.0, "optim.min_lr_ratio": 0, "optim.label_smoothing": 0, "optim.warmup_epochs": 0,
-    "augment.crop": "inception", "augment.crop_scale": (0.05, 1.0), "augment.auto_augment": "none",
+    "augment.crop": "inception_tf", "augment.crop_scale": (0.05, 1.0), "augment.auto_augment": "none",
+    "augment.rand_augment": "big_vision",
     "augment.rand_augment_layers": 2, "augment.rand_augment_magnitude": 10 * 3, "augment.rand_augment_magnitude_std": 0,
     "augment.rand_augment_probability": 1, "augment.policy_fill": 128, "augment.interpolation": "bilinear",
     "augment.mixup": 0.2, "augment.mix_probability": 1, "augment.cutmix": 0, "augment.erasing": 0,
@@ -44,8 +45,8 @@ DEIT = EVERYWHERE | {
     "optim.weight_decay": 0.05, "optim.warmup_epochs": 5, "optim.label_smoothing": 0.1, "optim.clip_norm": 0,
     "model.image_size": 224, "model.num_classes": 1000, "model.qkv_bias": True, "model.mlp_ratio": 4,
     "optim.min_lr_ratio": 1e-5 / 1e-3, "optim.warmup_steps": None, "model.pos_embed": "learned",
-    "augment.crop": "inception", "augment.policy_fill": 116,  # its mean colour is 124, 116, 104
-    "augment.auto_augment": "none",
+    "augment.crop": "inception", "augment.policy_fill": (124, 116, 104), "augment.auto_augment": "none",
+    "augment.rand_augment": "timm",
     "augment.rand_augment_magnitude": 9 * 3, "augment.rand_augment_magnitude_std": 0.5 * 3,
     "augment.rand_augment_layers": 2, "augment.rand_augment_probability": 0.5, "augment.interpolation": "bicubic",
     "augment.mixup": 0.8, "augment.cutmix": 1.0, "augment.mix_probability": 1, "augment.crop_scale": (0.08, 1.0),
@@ -115,7 +116,7 @@ def test_published_values(name: str) -> None:
 def test_no_hyperparameter_is_left_out_of_the_table(name: str) -> None:
     """But for details of what the recipe does not do."""
     config, table = RECIPES[name](), PUBLISHED[name]
-    unused = {"rand_augment_": not config.augment.rand_augment_layers, "crop_scale": config.augment.crop != "inception",
+    unused = {"rand_augment": not config.augment.rand_augment_layers, "crop_scale": config.augment.crop == "pad",
               "padding": config.augment.crop != "pad", "erasing_fill": not config.augment.erasing,
               "interpolation": config.augment.crop == "pad"}  # fmt: skip
     for section in ("model", "optim", "augment"):
@@ -127,7 +128,8 @@ def test_no_hyperparameter_is_left_out_of_the_table(name: str) -> None:
 def test_folder_is_big_visions_but_for_what_it_says() -> None:
     config = RECIPES["folder"]()
     assert {field for field, published in BIG_VISION.items() if value(config, field) != published} == {
-        "augment.mixup", "augment.crop_scale", "optim.warmup_steps", "optim.warmup_epochs",
+        "augment.mixup", "augment.crop", "augment.crop_scale", "augment.rand_augment",
+        "optim.warmup_steps", "optim.warmup_epochs",
         "model.num_heads", "model.num_classes", "data.mean", "data.std", "data.val_fraction",  # V1's; the images' own
     }  # fmt: skip
 

@@ -49,9 +49,9 @@ class AugmentConfig:
 
     __pydantic_config__ = STRICT
 
-    crop: Literal["inception", "pad", "none"] = "inception"
-    """inception: a random part of the image resized (arXiv 1409.4842); pad: shifted by up to `padding` pixels;
-    none: the evaluation crop."""
+    crop: Literal["inception", "inception_tf", "pad", "none"] = "inception"
+    """inception: a random part of the image resized (arXiv 1409.4842); inception_tf: as TensorFlow draws it, small
+    parts more often; pad: shifted by up to `padding` pixels; none: the evaluation crop."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that an inception crop may take."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
@@ -66,6 +66,8 @@ class AugmentConfig:
     """AutoAugment's learned policy (arXiv 1805.09501), or TrivialAugment (arXiv 2103.10158)."""
     rand_augment_layers: int = 0
     """RandAugment operations on an image (arXiv 1909.13719); 0 for none."""
+    rand_augment: Literal["torchvision", "big_vision", "timm"] = "torchvision"
+    """Which program's operations those are; timm: those that all get stronger with the magnitude ("inc1")."""
     rand_augment_magnitude: int = 9
     """RandAugment magnitude, 0 to 30, full strength (a rotation by 30 degrees). Where a paper's scale ends at 10, as
     Big Vision's and timm's do, three times its number."""
@@ -74,8 +76,9 @@ class AugmentConfig:
     this scale)."""
     rand_augment_probability: float = 1.0
     """Probability that an operation is applied at all (0.5 in timm)."""
-    policy_fill: int = 0
-    """Grey level, 0 to 255, of what shifts and turns of AutoAugment, TrivialAugment and RandAugment uncover."""
+    policy_fill: int | tuple[int, int, int] = 0
+    """Grey level, 0 to 255, or colour, of what shifts and turns of AutoAugment, TrivialAugment and RandAugment
+    uncover."""
     erasing: float = 0.0
     """Probability of erasing a random rectangle (arXiv 1708.04896)."""
     erasing_fill: Literal["black", "noise"] = "black"
@@ -116,7 +119,10 @@ class AugmentConfig:
             0 <= self.rand_augment_magnitude <= 30,
             f"augment.rand_augment_magnitude must be in 0..30, got {self.rand_augment_magnitude}",
         )
-        require(0 <= self.policy_fill <= 255, f"augment.policy_fill must be in 0..255, got {self.policy_fill}")
+        fill = self.policy_fill if isinstance(self.policy_fill, tuple) else (self.policy_fill,)
+        require(
+            all(0 <= level <= 255 for level in fill), f"augment.policy_fill must be in 0..255, got {self.policy_fill}"
+        )
         require(
             0.0 < self.eval_crop_ratio <= 1.0, f"augment.eval_crop_ratio must be in (0, 1], got {self.eval_crop_ratio}"
         )

@@ -59,6 +59,11 @@ class RunConfig:
             f"data.mean must have 1 or model.in_channels = {self.model.in_channels} values, got {self.data.mean}",
         )
         require(
+            isinstance(self.augment.policy_fill, int) or self.model.in_channels == 3,
+            f"augment.policy_fill is a colour, {self.augment.policy_fill}, so model.in_channels must be 3, got "
+            f"{self.model.in_channels}: give one grey level",
+        )
+        require(
             not self.init.gate_opening_steps or self.model.variant == "diff_v2",
             f"init.gate_opening_steps is for model.variant = 'diff_v2', got {self.model.variant!r}",
         )

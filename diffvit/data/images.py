@@ -22,6 +22,7 @@ from torchvision import io as tv_io
 from torchvision.transforms import v2
 
 from diffvit.config import AugmentConfig
+from diffvit.data.rand_augment import RandAugment
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
 """The only ones of PIL's that are tried: others start programs (Ghostscript for EPS) on what a stranger wrote.
@@ -32,8 +33,8 @@ _TIFF_BITS = 258
 """TIFF's number for the bits of a sample."""
 _TORCHVISION_PLACE = re.compile(r"^\w+, [^,]+:[0-9]+, ")
 """Where torchvision's errors were raised, on the machine that it was built on: "decode_jpeg, FILE.cpp:LINE, reason"."""
-_PHOTO_MEAN, _PHOTO_STD = 114.4, 57.6
-"""ImageNet's, averaged over its channels, in grey levels."""
+_PHOTO_MEAN, _PHOTO_STD = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)
+"""ImageNet's by channel, in grey levels."""
 
 
 class ImageError(ValueError):
@@ -147,11 +148,10 @@ def train_transform(augment: AugmentConfig, image_size: int) -> v2.Transform:
     """uint8 (C, any, any) -> uint8 (C, S, S), drawing from torch's global generator, which the caller seeds."""
     steps: list[v2.Transform] = []
     match augment.crop:
-        case "inception":
+        case "inception" | "inception_tf":
+            crop = v2.RandomResizedCrop if augment.crop == "inception" else _TensorFlowCrop
             interpolation = v2.InterpolationMode(augment.interpolation)
-            steps.append(
-                v2.RandomResizedCrop(image_size, scale=augment.crop_scale, interpolation=interpolation, antialias=True)
-            )
+            steps.append(crop(image_size, scale=augment.crop_scale, interpolation=interpolation, antialias=True))
         case "pad":
             steps += [_ResizeShortSide(augment, image_size), v2.RandomCrop(image_size, padding=augment.padding)]
         case "none":
@@ -165,38 +165,54 @@ def train_transform(augment: AugmentConfig, image_size: int) -> v2.Transform:
     elif augment.auto_augment != "none":
         steps.append(v2.AutoAugment(v2.AutoAugmentPolicy(augment.auto_augment), fill=augment.policy_fill))
     if augment.rand_augment_layers:
-        steps.append(_RandAugment(augment))
+        steps.append(RandAugment(augment))
     if augment.erasing:
         erase = v2.RandomErasing if augment.erasing_fill == "black" else _NoiseErasing
         steps.append(erase(augment.erasing))
     return v2.Compose(steps)
 
 
-class _RandAugment(v2.Transform):  # type: ignore[misc]  # torchvision ships no types
-    """RandAugment whose operations each draw whether they are applied, and how strongly, rounded and kept in 0..30."""
+class _TensorFlowCrop(v2.RandomResizedCrop):  # type: ignore[misc]  # torchvision ships no types
+    """The Inception crop as TensorFlow's `sample_distorted_bounding_box` draws it, which Big Vision uses.
 
-    def __init__(self, augment: AugmentConfig) -> None:
-        super().__init__()
-        self._layers, self._probability = augment.rand_augment_layers, augment.rand_augment_probability
-        self._magnitude, self._std = float(augment.rand_augment_magnitude), augment.rand_augment_magnitude_std
-        self._by_magnitude = [v2.RandAugment(1, magnitude, fill=augment.policy_fill) for magnitude in range(31)]
+    For a proportion drawn from 0.75 to 1.33 every height is equally likely that gives an allowed area, where
+    torchvision draws the area: small crops come more often.
+    """
 
-    def forward(self, image: Tensor) -> Tensor:
-        for _ in range(self._layers):
-            if torch.rand(()) < self._probability:
-                drawn = round(torch.normal(torch.tensor(self._magnitude), self._std).item())
-                image = self._by_magnitude[min(max(drawn, 0), 30)](image)
-        return image
+    def make_params(self, flat_inputs: list[Tensor]) -> dict[str, Any]:
+        height, width = v2.functional.get_size(flat_inputs[0])
+        least, most = (share * height * width for share in self.scale)
+        for _ in range(100):
+            proportion = torch.empty(()).uniform_(0.75, 1.33).item()
+            low = round((least / proportion) ** 0.5)
+            high = min(round((most / proportion) ** 0.5), height, int((width + 0.5) / proportion))
+            rows = _between(min(low, high), high)
+            columns = round(rows * proportion)
+            if rows > 0 and 0 < columns <= width and least <= rows * columns <= most:
+                top, left = _between(0, height - rows), _between(0, width - columns)
+                return {"top": top, "left": left, "height": rows, "width": columns}
+        return {"top": 0, "left": 0, "height": height, "width": width}
+
+
+def _between(low: int, high: int) -> int:
+    return int(torch.randint(low, high + 1, ()))
 
 
 class _NoiseErasing(v2.RandomErasing):  # type: ignore[misc]
-    """Random erasing with noise that is N(0, 1) after the usual normalisation, as timm's `pixel` mode."""
+    """Random erasing with noise that is about N(0, 1) after ImageNet's normalisation, as timm's `pixel` mode.
+
+    Only about, because a pixel stays within 0 and 255.
+    """
 
     def make_params(self, flat_inputs: list[Tensor]) -> dict[str, Any]:
         params: dict[str, Any] = super().make_params(flat_inputs)
         if params["v"] is not None:
-            shape = (flat_inputs[0].shape[0], params["h"], params["w"])
-            params["v"] = (_PHOTO_MEAN + _PHOTO_STD * torch.randn(shape)).clamp_(0, 255).to(torch.uint8)
+            channels = flat_inputs[0].shape[0]
+            mean, std = (torch.tensor(values).view(3, 1, 1) for values in (_PHOTO_MEAN, _PHOTO_STD))
+            if channels != 3:
+                mean, std = mean.mean(), std.mean()
+            noise = torch.randn(channels, params["h"], params["w"])
+            params["v"] = (mean + std * noise).clamp_(0, 255).to(torch.uint8)
         return params
 
 
