@@ -24,19 +24,13 @@ class Fixed(nn.Module):
 
     def __init__(self, positive: Tensor, negative: Tensor | None = None, weight: Tensor | None = None) -> None:
         super().__init__()
-        self.maps = AttentionMaps(positive, negative, weight)
+        self.maps = AttentionMaps(positive, negative, weight, torch.tensor([6.0, 1.0]))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
 
     def attention_maps(self, x: Tensor) -> AttentionMaps:
         return self.maps
-
-    def attention_logits(self, x: Tensor) -> tuple[Tensor, ...]:
-        B, N, _ = x.shape
-        logits = torch.zeros(B, self.maps.positive.shape[1], N, N)
-        logits[0, 0, 1, 2] = -7.0
-        return (logits + 1,)
 
 
 def measure(attention: nn.Module, images: int = 1, **options: Any) -> dict[str, Tensor]:
@@ -169,14 +163,16 @@ def test_batches_add_up(variant: Any) -> None:
 
 
 @pytest.mark.parametrize("variant", ["softmax", "diff", "diff_v2"])
-def test_logits_are_those_of_the_maps(variant: Any) -> None:
-    model = VisionTransformer(ModelConfig(variant=variant, depth=1, num_heads=2, **SHAPE))
-    x = torch.randn(2, 5, 12)
-    maps, logits = model.blocks[0].attn.attention_maps(x), model.blocks[0].attn.attention_logits(x)
-    expected = [maps.positive] if maps.negative is None else [maps.positive, maps.negative]
-    assert len(logits) == len(expected)
-    for scores, softmax in zip(logits, expected, strict=True):
-        torch.testing.assert_close(scores.softmax(dim=-1), softmax)
+def test_the_largest_logit_is_that_of_either_map(variant: Any) -> None:
+    attention = VisionTransformer(ModelConfig(variant=variant, depth=1, num_heads=2, **SHAPE)).blocks[0].attn
+    x = 5 * torch.randn(3, 5, 12)
+    rows = attention.qkv(x)
+    maps, size = {"softmax": (2, 6), "diff": (4, 3), "diff_v2": (4, 6)}[variant]
+    q, k = (part.unflatten(-1, (-1, size)).transpose(1, 2) for part in rows.split([maps * size, 12, 12], -1)[:2])
+    k = k.repeat_interleave(2, dim=1) if variant == "diff_v2" else k  # both maps of a head share its keys
+    logits = (q @ k.transpose(2, 3)).abs().amax(dim=(0, 2, 3)) / size**0.5
+    expected = logits.view(2, -1).amax(dim=1)
+    torch.testing.assert_close(attention.attention_maps(x).largest_logit, expected)
 
 
 def test_a_mask_of_another_shape_is_refused() -> None:

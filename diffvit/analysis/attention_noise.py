@@ -75,8 +75,7 @@ class AttentionNoise:
         ratios: list[dict[str, Ratio]] = []
         peaks: list[dict[str, Tensor]] = []
         for block in cast(list[Block], list(model.blocks)):
-            normed = block.norm1(x)
-            maps, logits = block.attn.attention_maps(normed), block.attn.attention_logits(normed)
+            maps = block.attn.attention_maps(block.norm1(x))
             x = block(x)
             A = maps.combined.abs()
             found = _entropies(maps) | _differences(maps, A) | {"head_similarity": _head_similarity(maps.combined)}
@@ -89,7 +88,7 @@ class AttentionNoise:
             ratios.append(found)
             peaks.append(
                 {
-                    "largest_logit": torch.stack([t.abs().amax(dim=(0, 2, 3)) for t in logits]).amax(0).double(),
+                    "largest_logit": maps.largest_logit.double(),
                     "largest_activation": x.abs().amax()[None].double(),
                 }
             )

@@ -32,11 +32,13 @@ class AttentionMaps:
         positive: (B, H, N, N), a softmax map: its rows sum to 1.
         negative: (B, H, N, N), the softmax map that is subtracted; None for plain attention.
         weight: lambda, broadcastable to (B, H, N, 1); None for plain attention.
+        largest_logit: (H,), the largest absolute value that a softmax of the head was taken of.
     """
 
     positive: Tensor
-    negative: Tensor | None = None
-    weight: Tensor | None = None
+    negative: Tensor | None
+    weight: Tensor | None
+    largest_logit: Tensor
 
     @property
     def combined(self) -> Tensor:
@@ -78,12 +80,7 @@ class Attention(nn.Module):
     def attention_maps(self, x_BND: Tensor) -> AttentionMaps:
         """The maps of `forward` on the same input."""
         q, k, _ = self._heads(x_BND)
-        return AttentionMaps(softmax_map(q, k))
-
-    def attention_logits(self, x_BND: Tensor) -> tuple[Tensor, ...]:
-        """What `forward` takes the softmax of, (B, H, N, N); a tuple of one, because other variants have two maps."""
-        q, k, _ = self._heads(x_BND)
-        return (scaled_scores(q, k),)
+        return _maps_of(((q, k),), None)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # unbind, not chunk: its backward fills one tensor row by row, the cheapest of the equivalents.
@@ -149,12 +146,7 @@ class DiffAttention(nn.Module):
 
     def attention_maps(self, x_BND: Tensor) -> AttentionMaps:
         """The maps of `forward` on the same input, before the norm; `weight` is a scalar."""
-        positive, negative = (softmax_map(q, k) for q, k in self._split(self.qkv(x_BND)).maps)
-        return AttentionMaps(positive, negative, self.current_lambda())
-
-    def attention_logits(self, x_BND: Tensor) -> tuple[Tensor, ...]:
-        """What `forward` takes the softmax of in each of the two maps, (B, H, N, N) each."""
-        return tuple(scaled_scores(q, k) for q, k in self._split(self.qkv(x_BND)).maps)
+        return _maps_of(self._split(self.qkv(x_BND)).maps, self.current_lambda())
 
     def current_lambda(self) -> Tensor:
         """Lambda, a scalar tensor, computed in float32 or better."""
@@ -214,12 +206,7 @@ class DiffAttentionV2(nn.Module):
 
     def attention_maps(self, x_BND: Tensor) -> AttentionMaps:
         """The maps of `forward` on the same input; `weight` is sigmoid(lambda), (B, H, N, 1)."""
-        positive, negative = (softmax_map(q, k) for q, k in self._split(self.qkv(x_BND)).maps)
-        return AttentionMaps(positive, negative, self.gate(x_BND))
-
-    def attention_logits(self, x_BND: Tensor) -> tuple[Tensor, ...]:
-        """What `forward` takes the softmax of in each of the two maps, (B, H, N, N) each."""
-        return tuple(scaled_scores(q, k) for q, k in self._split(self.qkv(x_BND)).maps)
+        return _maps_of(self._split(self.qkv(x_BND)).maps, self.gate(x_BND))
 
     def gate(self, x: Tensor) -> Tensor:
         """sigmoid(lambda) of `x` (B, N, D): (B, H, N, 1)."""
@@ -237,6 +224,14 @@ class DiffAttentionV2(nn.Module):
 def _require_divisible(embed_dim: int, parts: int, rule: str) -> None:
     if parts < 1 or embed_dim % parts:
         raise ValueError(f"embed_dim must be divisible by {rule}, got embed_dim={embed_dim} and {parts}")
+
+
+def _maps_of(queries_and_keys: tuple[tuple[Tensor, Tensor], ...], weight: Tensor | None) -> AttentionMaps:
+    """Of one or two maps; queries and keys are (B, H, N, K)."""
+    logits = [in_full_precision(scaled_scores(q, k)) for q, k in queries_and_keys]
+    positive, *negative = (logit.softmax(dim=-1) for logit in logits)
+    largest = torch.stack([logit.abs().amax(dim=(0, 2, 3)) for logit in logits]).amax(dim=0)
+    return AttentionMaps(positive, negative[0] if negative else None, weight, largest)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
