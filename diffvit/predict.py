@@ -105,10 +105,10 @@ def _ends(config: PredictConfig, saved: SavedModel, entries: pa.Table) -> list[i
 
 
 def _finished(target: Storage, identity: dict[str, Any]) -> dict[str, Any] | None:
-    try:
-        results: dict[str, Any] = json.loads(target.read(RESULTS_NAME))
-    except (FileNotFoundError, NotADirectoryError):
+    content = target.read_or_none(RESULTS_NAME)
+    if content is None:
         return None
+    results: dict[str, Any] = json.loads(content)
     require_same(results["options"], identity, f"out = {target.uri!r} holds predictions made")
     there = target.sizes(PARTS)
     if any(part_name(number) not in there for number in range(results.get("parts", 0))):  # lost since

@@ -152,6 +152,13 @@ class Storage:
             content: bytes = file.read()
         return content
 
+    def read_or_none(self, name: str) -> bytes | None:
+        """The same; None where there is no such file."""
+        try:
+            return self.read(name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     @_retried
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         """`length` bytes of a file from `offset` on; fewer where the file ends. Safe to call from many threads."""

@@ -180,6 +180,11 @@ def test_too_many_copies_of_the_model_are_refused(config: PredictConfig) -> None
 
 def test_out_among_the_images_is_refused(config: PredictConfig) -> None:
     out = Path(config.images, "out")
+    file = Path(config.out)
+    file.write_text("years")
+    with pytest.raises(ValueError, match=r"out must be a folder, .* is a file"):
+        predict(config, quiet)
+    assert file.read_text() == "years"
     with pytest.raises(ValueError, match="out must not lie in the folder that is read"):
         predict(dataclasses.replace(config, out=str(out)), quiet)
     assert not out.exists()

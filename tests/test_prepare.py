@@ -107,6 +107,9 @@ def test_a_folder_of_other_things_is_not_touched(config: PrepareConfig) -> None:
     with pytest.raises(ValueError, match=r"out must be an empty folder, .* holds 1 files, among them thesis.tex"):
         prepare(config, quiet)
     assert [path.name for path in Path(config.out).iterdir()] == ["thesis.tex"]
+    with pytest.raises(ValueError, match=r"out must be a folder, .*thesis.tex' is a file; choose another --out"):
+        prepare(dataclasses.replace(config, out=f"{config.out}/thesis.tex"), quiet)
+    assert Path(config.out, "thesis.tex").read_text() == "years"
 
 
 def test_out_in_the_source_is_refused_before_anything_is_written(config: PrepareConfig) -> None:

@@ -27,7 +27,7 @@ def require_pixels(name: str, pixels: int) -> None:
 
 
 def require_finite(config: Any, prefix: str = "") -> None:
-    """Raises ValueError where a number in a dataclass, or in a section of it, is infinite or none: JSON has no such."""
+    """Raises ValueError where a number in a dataclass or a section of it is infinite or NaN: JSON cannot hold these."""
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):

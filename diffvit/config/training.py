@@ -158,7 +158,7 @@ class CheckpointConfig:
     __pydantic_config__ = STRICT
 
     every_steps: int | None = None
-    """Also save every this many steps; None: at the end of each epoch only."""
+    """Also save every this many steps, beside the end of each epoch and `every_minutes`."""
     every_minutes: float | None = 5.0
     """Also save when so many minutes have gone since the last checkpoint (looked at every few steps); None: not."""
     keep_last: int = 2

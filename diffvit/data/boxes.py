@@ -42,7 +42,7 @@ class Box:
 class BoxedImage:
     """What a model sees of an image, uint8 (C, S, S), and which pixels of it lie in a box, bool (S, S).
 
-    None does where the crop has cut the boxes off, or where the image cannot be read.
+    All pixels are outside where the crop has cut the boxes off, or where the image cannot be read.
     """
 
     pixels: npt.NDArray[np.uint8]

@@ -49,18 +49,19 @@ def claim(target: Storage, identity: dict[str, Any]) -> None:
     Raises:
         ValueError: it holds something else, or what was begun with other options.
     """
-    try:
-        begun = json.loads(target.read(_IDENTITY_NAME))
-    except (FileNotFoundError, NotADirectoryError):
+    begun = target.read_or_none(_IDENTITY_NAME)
+    if begun is None:
+        if not target.is_remote and Path(target.path()).is_file():
+            raise ValueError(f"out must be a folder, {target.uri!r} is a file; choose another --out")
         others = [name for name in target.sizes() if not name.startswith(".")]
         if others:
             raise ValueError(
                 f"out must be an empty folder, {target.uri!r} holds {len(others)} files, among them {others[0]}"
-            ) from None
-        target.delete_folder(STAGING)  # what a killed job left of it belongs to nobody knows what
+            )
+        target.delete_folder(STAGING)  # leftovers of an unknown job that was killed
         _begin(target, identity)
         return
-    require_same(begun, identity, f"out = {target.uri!r} was begun")
+    require_same(json.loads(begun), identity, f"out = {target.uri!r} was begun")
 
 
 def _begin(target: Storage, identity: dict[str, Any]) -> None:

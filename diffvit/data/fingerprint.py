@@ -61,10 +61,9 @@ def known_images(folder: Storage) -> Fingerprint | None:
     Raises:
         ValueError: what was written down is damaged.
     """
+    content = folder.read_or_none(DATA_NAME)
     try:
-        return _FINGERPRINT.validate_json(folder.read(DATA_NAME))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+        return None if content is None else _FINGERPRINT.validate_json(content)
     except ValidationError as error:
         raise ValueError(
             f"{folder.uri.partition('?')[0]}/{DATA_NAME} is damaged: {error.errors()[0]['msg']}; delete it if "

@@ -25,7 +25,7 @@ Images = npt.NDArray[np.uint8]
 
 _EVAL_ROW_SIZE = 250
 _FIRST_WEIGHTS_SHARE = 0.05
-"""That an average of the weights may owe to those of the first step when the run ends."""
+"""The largest share that the first step's weights may have in their average (EMA) when the run ends."""
 _KEPT_BYTES = 256 * 2**20
 """Validation images that a rank keeps decoded."""
 

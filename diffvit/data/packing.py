@@ -86,10 +86,10 @@ def pack_shard(entries: pa.Table, labels: list[int], storage: Storage, name: str
 
 def read_packed(storage: Storage, name: str) -> PackedShard | None:
     """What an earlier attempt found in the shard `name`; None where it has yet to be packed."""
-    try:
-        packed = _PACKED.validate_json(storage.read(_summary(name)))
-    except FileNotFoundError:
+    content = storage.read_or_none(_summary(name))
+    if content is None:
         return None
+    packed = _PACKED.validate_json(content)
     if packed.shard is not None and storage.size(name) != packed.shard.bytes:
         return None
     return packed

@@ -118,7 +118,7 @@ def _finished(target: Storage, identity: dict[str, Any]) -> DatasetInfo | None:
     """The data set that an earlier call with the same options made; None too where it lost files since."""
     try:
         info = read_info(target)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     require_same({"source": info.source, **info.options}, identity, f"out = {target.uri!r} holds a data set made")
     try:

@@ -31,7 +31,7 @@ _DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
 _SCORE = "score/"
 _LATENCIES = "latencies_ms"
 _REPEATS = "repeats"
-"""On a trial of the study: the number of the one that was cut, and that this one does again."""
+"""On a trial of the study: the number of the interrupted one that it repeats."""
 _LOST_REASON = "the driver ended before it could say why"
 
 

@@ -167,7 +167,7 @@ class Sitting:
         return max(int(self.sweep.search.cpus_per_trial), 1)
 
     def _remove_cut_runs(self) -> None:
-        """What a killed driver left half done is done again, and its curve would be in the way."""
+        """Interrupted runs start over, so their old curves are deleted."""
         known = {run.name for run in (*self.journal.records("trial"), *self.journal.records("finalist"))}
         for folder in (*self.folder.glob("trials/*/"), *self.folder.glob("finalists/*/")):
             if f"{folder.parent.name}/{folder.name}" not in known:

@@ -59,7 +59,7 @@ class TrainState:
     good_step: int | None = None
     """That of the checkpoint which a sick run goes back to."""
     untried_step: int | None = None
-    """That of one which may come to be good: nothing has shown yet that its weights are of use."""
+    """That of a checkpoint whose weights have yet to prove good."""
     skipped_samples: list[int] = field(default_factory=list)
     """Numbers of the training samples whose image could not be used so far, each once."""
     epoch_sums: dict[str, float] = field(default_factory=dict)

@@ -138,7 +138,7 @@ def enter_cluster(config: RunConfig, say: Callable[[str], None]) -> None:
 
 
 def _require_images_everywhere(path: str) -> None:
-    """A node that lacks the folder could decode nothing. What is no folder here is none to ask for."""
+    """A node that lacks the folder could decode nothing. Asked only where the path is a folder on this machine."""
     blind = blind_nodes(Path(path)) if Path(path).is_absolute() and Path(path).is_dir() else []
     if blind:
         raise ValueError(

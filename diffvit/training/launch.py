@@ -118,7 +118,7 @@ def _cause_first(error: TrainingFailedError, scale: ScaleConfig) -> str:
 
 
 def _cause(failures: Mapping[int, Exception]) -> tuple[int, str]:
-    """Rank and error, in a line, of a worker that did more than lose another one, if there is such."""
+    """Rank and error, in a line, of a worker that failed itself and did not only lose another one, if there is any."""
 
     def lost_another(rank: int) -> bool:
         error = failures[rank]  # of a worker that died, Ray's account has these words too

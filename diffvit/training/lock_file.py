@@ -131,10 +131,8 @@ class StoredLockFile:
         self._conditional = _s3_client(storage)
 
     def read(self) -> str | None:
-        try:
-            return self._storage.read(self._name).decode()
-        except FileNotFoundError:
-            return None
+        content = self._storage.read_or_none(self._name)
+        return None if content is None else content.decode()
 
     def swap(self, old: str | None, new: str) -> bool:
         if self._conditional is not None:

@@ -129,10 +129,9 @@ class Logbook:
             _write(self._hasty, name, content)
 
     def _read(self, name: str) -> Any:
-        try:
-            return json.loads(self._storage.read(name))
-        except (FileNotFoundError, ValueError):
-            return None
+        with suppress(ValueError):
+            return json.loads(self._storage.read_or_none(name) or b"")
+        return None
 
 
 def _write(storage: Storage, name: str, content: Any) -> None:

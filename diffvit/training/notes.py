@@ -86,7 +86,4 @@ def _folded(text: str) -> str:
 
 
 def _read(storage: Storage, name: str) -> list[str]:
-    try:
-        return storage.read(name).decode().splitlines()
-    except FileNotFoundError:
-        return []
+    return (storage.read_or_none(name) or b"").decode().splitlines()

@@ -65,7 +65,7 @@ def open_run(config: RunConfig, images: Fingerprint) -> dict[str, Any] | None:
     """
     run = Storage(config.location)
     try:
-        existing = _read(run, CONFIG_NAME)
+        existing = run.read_or_none(CONFIG_NAME)
         if existing is not None:
             known = known_images(run)
             _require_same_run(existing, config, moved=known is not None)
@@ -98,7 +98,7 @@ def begun(config: RunConfig) -> RunConfig | None:
         ValueError: it cannot be read.
     """
     run = Storage(config.location)
-    content = _read(run, CONFIG_NAME)
+    content = run.read_or_none(CONFIG_NAME)
     if content is None or not any(CHECKPOINT_FOLDER.fullmatch(name) for name in run.names()):
         return None
     return from_json(content, f"{config.location.partition('?')[0]}/{CONFIG_NAME}")
@@ -109,7 +109,7 @@ def not_the_same_folder(config: RunConfig) -> str | None:
 
     There the run would begin at its first step again whenever its rank 0 comes to lie on another node.
     """
-    if _read(Storage(config.location), CONFIG_NAME) == _content(config):
+    if Storage(config.location).read_or_none(CONFIG_NAME) == _content(config):
         return None
     where = config.location.partition("?")[0]
     return (
@@ -172,17 +172,10 @@ def write_results(location: str | Path, results: dict[str, Any], retry_seconds: 
     Storage(str(location), retry_seconds).write(RESULTS_NAME, content.encode())
 
 
-def _read(run: Storage, name: str) -> bytes | None:
-    try:
-        return run.read(name)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
 def _results(run: Storage) -> dict[str, Any] | None:
     """None too where they cannot be read: of a run that goes on they are written anew."""
     with suppress(ValueError):
-        results = json.loads(_read(run, RESULTS_NAME) or b"")
+        results = json.loads(run.read_or_none(RESULTS_NAME) or b"")
         if isinstance(results, dict) and "status" in results:
             return results
     return None

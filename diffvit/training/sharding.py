@@ -2,7 +2,7 @@
 
 Each worker keeps its rows of every parameter, of its average and of the optimiser's moments. A block is put together
 for its forward and its backward pass and let go after each, so a worker holds its share and one block; in bf16 also
-what autocast rounded of all matrices, half their size, from the forward pass to the backward pass.
+autocast's bf16 copy of every matrix, until the backward pass.
 
 A checkpoint is the same as without: it is gathered on rank 0's host, a tensor at a time, and on the way back every rank
 takes its rows of it. So a run goes on with another number of workers, or sharded no more, as it likes.
