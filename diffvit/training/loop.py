@@ -89,13 +89,16 @@ def _train(
     batches = audit.watch(batches) if audit else batches
     sums, agree_every_steps = Sums(worker.device), LOG_EVERY_STEPS
 
+    def save(*, healthy: bool, ends_epoch: bool) -> None:
+        audit_files = tuple(_audit_writes(audit, state.step, config, worker))
+        saver.save(tracker.metrics(), tracker.to_copy(), audit_files, healthy=healthy, ends_epoch=ends_epoch)
+
     while True:
         if state.step and state.step % train_plan.steps_per_epoch == 0 and not state.evaluated:
             diverged = _end_epoch(config, train_plan, eval_plan, stream, worker, state, saver, tracker)
             if diverged:
                 _go_back(diverged, saver, audit, state)
-                rows = tuple(_write_audit(audit, state.step, config, worker))
-                saver.save(tracker.metrics(), tracker.to_copy(), rows, healthy=False, ends_epoch=True)
+                save(healthy=False, ends_epoch=True)
                 continue  # and evaluate these
         if state.step == train_plan.total_steps:
             return
@@ -121,9 +124,7 @@ def _train(
                 _go_back(state.health.complaint, saver, audit, state)
                 saves = planned = True
         if saves:
-            rows = tuple(_write_audit(audit, state.step, config, worker))
-            healthy = planned and not ends_epoch and state.health.counted == 0
-            saver.save(tracker.metrics(), tracker.to_copy(), rows, healthy=healthy, ends_epoch=ends_epoch)
+            save(healthy=planned and not ends_epoch and state.health.counted == 0, ends_epoch=ends_epoch)
             tracker.saved()
 
 
@@ -164,8 +165,8 @@ def _go_back(why: str, saver: Saver, audit: Audit | None, state: TrainState) -> 
         audit.forget(undone, state.step)
 
 
-def _write_audit(audit: Audit | None, step: int, config: RunConfig, worker: Worker) -> Iterator[Callable[[], None]]:
-    """What rank 0 is to call, for the files of every rank. A collective where there is an audit."""
+def _audit_writes(audit: Audit | None, step: int, config: RunConfig, worker: Worker) -> Iterator[Callable[[], None]]:
+    """What rank 0 is to call to write the files of every rank. A collective where there is an audit."""
     if audit is not None:
         run = Storage(config.location, retry_seconds=0)
         for name, content in audit.parts(step, gather_bytes(audit.take(), worker.device)).items():
