@@ -582,3 +582,11 @@ def test_closing_early_leaves_no_stream_behind(tiny_config: RunConfig) -> None:
 def test_no_rank_and_no_cpu_waits_for_room(workers: int, cpus: int, mib: int) -> None:
     """Ray Data counts what ranks hold too: one limit for all let four ranks have one decoding task at a time."""
     assert stream_module._ready_bytes(workers, cpus) == mib * 2**20
+
+
+@pytest.mark.parametrize(
+    ("store_gib", "cpus", "mib"), [(64, 16, 128), (12, 16, 64), (2, 8, 21), (2, 64, 16), (0.5, 0, 42), (0, 2, 16)]
+)
+def test_chunks_are_small_enough_for_every_cpu_to_make_some(store_gib: float, cpus: int, mib: int) -> None:
+    """Two chunks a task and three tasks a CPU, in half of the store: with 2 GiB of it two CPUs of eight had work."""
+    assert stream_module._chunk_bytes(int(store_gib * 2**30), cpus) // 2**20 == mib

@@ -43,12 +43,15 @@ from diffvit.data.tasks import fetch
 if TYPE_CHECKING:  # the process that deals the chunks out imports this module, and need not load torch
     from diffvit.data.loader import BatchLoader
 
-_CHUNK_BYTES = 128 * 2**20
+_LEAST_CHUNK_BYTES, _CHUNK_BYTES = 16 * 2**20, 128 * 2**20
 _CHUNK_IMAGES = 1024
-"""A chunk grows to as many micro-batches as stay under both (at least one)."""
+"""A chunk grows to as many micro-batches as stay under both (at least one), or less where the store is small."""
 
 _TASK_CHUNKS = 2
 """And a task to so many chunks."""
+
+_READY_TASKS = 3
+"""Tasks' chunks for each CPU that there must be room for, or not all CPUs could decode."""
 
 _SEGMENT_CHUNKS = 4096
 """Chunks planned in one Ray data set: bounds the memory of the plan, whatever the length of the run."""
@@ -90,7 +93,7 @@ class RayStream:
         plan = self._train.plan
         assert isinstance(plan, TrainPlan)
         end = plan.total_steps * plan.rows_per_step
-        segment = _SEGMENT_CHUNKS * _rows_per_chunk(self._train)
+        segment = _SEGMENT_CHUNKS * _rows_per_chunk(self._train, _CHUNK_BYTES)  # the same on every rank
         segment = max(segment - segment % plan.rows_per_step, plan.rows_per_step)
         for first in range(first_step * plan.rows_per_step, end, segment):
             own, shared = self._divide(self._train, range(first, min(first + segment, end)))
@@ -189,9 +192,15 @@ def _next_of(chunks: Iterator[pa.Table]) -> Future[Coming]:
     return coming
 
 
-def _rows_per_chunk(loader: BatchLoader) -> int:
-    images = min(_CHUNK_BYTES // (loader.channels * loader.image_size**2), _CHUNK_IMAGES)
+def _rows_per_chunk(loader: BatchLoader, chunk_bytes: int) -> int:
+    images = min(chunk_bytes // (loader.channels * loader.image_size**2), _CHUNK_IMAGES)
     return max(images // loader.plan.row_size, 1)
+
+
+def _chunk_bytes(store_bytes: int, cpus: int) -> int:
+    """Ray Data never fills more than half of the object stores, and there all CPUs are to have room."""
+    room = store_bytes // 2 // (_READY_TASKS * _TASK_CHUNKS * max(cpus, 1))
+    return min(max(room, _LEAST_CHUNK_BYTES), _CHUNK_BYTES)
 
 
 def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIterator]:
@@ -199,11 +208,13 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = 1  # byte: what a task yields is a block at once, and not put together with the next
-    ready = _ready_bytes(workers, int(ray.cluster_resources().get("CPU", 0)))
+    resources = ray.cluster_resources()
+    cpus, store_bytes = (int(resources.get(name, 0)) for name in ("CPU", "object_store_memory"))
+    ready = _ready_bytes(workers, cpus)
     context.execution_options = ExecutionOptions(
         preserve_order=True, resource_limits=ExecutionResources(object_store_memory=ready)
     )
-    ends = _ramped(len(rows[::workers]), _rows_per_chunk(loader))
+    ends = _ramped(len(rows[::workers]), _rows_per_chunk(loader, _chunk_bytes(store_bytes, cpus)))
     chunks = [rows[rank::workers][a:b] for a, b in pairwise(ends) for rank in range(workers)]
     tasks = [chunks[a:b] for a, b in pairwise(_ramped(len(chunks), _TASK_CHUNKS))]
     dataset = ray.data.read_datasource(
@@ -255,11 +266,8 @@ def _first_without_gpu(nodes: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _ready_bytes(workers: int, cpus: int) -> int:
-    """Decoded images that may wait in the cluster; at least three tasks' a CPU, or not all CPUs could decode.
-
-    Ray Data lets what is being made take three quarters of it.
-    """
-    return max(_READY_BYTES * workers, 3 * _TASK_CHUNKS * _CHUNK_BYTES * cpus)
+    """Decoded images that may wait in the cluster. Ray Data lets what is being made take three quarters of it."""
+    return max(_READY_BYTES * workers, _READY_TASKS * _TASK_CHUNKS * _CHUNK_BYTES * cpus)
 
 
 def _ramped(count: int, size: int) -> list[int]:

@@ -21,7 +21,6 @@ from diffvit.cluster.packages import require_packages
 from diffvit.cluster.waiting import can_grow, room_for, wait_for_nodes
 from diffvit.config import RunConfig, ScaleConfig
 
-_LOCAL_OBJECT_STORE_BYTES = 2 * 2**30
 _RAY_UNITS = 10_000
 
 
@@ -49,7 +48,6 @@ def connect(scale: ScaleConfig | None = None, *, dashboard: bool = False) -> Non
                 address="local",
                 num_cpus=logical_cpus,
                 include_dashboard=dashboard,
-                object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
                 **quiet,
             )
     for library in ("ray.train", "ray.data"):
