@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import ray
 import ray.train
-import torch
-from ray.train import ScalingConfig
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
-from ray.train.v2.api.preemption import PreemptionInfo
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from diffvit.training import group, launch
-from diffvit.training.elastic import FittingPolicy, largest_fitting
-from diffvit.training.worker import Worker
+from diffvit.training import elastic
+from diffvit.training.elastic import FittingPolicy, SparingPolicy, largest_fitting
 
 
 @pytest.mark.parametrize(("room", "taken"), [(0, 0), (1, 0), (2, 2), (3, 2), (5, 4), (99, 12)])
@@ -92,23 +90,22 @@ def test_a_group_that_runs_is_never_made_smaller(
 
 
 @pytest.mark.parametrize(
-    ("notice", "waited"),
-    [
-        (None, []),
-        (PreemptionInfo(deadline_ms=1_060_000, preempted_node_to_ranks={}), [90.0]),
-        (PreemptionInfo(deadline_ms=990_000, preempted_node_to_ranks={}), [30.0]),  # it should be gone
-        (PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={}), [150.0]),
-    ],
+    ("draining", "spared"), [({}, 0), ({"idle": 0}, 0), ({"spot": 1_060_000}, 9), ({"idle": 0, "spot": 1_060_000}, 9)]
 )
-def test_an_error_waits_for_the_end_of_a_node_that_is_about_to_go(
-    monkeypatch: pytest.MonkeyPatch, notice: PreemptionInfo | None, waited: list[float]
+def test_what_workers_die_of_beside_a_node_that_is_taken_away_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, draining: dict[str, int], spared: int
 ) -> None:
-    slept: list[float] = []
-    context = SimpleNamespace(preemption_context=SimpleNamespace(preemption_info=notice))
-    monkeypatch.setattr(group, "get_train_context", lambda: context)
-    monkeypatch.setattr(group, "time", SimpleNamespace(time=lambda: 1_000.0, sleep=slept.append))
-    monkeypatch.setattr(launch, "join_group", lambda _: Mock(worker=Worker(torch.device("cpu"), print, print)))
-    monkeypatch.setattr(launch, "fit", Mock(side_effect=ConnectionError("a peer is gone")))
-    with pytest.raises(ConnectionError):
-        launch._train_worker({"opened": False})
-    assert slept == waited
+    monkeypatch.setattr(elastic, "_draining_nodes", lambda: draining)
+    policy = SparingPolicy(FailureConfig(max_failures=2, max_preemption_failures=9))
+    lost = WorkerGroupError("a worker failed", {0: RuntimeError("The actor died: aborted"), 1: ConnectionError("peer")})
+    decisions = [policy.make_decision(lost) for _ in range(spared or 2)]
+    assert set(decisions) == {FailureDecision.RETRY}
+    assert policy.make_decision(lost) is FailureDecision.RAISE
+    monkeypatch.setattr(elastic, "_draining_nodes", dict)
+    assert policy.make_decision(lost) is (FailureDecision.RETRY if spared else FailureDecision.RAISE)
+
+
+def test_a_controller_that_cannot_start_workers_is_no_preemption(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elastic, "_draining_nodes", lambda: {"spot": 1_060_000})
+    failed = ControllerError(ValueError("a bug"))
+    assert SparingPolicy(FailureConfig(max_failures=2)).make_decision(failed) is FailureDecision.RAISE

@@ -19,6 +19,7 @@ import ray
 import ray.train
 import torch
 from conftest import ObjectStore, make_folder, with_fields
+from ray.exceptions import RayActorError
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
@@ -30,7 +31,6 @@ from diffvit.data.prepare import prepare
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
 from diffvit.storage import Storage
-from diffvit.training.group import outlast_preemption
 from diffvit.training.launch import RunStopped, TrainingFailedError, _cause, train
 from diffvit.training.run_lock import RunLock
 
@@ -223,11 +223,7 @@ def test_an_error_on_one_rank_ends_the_group_while_the_others_wait_for_it(tmp_pa
     def work() -> None:
         if ray.train.get_context().get_world_rank() == 0:
             time.sleep(300)  # as in a collective that rank 1 never joins
-        try:
-            raise OSError("the disk is gone")
-        except OSError:
-            outlast_preemption()
-            raise
+        raise OSError("the disk is gone")
 
     began = time.monotonic()
     with pytest.raises(TrainingFailedError, match="the disk is gone"):
@@ -246,6 +242,8 @@ def test_the_worker_that_failed_is_named_and_not_those_that_lost_it() -> None:
     assert _cause({0: lost, 1: failed}) == (1, "RuntimeError: The actor died unexpectedly.")
     assert _cause({0: KeyError("x")}) == (0, "KeyError: 'x'")
     assert _cause({0: lost}) == (0, "RuntimeError: gloo: Connection closed by peer")
+    taken = WorkerHealthCheckFailedError("A worker health check failed.", RayActorError(preempted=True))
+    assert _cause({0: failed, 3: taken, 4: lost})[0] == 3  # the others by NCCL
     crashed = RuntimeError(
         "Traceback ...\nRuntimeError: CUDA error: assert triggered\nCompile with `TORCH_USE_CUDA_DSA`."
     )

@@ -18,7 +18,7 @@ from diffvit.data.batches import Batch
 from diffvit.data.loader import BatchLoader, LocalStream, plan_run
 from diffvit.data.synthetic import rehearsal_data
 from diffvit.rehearse import _delete, rehearse
-from diffvit.training import loop, rehearsal, saver
+from diffvit.training import loop, rehearsal, saver, tracking
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.loop import Worker
 from diffvit.training.rehearsal import Measured, rehearse_steps
@@ -32,6 +32,8 @@ class Clock:
 
     def perf_counter(self) -> float:
         return self.now
+
+    time = perf_counter
 
 
 class SlowStream(LocalStream):
@@ -70,6 +72,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         return call
 
     monkeypatch.setattr(rehearsal, "time", clock)
+    monkeypatch.setattr(tracking, "time", clock)
     monkeypatch.setattr(loop, "take_step", slower(loop.take_step, 1.0))
     for module in (saver, rehearsal):
         monkeypatch.setattr(module, "take_snapshot", slower(module.take_snapshot, 0.5))

@@ -23,7 +23,7 @@ from diffvit.config import RunConfig
 from diffvit.manifest import WEIGHTS_NAME, read_manifest, write_manifest
 from diffvit.models.vit import VisionTransformer
 from diffvit.training.health import CALM_STEPS, Health
-from diffvit.training.sharding import own_part, whole
+from diffvit.training.sharding import is_sharded, own_part, whole
 
 _TRAINING_STATE_NAME = "training.pt"
 _COUNTS = (
@@ -184,7 +184,9 @@ def load_checkpoint(folder: Path, state: TrainState) -> None:
         FileNotFoundError, ValueError: not a checkpoint, or a damaged one (see `read_manifest`).
     """
     manifest = read_manifest(folder)
-    training = torch.load(folder / _TRAINING_STATE_NAME, map_location="cpu", weights_only=True)
+    # each rank of a sharded model takes its rows from the file and leaves the rest on the disk
+    in_place = is_sharded(state.model)
+    training = torch.load(folder / _TRAINING_STATE_NAME, map_location="cpu", weights_only=True, mmap=in_place)
     weights = load_file(folder / WEIGHTS_NAME)
     if state.ema is not None:
         _load_weights(state.ema.module, weights)

@@ -1,11 +1,14 @@
-"""Numbers of workers that Ray Train may pick: those that divide the global batch, and no others.
+"""What Ray Train decides otherwise here: with how many workers a run goes on, and what counts as a preemption.
+
+The numbers of workers that it may pick are those that divide the global batch, and no others.
 
 Ray Train's elastic policy takes whatever number the cluster has room for. This one steps down to the next that the run
 can have, and looks at the nodes of now: Ray's own goes by those of up to 20 seconds ago and by nodes that are about to
 go, starts workers there, and finds out when that times out after a minute. Nor does it take workers from a group that
 runs: one whose node is about to go first writes its checkpoint, and ends by itself. And it makes a group larger only
-just after a checkpoint was written, since all that came after the last one is done again. It is put in where the
-trainer hands its policy to the controller, because Ray 2.60 has no option for it.
+just after a checkpoint was written, since all that came after the last one is done again.
+
+Both policies are put in where the trainer hands its own to the controller, because Ray 2.60 has no option for them.
 """
 
 from __future__ import annotations
@@ -16,7 +19,10 @@ from functools import partial
 from typing import Any
 
 import ray
+from ray.train import PreemptionInfo, TrainingFailedError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     NoopDecision,
@@ -24,6 +30,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
     ScalingPolicy,
 )
+from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 
 from diffvit.training.checkpoint_store import newest_written
 
@@ -73,10 +80,31 @@ class FittingPolicy(ElasticScalingPolicy):  # type: ignore[misc]
         return super().make_decision_for_non_running_worker_group()
 
 
+class SparingPolicy(DefaultFailurePolicy):  # type: ignore[misc]
+    """Counts what workers die of while a node is about to be taken away as that preemption, not as a failure.
+
+    Those who stay see a lost peer as an error of their own (gloo), or their process is ended (NCCL), and the controller
+    may hear of that before it hears of the node. An error that has nothing to do with the node comes back in the next
+    group.
+    """
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        taken = [node for node, deadline_ms in _draining_nodes().items() if deadline_ms]  # an idle one has no deadline
+        if taken and isinstance(training_failed_error, WorkerGroupError):
+            training_failed_error = PreemptionError(PreemptionInfo(None, {node: [] for node in taken}))
+        return super().make_decision(training_failed_error)
+
+
 def _staying_nodes() -> set[str]:
     """Ids of the nodes that are there and are not being drained."""
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    return alive - set(ray._private.state.state.get_draining_nodes())
+    return alive - set(_draining_nodes())
+
+
+def _draining_nodes() -> dict[str, int]:
+    """Their ids, and when each has to be gone, in milliseconds; 0 where nobody said."""
+    draining: dict[str, int] = ray._private.state.state.get_draining_nodes()
+    return draining
 
 
 def largest_fitting(room: int, counts: tuple[int, ...]) -> int:
@@ -85,7 +113,7 @@ def largest_fitting(room: int, counts: tuple[int, ...]) -> int:
 
 
 class FittingTrainer(TorchTrainer):  # type: ignore[misc]
-    """A `TorchTrainer` whose workers, where their number is left open, are one of `counts`; `run` is its folder."""
+    """A `TorchTrainer` with these policies; `counts` are the numbers of workers, `run` is the run's folder."""
 
     def __init__(self, counts: tuple[int, ...], run: str, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -94,4 +122,5 @@ class FittingTrainer(TorchTrainer):  # type: ignore[misc]
     def _initialize_and_run_controller(self, *, scaling_policy: ScalingPolicy, **options: Any) -> Any:
         if isinstance(scaling_policy, ElasticScalingPolicy):
             scaling_policy = FittingPolicy(self.scaling_config, self._counts, partial(newest_written, self._run))
+        options["failure_policy"] = SparingPolicy(self.run_config.failure_config)
         return super()._initialize_and_run_controller(scaling_policy=scaling_policy, **options)

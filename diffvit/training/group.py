@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,6 @@ import ray.train
 import torch
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
-from ray.train.v2._internal.execution.context import get_train_context
 
 from diffvit.config import RunConfig, from_json
 from diffvit.data.loader import BatchLoader, plan_run
@@ -21,11 +19,6 @@ from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.cluster import cpu_count
 from diffvit.training.notes import Notes
 from diffvit.training.worker import Worker
-
-_AFTER_DEADLINE_SECONDS = 30.0
-"""In which Ray Train's controller, which looks every second or so, ends the group of a node that went."""
-_UNKNOWN_DEADLINE_SECONDS = 120.0
-"""What the controller takes for the time left where the notice names none."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +69,3 @@ def join_group(job: dict[str, Any]) -> Member:
         worker.warn,
     )
     return Member(config, train_plan, eval_plan, stream, worker, notes)
-
-
-def outlast_preemption() -> None:
-    """Called with an error in hand: where a node of the group is about to go, wait until Ray Train ends the group.
-
-    Those who stay see a lost peer as an error of their own. If it reached the controller before the loss itself did, it
-    would count as a failure (`scale.max_failures`) and not as a preemption. An error that has nothing to do with the
-    node comes back in the next group. What this process was told is read where Ray Train keeps it: its public
-    `get_preemption_info` waits for all ranks, and the others may be waiting for this one.
-    """
-    info = get_train_context().preemption_context.preemption_info
-    if info is None:
-        return
-    left = _UNKNOWN_DEADLINE_SECONDS if info.deadline_ms is None else info.deadline_ms / 1000 - time.time()
-    time.sleep(max(left, 0.0) + _AFTER_DEADLINE_SECONDS)

@@ -27,7 +27,7 @@ from diffvit.storage import Storage
 from diffvit.training.cluster import enter_cluster
 from diffvit.training.compilation import require_compiler
 from diffvit.training.elastic import FittingTrainer
-from diffvit.training.group import join_group, outlast_preemption
+from diffvit.training.group import join_group
 from diffvit.training.logbook import Logbook
 from diffvit.training.loop import RunStopped, fit
 from diffvit.training.resolve import require_weights, resolve
@@ -118,13 +118,18 @@ def _cause_first(error: TrainingFailedError, scale: ScaleConfig) -> str:
 
 
 def _cause(failures: Mapping[int, Exception]) -> tuple[int, str]:
-    """Rank and error, in a line, of a worker that failed itself and did not only lose another one, if there is any."""
+    """Rank and error, in a line, of a worker that failed itself and did not only lose another one, if there is any.
 
-    def lost_another(rank: int) -> bool:
+    First of all of one whose node was taken away: NCCL ends the processes of the others, which then look the same.
+    """
+
+    def likeliest(rank: int) -> tuple[bool, bool]:
         error = failures[rank]  # of a worker that died, Ray's account has these words too
-        return not hasattr(error, "health_check_failure") and any(word in str(error).lower() for word in _LOST_ANOTHER)
+        died = getattr(error, "health_check_failure", None)
+        lost_another = died is None and any(word in str(error).lower() for word in _LOST_ANOTHER)
+        return not getattr(died, "preempted", False), lost_another
 
-    rank = min(failures, key=lost_another)
+    rank = min(failures, key=likeliest)
     error = getattr(failures[rank], "health_check_failure", failures[rank])
     lines = str(error).strip().splitlines() or [""]
     return rank, next((x for x in reversed(lines) if _RAISED.match(x)), f"{type(error).__name__}: {lines[0]}")
@@ -228,9 +233,6 @@ def _train_worker(job: dict[str, Any]) -> str | None:
         fit(group.config, group.train_plan, group.eval_plan, group.stream, group.worker)
     except RunStopped as stop:
         return str(stop)
-    except Exception:
-        outlast_preemption()
-        raise
     finally:
         group.notes.close()
     return None

@@ -26,6 +26,7 @@ from diffvit.training.loop import fit, start_state
 from diffvit.training.metrics import Sums
 from diffvit.training.precision import numbers
 from diffvit.training.step import replicate, take_step
+from diffvit.training.tracking import Waiting
 from diffvit.training.utilisation import device_name, peak_bytes
 from diffvit.training.worker import Worker
 
@@ -66,27 +67,25 @@ class Measured:
 
 
 class TimedStream:
-    """`stream`, with the moments at which something was asked of it and came.
-
-    When micro-batch `first` is asked for, the device has done what it was given before.
-    """
+    """`stream`, and when it was used. Waiting counts from micro-batch `first` on, whose step finds an idle device."""
 
     def __init__(self, stream: Stream, first: int, device: torch.device) -> None:
         self._stream, self._first, self._device = stream, first, device
-        self.asked: list[float] = []
-        self.came: list[float] = []
-        self.trained_until = self.evaluation_seconds = 0.0
+        self._waiting = Waiting(device)
+        self.began = self.measured_from = self.trained_until = 0.0
+        self.wait_seconds = self.evaluation_seconds = 0.0
         self.drawing_since: float | None = None
         self.last: Batch | None = None
 
     def train(self, first_step: int) -> Iterator[Batch]:
         batches = self._stream.train(first_step)
-        while True:
-            if len(self.asked) == self._first:
+        self.began = time.perf_counter()
+        for number in itertools.count():
+            if number == self._first:
                 self._wait_for_device()
-            self.asked.append(time.perf_counter())
-            self.last = next(batches, None)
-            self.came.append(time.perf_counter())
+                self._waiting.read()
+                self.measured_from = time.perf_counter()
+            self.last = self._waiting.next_of(batches)
             if self.last is None:
                 return
             yield self.last
@@ -97,6 +96,7 @@ class TimedStream:
 
     def evaluate(self) -> Iterator[Batch]:
         self._wait_for_device()
+        self.wait_seconds += self._waiting.read()
         self.trained_until = time.perf_counter()
         yield from self._stream.evaluate()
         self._wait_for_device()
@@ -139,13 +139,12 @@ def rehearse_steps(
     fit(config, short, eval_plan, timed, watched)
     peak = _peak_bytes(worker)
 
-    waits = [came - asked for asked, came in zip(timed.asked[first:], timed.came[first:], strict=True)]
     assert timed.last is not None
     state = start_state(config, plan, dataclasses.replace(worker, store=None))
     communication = _communication_seconds(config, plan, state, timed.last, worker)
     snapshot_seconds = _snapshot_seconds(config, state, worker.device)
     # before the epoch is evaluated, it is saved
-    step_seconds = (timed.trained_until - timed.asked[first] - snapshot_seconds) / (steps - warmup)
+    step_seconds = (timed.trained_until - timed.measured_from - snapshot_seconds) / (steps - warmup)
     first_evaluation_seconds = timed.evaluation_seconds
     evaluation_seconds = _evaluation_seconds(config, eval_plan, timed, state, worker)
     return Measured(
@@ -154,9 +153,9 @@ def rehearse_steps(
         precision=numbers(config.scale, worker.device),
         steps=steps - warmup,
         step_seconds=step_seconds,
-        wait_seconds=sum(waits) / (steps - warmup),
+        wait_seconds=timed.wait_seconds / (steps - warmup),
         communication_seconds=communication,
-        filling_seconds=max(timed.asked[first] - timed.asked[0] - warmup * step_seconds, 0.0)
+        filling_seconds=max(timed.measured_from - timed.began - warmup * step_seconds, 0.0)
         + max(first_evaluation_seconds - evaluation_seconds, 0.0),
         evaluation_images=eval_plan.num_samples,
         evaluation_seconds=evaluation_seconds,

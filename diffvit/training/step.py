@@ -28,15 +28,17 @@ from diffvit.training.sharding import averaging, is_sharded, whole
 def replicate(model: nn.Module, workers: int, device: torch.device, *, compiles: bool = False) -> nn.Module:
     """The model whose gradients are averaged over the workers, optionally compiled.
 
-    It shares the parameters of `model`, whose names stay. Compiled, all gradients come at the end of the backward pass,
-    so that averaging them does not overlap with it. A sharded model averages them itself.
+    It shares the parameters of `model`, whose names stay. Compiled, it is cut where DDP's buckets of gradients end, so
+    that averaging them overlaps with the backward pass there too. A sharded model averages them itself.
     """
     if compiles:
         model = cast(nn.Module, torch.compile(model))
     if workers == 1 or is_sharded(model):
         return model
     device_ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(
+        model, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True
+    )
 
 
 def take_step(
