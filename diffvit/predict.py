@@ -27,7 +27,7 @@ from diffvit.cluster.waiting import can_grow, room_for, wait_for_nodes
 from diffvit.config import PredictConfig, ScaleConfig
 from diffvit.data.claim import STAGING, claim, identity_of, release, reopen, require_outside, require_same
 from diffvit.data.indexing import find_units, with_absolute_paths
-from diffvit.data.originals import read_labels
+from diffvit.data.originals import ignored_in, read_labels
 from diffvit.data.prepare import collect_entries
 from diffvit.data.tables import read_table
 from diffvit.data.tasks import STORE_ERRORS, Report, fetch
@@ -67,14 +67,15 @@ def predict(config: PredictConfig, report: Report) -> dict[str, Any]:
     require_resources(config)
     claim(target, identity)
     entries = collect_entries(units, config, labels, target.child(STAGING), report)
-    without_split = entries["split"].null_count if config.split else 0
+    left_out = {"ignored": dict(ignored_in(entries)), "without_split": 0}
     if config.split:
+        left_out["without_split"] = entries["split"].null_count
         entries = entries.filter(pc.equal(entries["split"], config.split))
     if not entries.num_rows:
         raise ValueError(f"{config.images} holds no images" + (f" of split {config.split!r}" if config.split else ""))
     job = Job(config, saved.config, saved.augment, entries.combine_chunks(), target, _ends(config, saved, entries))
     _predict_parts(job, saved, report)
-    results = _summarise(job, saved, identity, without_split)
+    results = _summarise(job, saved, identity, left_out)
     release(target)
     return results
 
@@ -150,10 +151,11 @@ def _predict_parts(job: Job, saved: SavedModel, report: Report) -> None:
         report("predicting", done, images)
 
 
-def _summarise(job: Job, saved: SavedModel, identity: dict[str, Any], without_split: int) -> dict[str, Any]:
+def _summarise(job: Job, saved: SavedModel, identity: dict[str, Any], left_out: dict[str, Any]) -> dict[str, Any]:
     """Count what the parts say and write the results.
 
-    `without_split`: images left out because --split asks for one, and the source does not say theirs.
+    `left_out`: `ignored` files that are no images, by extension; images `without_split`, where --split asks for one and
+    the source does not say theirs.
     """
     target, images = job.target, job.entries.num_rows
     known = {name: label for label, name in enumerate(saved.classes)}
@@ -173,7 +175,7 @@ def _summarise(job: Job, saved: SavedModel, identity: dict[str, Any], without_sp
     if seen != images:
         raise RuntimeError(f"{seen} predictions for {images} images")
     results: dict[str, Any] = {"images": images, "skipped": skipped, "labelled": labelled}
-    results |= {"without_split": without_split} if without_split else {}
+    results |= {name: counted for name, counted in left_out.items() if counted}
     if labelled:
         results["top1"] = 100 * int(confusion.trace()) / labelled
         if job.config.top_k >= min(5, len(known)):  # else nobody knows

@@ -100,6 +100,8 @@ def print_predictions(out: str, results: dict[str, Any]) -> None:
     console.print(f"[bold]{results['images']:,} images predicted[/], in {out.rstrip('/')}/predictions")
     if results["skipped"]:
         console.print(f"{results['skipped']:,} of them cannot be used; `reason` says why", style="yellow")
+    if results.get("ignored"):
+        console.print(f"ignored: {_counts(results['ignored'])}", style="yellow")
     if results.get("without_split"):
         others = results["without_split"]
         console.print(f"{others:,} others left out: the source does not say their split", style="yellow")

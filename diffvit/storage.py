@@ -32,7 +32,16 @@ _REMOTE_SCHEMES = ("s3", "gs", "gcs")
 RETRY_SECONDS = 60.0
 _COPIED_BYTES = 8 * 2**20
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.5, 15.0
-MACHINE_ERRORS = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+MACHINE_ERRORS = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.ENODEV,
+)
 """Numbers of errors of a read that another try may not meet: no reason to leave an image out for good."""
 UNFINISHED_SUFFIX = ".unfinished"
 """Of the file that `write` makes beside a local one; left behind where the process was killed meanwhile."""
@@ -197,17 +206,28 @@ class Storage:
         ):
             shutil.copyfileobj(source, copy, _COPIED_BYTES)
 
-    @_retried
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where there is none."""
-        info = self.filesystem.get_file_info(self.path(name))
-        return int(info.size) if info.type == fs.FileType.File else None
+        stamp = self.stamp(name)
+        return None if stamp is None else stamp[0]
 
     @_retried
+    def stamp(self, name: str) -> tuple[int, int] | None:
+        """Bytes of a file and the time of its last change in nanoseconds; None where there is none."""
+        info = self.filesystem.get_file_info(self.path(name))
+        return (int(info.size), int(info.mtime_ns or 0)) if info.type == fs.FileType.File else None
+
     def sizes(self, folder: str = "") -> dict[str, int]:
         """`{name: bytes}` of every file below `folder`, sorted by name."""
+        return {name: size for name, (size, _) in self.stamps(folder).items()}
+
+    @_retried
+    def stamps(self, folder: str = "") -> dict[str, tuple[int, int]]:
+        """As `sizes`, with the time of the last change in nanoseconds."""
         root = self.path()
-        return {info.path[len(root) + 1 :]: int(info.size) for info in self._files_below(folder)}
+        return {
+            info.path[len(root) + 1 :]: (int(info.size), int(info.mtime_ns or 0)) for info in self._files_below(folder)
+        }
 
     @_retried
     def names(self, folder: str = "") -> list[str]:

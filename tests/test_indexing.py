@@ -8,6 +8,8 @@ import io
 import json
 import lzma
 import os
+import shutil
+import subprocess
 import tarfile
 import threading
 from pathlib import Path
@@ -22,7 +24,7 @@ from torchvision import datasets
 
 from diffvit import storage as storage_module
 from diffvit.config import SourceOptions
-from diffvit.data import originals, tars
+from diffvit.data import originals, parquet_images, tars
 from diffvit.data.claim import require_outside
 from diffvit.data.images import FORMATS
 from diffvit.data.indexing import find_units, index_unit
@@ -32,6 +34,7 @@ from diffvit.data.originals import (
     ignored_in,
     join_entries,
     label_entries,
+    listing_digest,
     read_labels,
 )
 from diffvit.data.packing import read_entries_content
@@ -309,15 +312,92 @@ def test_a_class_called_train_in_a_tar_is_no_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_what_is_too_large_for_an_image_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     """A header may say anything, and a small archive unpack to anything."""
-    monkeypatch.setattr(tars, "_MAX_IMAGE_BYTES", 1000)
     monkeypatch.setattr(tars, "_HELD_BYTES", 1)  # so that the inner tar goes to a file
     make_tar(tmp_path / "inner.tar", {"b/1.png": picture(1)})
     inner = (tmp_path / "inner.tar").read_bytes()
     (tmp_path / "inner.tar").unlink()
     make_tar(tmp_path / "in/x.tar", {"a/0.png": bytes(1001), "inner.tar": inner}, mode)
-    entries = index(tmp_path / "in", tmp_path / "s")
-    assert entries["x.tar/a/0.png"]["reason"] == "1001 bytes, no image"
+    entries = index(tmp_path / "in", tmp_path / "s", max_image_bytes=1000)
+    assert entries["x.tar/a/0.png"]["reason"] == "1001 bytes, more than max_image_bytes = 1000"
     assert entries["x.tar/inner.tar/b/1.png"]["content"] == picture(1)
+
+
+@pytest.mark.skipif(not shutil.which("tar"), reason="GNU tar makes sparse members")
+@pytest.mark.parametrize("form", [["gnu"], *(["pax", f"--sparse-version={v}"] for v in ("0.0", "0.1", "1.0"))])
+def test_sparse_members_have_their_bytes(tmp_path: Path, form: list[str]) -> None:
+    contents = {}
+    for number in range(3):
+        path = tmp_path / f"in/a/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(picture(number))
+            file.seek(400_000)
+            file.write(b"the end")
+        contents[f"x.tar/a/{number}.png"] = path.read_bytes()
+    subprocess.run(
+        ["tar", "-S", f"--format={form[0]}", *form[1:], "-cf", "../x.tar", "a"], cwd=tmp_path / "in", check=True
+    )
+    assert (tmp_path / "x.tar").stat().st_size < 100_000
+    entries = index(tmp_path / "x.tar", tmp_path / "s")
+    assert {key: entry["content"] for key, entry in entries.items()} == contents
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (["cat/1.png", "cat/2023/2.png", "dog/2024/5/3.png"], ["cat", "cat", "dog"]),
+        (["all/cat/1.png", "all/cat/2023/2.png", "all/dog/3.png", "loose.png"], ["cat", "cat", "dog", None]),
+        (["a/b/cat/1.png", "a/b/dog/2.png"], ["cat", "dog"]),
+        (["cat/1.png", "cat/2.png"], ["cat", "cat"]),
+    ],
+)
+def test_the_class_is_the_first_folder_below_those_around_all(
+    tmp_path: Path, names: list[str], classes: list[str | None]
+) -> None:
+    entries = index(make_tar(tmp_path / "x.tar", {name: picture(1) for name in names}), tmp_path / "s")
+    assert [entry["class_name"] for entry in entries.values()] == classes
+
+
+def test_classes_of_any_encoding(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as tar:
+        add(tar, "caf\u00e9/1.png", picture(1))
+        add(tar, "bar/2.png", picture(2))
+        add(tar, "3.png", picture(3))
+        add(tar, "3.json", b'{"label": "\\ud800x"}')
+    entries = index(tmp_path / "x.tar", tmp_path / "s").values()
+    assert [entry["class_name"] for entry in entries] == [r"caf\udce9", "bar", r"\ud800x"]
+
+
+def test_minus_one_is_no_class(tmp_path: Path) -> None:
+    files = {"1.png": picture(1), "1.cls": b"-1", "2.png": picture(2), "2.json": b'{"label": -1}', "3.png": picture(3)}
+    entries = index(make_tar(tmp_path / "x.tar", {**files, "3.cls": b"0"}), tmp_path / "s")
+    assert [entry["class_name"] for entry in entries.values()] == [None, None, "0"]
+
+
+def test_other_content_of_the_same_size_is_another_listing(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "x.tar", {"a/1.png": picture(1)})
+    for source in (path, make_folder(tmp_path / "a", images_per_class=1)):
+        before = listing_digest(find_units(str(source), SourceOptions()))
+        assert before == listing_digest(find_units(str(source), SourceOptions()))
+        file = source if source.is_file() else source / "red/000.png"
+        changed = file.stat()
+        os.utime(file, ns=(changed.st_atime_ns, changed.st_mtime_ns + 1_000_000))
+        assert before != listing_digest(find_units(str(source), SourceOptions()))
+
+
+def test_a_name_with_an_empty_part_does_not_vanish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 lets any name be; Arrow reads none with such a part."""
+    monkeypatch.setattr(Storage, "stamps", lambda *_: {"a//1.png": (5, 1), "a/2.png": (5, 1)})
+    config = SourceOptions()
+    (unit,) = find_units("s3://bucket/images", config)
+    rows = index_unit(unit, config, Staging(Storage(str(tmp_path)), "0")).to_pylist()
+    assert [row["reason"] for row in rows] == ["a part of its name is empty", None]
+
+
+def test_a_file_that_is_no_table_is_no_file_of_labels(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("1.jpg," + "x" * 200_000)
+    with pytest.raises(ValueError, match=r"labels must be a file of 'image name,class' lines, .* is not: field larger"):
+        read_labels(str(tmp_path / "labels.csv"))
 
 
 def test_labels_of_several_words(tmp_path: Path) -> None:
@@ -530,6 +610,33 @@ def test_hugging_face_parquet(tmp_path: Path) -> None:
     assert entries[0]["key"] == "test-00000-of-00001.parquet/0000000/0.png"
     assert entries[3]["reason"] == "no image bytes"
     assert {e["split"] for e in entries[:3]} == {"test"}
+
+
+def write_labelled(path: Path, labels: list[object], names: object) -> Path:
+    features = {"info": {"features": {"image": {}, "label": {"names": names, "_type": "ClassLabel"}}}}
+    table = pa.table({"image": [{"bytes": picture(n), "path": None} for n in range(len(labels))], "label": labels})
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), path)
+    return path
+
+
+def test_labels_beside_the_declared_classes_are_quarantined(tmp_path: Path) -> None:
+    path = write_labelled(tmp_path / "x.parquet", [1, -2, 7, -1, 0], ["cat", "dog"])
+    entries = list(index(path, tmp_path / "s").values())
+    assert [e["class_name"] for e in entries] == ["dog", None, None, None, "cat"]
+    none = "is none of the 2 classes that the file declares"
+    assert [e["reason"] for e in entries] == [None, f"label -2 {none}", f"label 7 {none}", None, None]
+    infinite = write_labelled(tmp_path / "y.parquet", [1.0, float("inf"), float("nan")], ["cat", "dog"])
+    assert [e["class_name"] for e in index(infinite, tmp_path / "s2").values()] == ["dog", None, None]
+    odd = write_labelled(tmp_path / "z.parquet", [1, 2], [1, 2])  # names that are no text
+    assert [e["class_name"] for e in index(odd, tmp_path / "s3").values()] == ["1", "2"]
+
+
+def test_few_rows_of_large_images_are_unpacked_at_once(tmp_path: Path) -> None:
+    for size, rows in ((20 * 2**20, 1), (10 * 2**20, 3), (1000, 64)):
+        pq.write_table(pa.table({"image": [bytes(size)] * 4}), tmp_path / "x.parquet", use_dictionary=False)
+        assert parquet_images._rows_at_once(pq.read_metadata(tmp_path / "x.parquet")) == rows
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "x.parquet")
+    assert parquet_images._rows_at_once(pq.read_metadata(tmp_path / "x.parquet")) == 64
 
 
 def test_plain_parquet_with_named_columns(tmp_path: Path) -> None:

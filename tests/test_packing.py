@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffvit.data.originals import ENTRY_SCHEMA
 from diffvit.data.packing import Limits, PackedShard, pack_shard, read_entries_content, read_index_part, read_packed
-from diffvit.storage import Storage
+from diffvit.storage import Storage, StorageError
 
 LIMITS = Limits(max_pixels=10_000, max_bytes=50_000, max_side=None)
 
@@ -202,8 +202,10 @@ def test_a_file_that_is_too_long_is_not_read(tmp_path: Path, monkeypatch: pytest
     assert packed.quarantined == [("a.png", "50001 bytes, more than max_image_bytes = 50000")]
 
 
-def test_a_file_that_went_away_is_quarantined(tmp_path: Path) -> None:
+def test_a_file_that_went_away_is_no_fault_of_the_image(tmp_path: Path) -> None:
+    """For all of a disk may be away, and come back."""
     row = {"key": "x", "location": str(tmp_path), "file": "gone.png", "offset": 0, "length": 5}
     target = Storage(str(tmp_path / "out"))
-    packed = pack_shard(pa.Table.from_pylist([row], schema=ENTRY_SCHEMA), [0], target, "train/00000.parquet", LIMITS)
-    assert packed.quarantined == [("x", "cannot be read: No such file or directory")]
+    with pytest.raises(StorageError, match=r"^gone.png was in .* when that was listed and is gone: bring it back"):
+        pack_shard(pa.Table.from_pylist([row], schema=ENTRY_SCHEMA), [0], target, "train/00000.parquet", LIMITS)
+    assert read_packed(target, "train/00000.parquet") is None

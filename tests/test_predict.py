@@ -65,6 +65,7 @@ def config(checkpoint: Path, tmp_path: Path) -> PredictConfig:
     (images / "purple").mkdir()
     make_image(images / "purple/1.png", hue=0, seed=0)  # a class that the model does not know
     (images / "red/broken.png").write_bytes(b"")
+    (images / "red/notes.txt").write_text("no image")
     make_image(images / "loose.png", hue=2, seed=1)  # of no class
     return PredictConfig(checkpoint=str(checkpoint), images=str(images), out=str(tmp_path / "out"), top_k=2)
 
@@ -78,6 +79,7 @@ def rows_of(out: str) -> dict[str, dict[str, object]]:
 def test_predictions_are_the_models(config: PredictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PART_IMAGES", 5)
     results = predict(config, quiet)
+    assert results["ignored"] == {".txt": 1}
     rows = rows_of(config.out)
     assert set(rows) == {str(p.relative_to(config.images)) for p in Path(config.images).rglob("*.png")}
     saved = load_saved(config.checkpoint)

@@ -1,4 +1,5 @@
 import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,18 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     keys = [train.key(index) for index in range(len(train))]
     assert len(keys) == 3 * 4 + 1
     assert [key for key in keys if key.endswith("9.png")] == ["train/red/again/9.png"]
+
+
+def test_a_pipe_is_no_image_and_a_link_to_nothing_is_one_that_cannot_be_read(tmp_path: Path) -> None:
+    """To read a pipe would never end."""
+    root = make_folder(tmp_path / "a", images_per_class=4, val_per_class=2)
+    os.mkfifo(root / "train/red/pipe.png")
+    (root / "train/red/endless.png").symlink_to("/dev/zero")
+    (root / "train/red/gone.png").symlink_to("nowhere")
+    (root / "train/red/loop.png").symlink_to("loop.png")
+    found = keys(open_dataset(DataConfig(path=str(root))).train)
+    assert len(found) == 3 * 4 + 2
+    assert {"train/red/gone.png", "train/red/loop.png"} < set(found)
 
 
 def test_splits_are_found_by_their_name_in_any_case_and_hidden_folders_are_left_out(tmp_path: Path) -> None:

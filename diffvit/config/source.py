@@ -24,6 +24,14 @@ class SourceOptions:
     """torchvision: the folder that holds the data set, or receives it."""
     download: bool = False
     """torchvision: fetch the data set into `root` if it is not there."""
+    max_pixels: int = 50_000_000
+    """A larger image is not used (prepare: goes to quarantine)."""
+    max_image_bytes: int = 64 * 2**20
+    """Nor is one of more bytes."""
+
+    def __post_init__(self) -> None:
+        require_pixels("max_pixels", self.max_pixels)
+        require(self.max_image_bytes > 0, f"max_image_bytes must be positive, got {self.max_image_bytes}")
 
 
 @dataclass(frozen=True)
@@ -43,14 +51,11 @@ class PrepareConfig(SourceOptions):
     """About how large a shard is, in MiB of encoded images."""
     max_side: int | None = None
     """Keep a copy with its longer side at most this many pixels; None keeps the original bytes."""
-    max_pixels: int = 50_000_000
-    """A larger image goes to quarantine."""
-    max_image_bytes: int = 64 * 2**20
-    """An image of more bytes goes to quarantine."""
     verify: bool = False
     """Prepare nothing: read the data set at `out` and compare it with its check sums."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(bool(self.source) or self.verify, "source is missing: the images to prepare (--source FOLDER)")
         require(bool(self.out), "out is missing: the folder that receives the data set (--out FOLDER)")
         require(0.0 < self.val_fraction < 1.0, f"val_fraction must be between 0 and 1, got {self.val_fraction}")
@@ -58,8 +63,6 @@ class PrepareConfig(SourceOptions):
         require(
             0.001 <= self.shard_mib < math.inf, f"shard_mib must be at least 0.001, and finite, got {self.shard_mib}"
         )
-        require(self.max_image_bytes > 0, f"max_image_bytes must be positive, got {self.max_image_bytes}")
-        require_pixels("max_pixels", self.max_pixels)
         require(self.max_side is None or self.max_side >= 1, f"max_side must be at least 1, got {self.max_side}")
 
 
@@ -83,12 +86,9 @@ class PredictConfig(SourceOptions):
     """One GPU for each of them."""
     batch_size: int = 256
     """Images a copy takes through the model at once."""
-    max_pixels: int = 50_000_000
-    """A larger image is not read."""
-    max_image_bytes: int = 64 * 2**20
-    """Nor is one of more bytes."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(bool(self.checkpoint), "checkpoint is missing: a run's folder or a checkpoint's (--checkpoint FOLDER)")
         require(bool(self.images), "images are missing: the images to predict (--images FOLDER)")
         require(bool(self.out), "out is missing: the folder that receives the predictions (--out FOLDER)")
@@ -97,4 +97,3 @@ class PredictConfig(SourceOptions):
         )
         for name in ("top_k", "workers", "batch_size"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        require_pixels("max_pixels", self.max_pixels)

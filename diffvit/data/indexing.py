@@ -38,6 +38,8 @@ from diffvit.storage import Storage, absolute
 
 TORCHVISION = "torchvision:"
 Config = TypeVar("Config", bound=SourceOptions)
+Stamp = tuple[int, int]
+"""Bytes of a file, and when it was last changed, in nanoseconds."""
 _TAR_EXTENSIONS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
@@ -60,14 +62,14 @@ def find_units(source: str, options: SourceOptions) -> list[Unit]:
         return [
             Unit("shards", storage.uri, (split,), (info.images,)) for split, info in read_info(storage).splits.items()
         ]
-    by_kind: dict[Kind, dict[str, int]] = {"folder": {}, "tar": {}, "parquet": {}}
+    by_kind: dict[Kind, dict[str, Stamp]] = {"folder": {}, "tar": {}, "parquet": {}}
     ignored: Counter[str] = Counter()
-    for name, size in files.items():
+    for name, stamp in files.items():
         kind = _kind_of(name)
         if is_hidden(name):
             ignored["(hidden)"] += 1
         elif kind is not None:
-            by_kind[kind][name] = size
+            by_kind[kind][name] = stamp
         else:
             ignored[extension_of(name)] += 1
     found = [kind for kind, names in by_kind.items() if names]
@@ -80,16 +82,17 @@ def find_units(source: str, options: SourceOptions) -> list[Unit]:
         counts = ", ".join(f"{len(by_kind[kind])} {kind} files" for kind in found)
         raise ValueError(f"source {source!r} must be of one kind, it holds {counts}; name a subfolder")
     (kind,) = found
-    names = by_kind[kind]
+    stamps = by_kind[kind]
     if kind == "folder":  # listing is all there is to do
-        return [Unit(kind, storage.uri, tuple(names), tuple(names.values()), ignored)]
-    no_files = [name for name, size in names.items() if size < 0]
+        sizes, changed = zip(*stamps.values(), strict=True)
+        return [Unit(kind, storage.uri, tuple(stamps), sizes, ignored, changed)]
+    no_files = [name for name, (size, _) in stamps.items() if size < 0]
     if no_files:
         raise ValueError(
             f"source {source!r} holds {len(no_files)} {kind} files that are links to nothing, or no files, such as "
             f"{no_files[0]!r}: bring them back, or remove them"
         )
-    units = [Unit(kind, storage.uri, (name,), (size,)) for name, size in names.items()]
+    units = [Unit(kind, storage.uri, (name,), (size,), changed_ns=(at,)) for name, (size, at) in stamps.items()]
     return [replace(units[0], ignored=ignored), *units[1:]]
 
 
@@ -103,24 +106,28 @@ def with_absolute_paths(config: Config) -> Config:
     return replace(config, **changed)
 
 
-def _list(source: str) -> tuple[Storage, dict[str, int]]:
-    """The files and their sizes, hidden ones too, sorted; on a disk -1 for what is there by name alone."""
+def _list(source: str) -> tuple[Storage, dict[str, Stamp]]:
+    """The files, hidden ones too, sorted; of -1 bytes what is there by name alone."""
     storage = Storage(absolute(source))
     head, mark, query = source.partition("?") if storage.is_remote else (source, "", "")
     if _kind_of(head) is not None:
         parent, _, name = head.rstrip("/").rpartition("/")
         folder = Storage((parent or ("" if storage.is_remote else "/" if head.startswith("/") else ".")) + mark + query)
-        size = folder.size(name)
-        if size is not None:
-            return folder, {name: size}
-    files = storage.sizes() if storage.is_remote else dict(sorted(_files_below(Path(storage.path()))))
+        stamp = folder.stamp(name)
+        if stamp is not None:
+            return folder, {name: stamp}
+    if storage.is_remote:
+        stamps = storage.stamps().items()
+        files = {name: (size if all(name.split("/")) else -1, changed) for name, (size, changed) in stamps}
+    else:
+        files = dict(sorted(_files_below(Path(storage.path()))))
     if not files:
         raise ValueError(f"source {source!r} does not exist or is empty")
     return storage, files
 
 
-def _files_below(folder: Path, name: str = "", *above: Path) -> Iterator[tuple[str, int]]:
-    """(name, bytes) of each. Links to folders are followed, but not to one that they lie in, without end."""
+def _files_below(folder: Path, name: str = "", *above: Path) -> Iterator[tuple[str, Stamp]]:
+    """Name and stamp of each. Links to folders are followed, but not to one that they lie in, without end."""
     place = folder.resolve()
     if place in above or not folder.is_dir():
         return
@@ -128,17 +135,18 @@ def _files_below(folder: Path, name: str = "", *above: Path) -> Iterator[tuple[s
         for entry in found:
             below = f"{name}{entry.name}"
             try:
-                mode, size = entry.stat().st_mode, entry.stat().st_size
+                found_there = entry.stat()
             except OSError:  # a link to nothing, or to itself
-                mode, size = 0, -1
-            if stat.S_ISDIR(mode):
+                yield _text(below), (-1, 0)
+                continue
+            if stat.S_ISDIR(found_there.st_mode):
                 yield from _files_below(folder / entry.name, f"{below}/", *above, place)
-            elif not stat.S_ISREG(mode):
-                yield _text(below), -1
+            elif not stat.S_ISREG(found_there.st_mode):
+                yield _text(below), (-1, 0)
             elif _text(below) != below:
                 raise not_utf8(os.fsencode(entry.path))
             else:
-                yield below, size
+                yield below, (found_there.st_size, found_there.st_mtime_ns)
 
 
 def index_unit(unit: Unit, options: SourceOptions, staging: Staging) -> pa.Table:
@@ -159,12 +167,22 @@ def index_unit(unit: Unit, options: SourceOptions, staging: Staging) -> pa.Table
         entries = list(index(unit, options, staging))
     finally:
         staging.close()
-    rows = [{**vars(entry), "key": _text(entry.key), "location": entry.location or unit.location} for entry in entries]
+    rows = [
+        {
+            **vars(entry),
+            "key": _text(entry.key),
+            "class_name": None if entry.class_name is None else _text(entry.class_name),
+            "location": entry.location or unit.location,
+        }
+        for entry in entries
+    ]
     return with_ignored(pa.Table.from_pylist(rows, schema=ENTRY_SCHEMA), unit.ignored)
 
 
 def _text(name: str) -> str:
-    """Names in a tar, and of links to nothing, may be of any encoding; what is not UTF-8 is written as its code."""
+    """Names and labels in a tar, and names of links to nothing, may be of any encoding; what is not UTF-8 is written as
+    its code.
+    """
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -186,7 +204,8 @@ def _index_folder(unit: Unit, options: SourceOptions, _: Staging) -> Iterator[En
         elif split is None:
             split, rest = BESIDE, rest[-1:]
         if size < 0:
-            yield Entry(key=name, file=name, split=split, reason="a link to nothing, or no file")
+            reason = "a link to nothing, or no file" if all(name.split("/")) else "a part of its name is empty"
+            yield Entry(key=name, file=name, split=split, reason=reason)
             continue
         yield Entry(key=name, file=name, length=size, split=split, class_name=rest[0] if len(rest) > 1 else None)
 

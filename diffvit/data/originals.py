@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
@@ -66,6 +66,8 @@ class Unit:
     sizes: tuple[int, ...]
     ignored: Counter[str] = field(default_factory=Counter)
     """How many files beside these are no images, by extension; indexing a tar adds those in it."""
+    changed_ns: tuple[int, ...] = ()
+    """When each file was last changed; none where they are no files."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,8 @@ class Entry:
 
 
 def listing_digest(units: Sequence[Unit]) -> str:
-    """One number for the names and sizes of all files of a source."""
-    listing = json.dumps([(unit.files, unit.sizes) for unit in units])
+    """One number for names, sizes and times of the last change of all files of a source."""
+    listing = json.dumps([(unit.files, unit.sizes, unit.changed_ns) for unit in units])
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
@@ -234,7 +236,7 @@ def read_labels(path: str) -> dict[str, str]:
         raise ValueError(f"labels must be a file in UTF-8, {path!r} is not: {error}") from None
     labels: dict[str, str] = {}
     has_boxes = False
-    for number, row in enumerate(csv.reader(io.StringIO(text)), start=1):
+    for number, row in enumerate(_rows_of(text, path), start=1):
         if not row:
             continue
         if number == 1 and row == _IMAGENET_COLUMNS:
@@ -249,6 +251,13 @@ def read_labels(path: str) -> dict[str, str]:
                 "without folder and extension"
             )
     return labels
+
+
+def _rows_of(text: str, path: str) -> Iterator[list[str]]:
+    try:
+        yield from csv.reader(io.StringIO(text))
+    except csv.Error as error:
+        raise ValueError(f"labels must be a file of 'image name,class' lines, {path!r} is not: {error}") from None
 
 
 def places_of(entries: pa.Table) -> list[Storage]:

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from diffvit.data.images import ImageError, decode_image, read_picture
 from diffvit.data.shards import INDEX_SCHEMA, ShardInfo, write_shard
 from diffvit.data.tables import read_table, write_table
-from diffvit.storage import MACHINE_ERRORS, Storage
+from diffvit.storage import MACHINE_ERRORS, Storage, StorageError
 
 _READ_THREADS = 16
 _LOSSY_FORMATS = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
@@ -104,7 +104,7 @@ def read_entries_content(entries: pa.Table, max_bytes: int) -> Iterator[bytes | 
     """The encoded image of each entry, in order; an ImageError where it has a reason, is longer, or is cut short.
 
     Raises:
-        StorageError: the source is away.
+        StorageError: the source is away, or a file that it had when it was listed.
         OSError: the disk or the machine failed.
     """
 
@@ -116,6 +116,12 @@ def read_entries_content(entries: pa.Table, max_bytes: int) -> Iterator[bytes | 
         storage = Storage(row["location"])
         try:
             content = storage.read_range(row["file"], row["offset"], row["length"])
+        except (FileNotFoundError, NotADirectoryError):  # all of a disk may be gone, and come back
+            shown = storage.uri.partition("?")[0]
+            raise StorageError(
+                f"{row['file']} was in {shown} when that was listed and is gone: bring it back and run the same "
+                "command, or begin anew with another --out"
+            ) from None
         except OSError as error:
             if error.errno in MACHINE_ERRORS:
                 raise
@@ -163,10 +169,11 @@ def _smaller(content: bytes, max_pixels: int, max_side: int) -> bytes:
 
 def _count(decoded: torch.Tensor, packed: PackedShard) -> None:
     """Add one image (3, height, width) to the statistics."""
-    pixels = decoded.flatten(1).float() / 255
-    for channel, (mean, square) in enumerate(zip(pixels.mean(1).tolist(), (pixels**2).mean(1).tolist(), strict=True)):
-        packed.sums[channel] += mean
-        packed.square_sums[channel] += square
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    for channel, pixels in enumerate(decoded.flatten(1)):
+        shares = torch.bincount(pixels, minlength=256).double() / pixels.numel()  # without a copy of it in floats
+        packed.sums[channel] += float(shares @ levels)
+        packed.square_sums[channel] += float(shares @ levels**2)
     packed.all_grey = packed.all_grey and bool((decoded[0] == decoded[1]).all() and (decoded[0] == decoded[2]).all())
     height, width = decoded.shape[1:]
     packed.width = (min(packed.width[0], width), packed.width[1] + width, max(packed.width[2], width))

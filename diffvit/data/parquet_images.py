@@ -18,21 +18,24 @@ from diffvit.data.originals import Entry, Staging, Unit, open_original, split_of
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class")
-_BATCH_ROWS = 64
+_BATCH_ROWS, _BATCH_BYTES = 64, 32 * 2**20
+"""Rows that are unpacked at once: at most so many, and as many as stay under so many bytes (at least one)."""
+_BUFFER_BYTES = 8 * 2**20
+"""Read at once of a column; without a bound Arrow reads all that a row group has of it."""
 
 
 def index_parquet(unit: Unit, options: SourceOptions, staging: Staging) -> Iterator[Entry]:
     """Entries of one file; every image is copied to staging, because Parquet may compress or split it."""
     (name,) = unit.files
     with open_original(unit) as file:
-        parquet = pq.ParquetFile(file)
+        parquet = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES)
         schema = parquet.schema_arrow
         image, label = _columns(schema, options, name)
         classes = _class_names(schema, label)
         own_key = "key" in schema.names and pa.types.is_string(schema.field("key").type)
         columns = [image, *([label] if label else []), *(["key"] if own_key else [])]
         number = 0
-        for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
+        for batch in parquet.iter_batches(batch_size=_rows_at_once(parquet.metadata), columns=columns):
             for row in batch.to_pylist():
                 content, path = _image_of(row[image])
                 key = (row["key"] if own_key else None) or (
@@ -44,8 +47,18 @@ def index_parquet(unit: Unit, options: SourceOptions, staging: Staging) -> Itera
                 if content is None:
                     yield Entry(key, name, reason="no image bytes")
                     continue
+                if classes and class_name is not None and class_name not in classes:
+                    reason = f"label {class_name} is none of the {len(classes)} classes that the file declares"
+                    yield Entry(key, name, split=split_of_file(name), reason=reason)
+                    continue
                 own = found if class_name is not None and type(found) is int and found < 2**63 else None
                 yield Entry(key, split=split_of_file(name), class_name=class_name, label=own, **staging.add(content))
+
+
+def _rows_at_once(metadata: pq.FileMetaData) -> int:
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    largest_row = max((group.total_byte_size / group.num_rows for group in groups if group.num_rows), default=0.0)
+    return max(min(int(_BATCH_BYTES / max(largest_row, 1.0)), _BATCH_ROWS), 1)
 
 
 def _columns(schema: pa.Schema, options: SourceOptions, name: str) -> tuple[str, str | None]:
@@ -81,7 +94,7 @@ def _class_names(schema: pa.Schema, label: str | None) -> list[str] | None:
         names = features[label]["names"]
     except (KeyError, TypeError, ValueError):
         return None
-    return names
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 def _label_of(value: object) -> object:
@@ -95,7 +108,7 @@ def _label_of(value: object) -> object:
     if isinstance(value, list | dict):
         raise ValueError(f"labels must be numbers or text, got {value!r}; name another column with --label-column")
     if isinstance(value, float):
-        return None if math.isnan(value) else int(value) if value.is_integer() else value
+        return None if not math.isfinite(value) else int(value) if value.is_integer() else value
     return None if isinstance(value, str) and not value.strip() else value
 
 

@@ -205,17 +205,26 @@ def not_utf8(name: bytes) -> ValueError:
 def walk(root: Path | str, *above: Path) -> Iterator[tuple[str, list[str]]]:
     """Every folder at and below `root` with the names in it that are no folders. Links to folders are followed.
 
-    Each folder comes once, whatever links lead to it, and those `above` never.
+    Each folder comes once, whatever links lead to it, and those `above` never. Pipes, sockets and devices, of which a
+    read may never end, are left out; links to nothing are not.
     """
-    seen = {path.resolve() for path in above}
-    for folder, folders, files in os.walk(root, followlinks=True):
+    seen, folders = {path.resolve() for path in above}, [str(root)]
+    while folders:
+        folder = folders.pop()
         place = Path(folder).resolve()
         if place in seen:
-            folders.clear()
             continue
         seen.add(place)
-        folders.sort()
+        below, files = [], []
+        with os.scandir(folder) as found:
+            for entry in found:
+                there: os.DirEntry[str] | Path = Path(entry.path) if entry.is_symlink() else entry
+                if there.is_dir():
+                    below.append(entry.path)
+                elif there.is_file() or (isinstance(there, Path) and not there.exists()):
+                    files.append(entry.name)
         yield folder, files
+        folders += sorted(below, reverse=True)
 
 
 def sort_classes(names: Iterable[str]) -> tuple[str, ...]:

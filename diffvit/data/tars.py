@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import itertools
 import json
 import lzma
 import shutil
@@ -38,8 +39,6 @@ from diffvit.data.originals import (
 )
 
 _MAX_LABEL_BYTES = 2**20
-_MAX_IMAGE_BYTES = 2**30
-"""No image is larger; a header may say anything, and a compressed tar unpack to it."""
 _HELD_BYTES = 64 * 2**20
 """Of a tar inside a compressed one that are held in memory; the rest goes to a temporary file."""
 _READ_BYTES = 2**20
@@ -50,13 +49,17 @@ _Own = tuple[str | None, str | None]
 """Split and class that a tar's name says of the images in it whose path says none."""
 
 
+_Unclassed = tuple[list[Entry], int, tuple[str, ...]]
+"""Where an entry is that lies below no split's folder, and the folders in which it lies."""
+
+
 def index_tar(unit: Unit, options: SourceOptions, staging: Staging) -> Iterator[Entry]:
     """Entries of the images in one tar, in its order."""
     (name,) = unit.files
     own_class = PurePosixPath(name).name.split(".")[0] if options.tar_is_class else None
     with open_original(unit) as file:
         unpacked = _unpacked(file)
-        walk = _Walk(name, staging if unpacked else None, unit.ignored)
+        walk = _Walk(name, staging, unpacked is None, options.max_image_bytes, unit.ignored)
         walk.tar(unpacked or file, name, 0, (None, own_class))
     entries = [(entry, sample.class_name) for sample in walk.samples.values() for entry in sample.images]
     in_splits = any(entry.class_name or told for entry, told in entries if entry.split)
@@ -80,10 +83,15 @@ class _Sample:
 
 @dataclass
 class _Walk:
-    """Goes through the tar `file_name` and the tars in it. `staging` receives the images of a compressed one."""
+    """Goes through the tar `file_name` and the tars in it.
+
+    `staging` receives the images that cannot be read `in_place`: those of a compressed tar, and those stored sparsely.
+    """
 
     file_name: str
-    staging: Staging | None
+    staging: Staging
+    in_place: bool
+    max_image_bytes: int
     ignored: Counter[str]
     samples: dict[str, _Sample] = field(default_factory=dict)
 
@@ -92,11 +100,12 @@ class _Walk:
 
     def tar(self, file: Any, name: str, start: int, own: _Own) -> None:
         """`file` is the tar called `name`; it begins at byte `start` of the outermost file."""
+        unclassed: list[_Unclassed] = []
         try:
-            with tarfile.open(fileobj=file, mode="r:" if self.staging is None else "r|", tarinfo=_Header) as tar:
+            with tarfile.open(fileobj=file, mode="r:" if self.in_place else "r|", tarinfo=_Header) as tar:
                 for member in tar:
                     if not member.isdir():
-                        self._member(tar, member, name, start, own)
+                        self._member(tar, member, name, start, own, unclassed)
                 _require_end(tar)
         except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError, RecursionError) as error:
             if isinstance(error, OSError) and error.errno is not None:
@@ -104,8 +113,17 @@ class _Walk:
             # what came before is good; that something is missing must show
             reason = f"the tar is damaged from here: {error}"
             self.sample(name).images.append(Entry(f"{name}/…", self.file_name, reason=reason))
+        _name_classes(unclassed)
 
-    def _member(self, tar: tarfile.TarFile, member: tarfile.TarInfo, name: str, start: int, own: _Own) -> None:
+    def _member(
+        self,
+        tar: tarfile.TarFile,
+        member: tarfile.TarInfo,
+        name: str,
+        start: int,
+        own: _Own,
+        unclassed: list[_Unclassed],
+    ) -> None:
         path, key = PurePosixPath(member.name), f"{name}/{member.name}"
         sample_name = f"{name}/{path.parent}/{path.name.split('.')[0]}"
         if path.is_absolute() or ".." in path.parts:
@@ -117,22 +135,26 @@ class _Walk:
             named = split_called(path.stem)
             split = named or split_of_path(_below_root(member.name))[0] or own[0]
             own = (split, None if named else path.stem)
-            if self.staging is not None:  # a stream cannot go back, as reading a tar may have to
+            if member.issparse():
+                self.sample(key).images.append(Entry(key, self.file_name, reason="a tar in a tar, stored sparsely"))
+            elif not self.in_place:  # a stream cannot go back, as reading a tar may have to
                 with SpooledTemporaryFile(_HELD_BYTES) as copy:
                     shutil.copyfileobj(inner, copy)
                     copy.seek(0)
                     self.tar(copy, key, 0, own)
             else:
                 self.tar(inner, key, start + member.offset_data, own)
-        elif is_image(path.name) and member.size > _MAX_IMAGE_BYTES:
-            self.sample(key).images.append(Entry(key, self.file_name, reason=f"{member.size} bytes, no image"))
+        elif is_image(path.name) and member.size > self.max_image_bytes:  # a compressed tar may unpack to anything
+            reason = f"{member.size} bytes, more than max_image_bytes = {self.max_image_bytes}"
+            self.sample(key).images.append(Entry(key, self.file_name, reason=reason))
         elif is_image(path.name):
             split, rest = split_of_path(_below_root(member.name))
-            # below a split as in a folder; elsewhere folders may wrap the classes
-            class_name = rest[0 if split else -2] if len(rest) > 1 else own[1]
-            split = split or own[0]
-            entry = Entry(key, self.file_name, start + member.offset_data, member.size, split, class_name)
-            self.sample(sample_name).images.append(self._staged(entry, tar, member))
+            class_name = rest[0] if split and len(rest) > 1 else own[1]
+            entry = Entry(key, self.file_name, start + member.offset_data, member.size, split or own[0], class_name)
+            images = self.sample(sample_name).images
+            if not split and len(rest) > 1:
+                unclassed.append((images, len(images), rest[:-1]))
+            images.append(self._staged(entry, tar, member))
         elif path.suffix in (".cls", ".json") and member.size <= _MAX_LABEL_BYTES:
             sample = self.sample(sample_name)
             sample.class_name = sample.class_name or _label_of(path.suffix, _content(tar, member))
@@ -140,9 +162,20 @@ class _Walk:
             self.ignored[extension_of(path.name)] += 1
 
     def _staged(self, entry: Entry, tar: tarfile.TarFile, member: tarfile.TarInfo) -> Entry:
-        if self.staging is None:
+        if self.in_place and not member.issparse():
             return entry
         return replace(entry, **self.staging.add(_content(tar, member)))
+
+
+def _name_classes(unclassed: list[_Unclassed]) -> None:
+    """As in a folder the first folder of a path is the class, but below those that wrap all of a tar's images."""
+    if not unclassed:
+        return
+    folders = [path for _, _, path in unclassed]
+    same = itertools.takewhile(lambda names: names[0] == names[1], zip(min(folders), max(folders), strict=False))
+    wrapping = min(sum(1 for _ in same), min(map(len, folders)) - 1)
+    for images, place, path in unclassed:
+        images[place] = replace(images[place], class_name=path[wrapping])
 
 
 class _Header(tarfile.TarInfo):
@@ -191,11 +224,12 @@ def _below_root(name: str) -> str:
 def _label_of(suffix: str, content: bytes) -> str | None:
     try:
         if suffix == ".cls":
-            return content.decode().strip() or None
+            label = content.decode().strip()
+            return None if label in ("", "-1") else label  # -1 as Hugging Face marks unlabelled images
         fields = json.loads(content)
     except (ValueError, RecursionError):
         return None
     if not isinstance(fields, dict):
         return None
     found = next((fields[name] for name in ("label", "cls", "class") if name in fields), None)
-    return str(found) if isinstance(found, int | str) else None
+    return str(found) if isinstance(found, int | str) and found != -1 else None
