@@ -75,6 +75,11 @@ def train_arms(recipe: RunConfig, seeds: int, room: ArmRoom, report: Report) -> 
         ValueError: the arms cannot be trained as asked, or no node for them came up.
         RunStopped: some could not be trained; the others are, and the same call goes on.
     """
+    if recipe.init.weights:
+        raise ValueError(
+            "init.weights must be empty: the arms are compared from scratch, and no weights fit all of them, for V2's "
+            "MLP gives up what its queries take"
+        )
     dataset = open_dataset(recipe.data)
     configs = [
         resolve(dataclasses.replace(arm, name=f"{name}-seed{seed}", seed=seed), dataset)

@@ -98,7 +98,7 @@ def test_cut_it_goes_on(
     monkeypatch.setattr(LocalStream, "train", deliver_and_die)
     with pytest.raises(KeyboardInterrupt):
         train_alone(cut, dataset)
-    assert json.loads((cut.folder / "results.json").read_text())["status"] == "failed"
+    assert json.loads((cut.folder / "results.json").read_text())["status"] == "interrupted"
     monkeypatch.setattr(LocalStream, "train", deliver)
     if damaged:
         last = cut.folder / "checkpoint_step_00000006/training.pt"

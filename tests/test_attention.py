@@ -227,6 +227,14 @@ def test_bf16_autocast_stays_near_and_keeps_softmax_in_float32(kind: type[nn.Mod
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
+@pytest.mark.parametrize("enabled", [False, True])
+def test_of_no_images_there_is_no_output(kind: type[nn.Module], enabled: bool) -> None:
+    """As a rank of a sharded model asks that has fewer batches than another."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        assert kind(24, 2)(torch.zeros(0, 5, 24)).shape == (0, 5, 24)
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
 def test_compiles_without_a_graph_break(kind: type[nn.Module]) -> None:
     layer, x = build(kind), inputs(kind)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)

@@ -98,6 +98,8 @@ def test_arms_that_saw_other_images_are_refused_before_any_is_trained(tiny_confi
     image.rename(image.with_name("another.png"))
     with pytest.raises(ValueError, match=r"plain-seed0 was begun with 15 validation images, .* has 15 now, but with"):
         train_arms(recipe, 1, ArmRoom(), quiet)
+    with pytest.raises(ValueError, match=r"init.weights must be empty: the arms are compared from scratch"):
+        train_arms(with_fields(recipe, init={"weights": "runs/plain"}), 1, ArmRoom(), quiet)
     config = CompareConfig(run=recipe, runs=(str(arm.folder),), out=str(arm.folder.parent / "out"))
     with pytest.raises(ValueError, match=r"run 'plain-seed0' was begun with 15 validation images"):
         run_comparison(config, quiet)

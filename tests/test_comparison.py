@@ -165,9 +165,12 @@ def test_similarity_tells_floor_from_arms() -> None:
                             ("floor", "b", "b")}  # fmt: skip
     assert records["within", "a", "a"]["same_depth"] == pytest.approx([1, 1, 1])
     assert records["within", "a", "a"]["pairs"] == 2
-    assert records["across", "a", "b"]["pairs"] == 4
+    assert records["across", "a", "b"]["pairs"] == 3  # a0 and b0 have a seed in common
     assert min(records["floor", "a", "a"]["same_depth"]) > 0.85 > 0.7 > max(records["across", "a", "b"]["same_depth"])
     assert len(records["across", "a", "b"]["matrix"]) == 3
+    single = Similarity()
+    single.update({("a", 0): run(x, 0.2), ("b", 0): run(x, 0.2)})
+    assert [r["pairs"] for r in single.compute() if r["kind"] == "across"] == [1]  # where there is no other pair
 
 
 def test_a_comparison_is_plain_json(result: dict[str, Any]) -> None:
@@ -266,6 +269,13 @@ def test_arms_of_other_depths_and_single_seeds() -> None:
     assert "three and two have other depths" in text
     assert "single run says nothing" in text
     assert "one seed" not in text
+
+
+def test_activations_that_do_not_differ_are_not_taken_for_other_depths(result: dict[str, Any]) -> None:
+    lost = [{**r, "same_depth_by_pair": r["same_depth_by_pair"] and [None] * r["pairs"]} for r in result["cka"]]
+    text = "\n".join(findings({**result, "cka": lost}))
+    assert "not compared by CKA: activations of one do not differ between images" in text
+    assert "other depths" not in text
 
 
 class Page(HTMLParser):

@@ -256,6 +256,17 @@ def test_a_probe_of_features_that_conversion_changes_is_refused(pretrained: RunC
         train_alone(config, open_dataset(config.data))
 
 
+def test_a_probe_of_a_v1_keeps_its_lambda(pretrained: RunConfig) -> None:
+    v1 = with_fields(pretrained, model={"variant": "diff", "lambda_init": 0.5})
+    dataset = open_dataset(v1.data)
+    trained = dataclasses.replace(v1, name="v1", optim=dataclasses.replace(v1.optim, epochs=1, warmup_epochs=0.0))
+    train_alone(resolve(trained, dataset), dataset)
+    probe = with_fields(v1, init={"weights": str(trained.folder), "train": "head"})
+    require_weights(probe)
+    with pytest.raises(ValueError, match=r"trained with another lambda_init: leave that as it was, or train all of it"):
+        require_weights(with_fields(probe, model={"lambda_init": 0.9}))
+
+
 @pytest.mark.slow
 def test_a_plain_run_goes_on_as_v2_at_another_size(pretrained: RunConfig, tmp_path: Path) -> None:
     config, before, after = finetuned(
@@ -356,6 +367,16 @@ def test_known_shapes_are_timms() -> None:
             assert origin is not None
             assert origin.model == config, published
             assert (origin.mean, origin.std) == (tuple(cfg.mean), tuple(cfg.std)), published
+
+
+def test_the_file_names_the_model_and_not_the_folder_around_it() -> None:
+    mae = origin_by_name("vit_base_patch16_224/vit_base_patch16_224.mae.safetensors")
+    assert mae == origin_by_name("vit_base_patch16_224.mae.safetensors") != origin_by_name("vit_base_patch16_224")
+    (larger,) = {name for name in TIMM_MODELS if name.startswith("vit_small_patch16_384")}
+    found = origin_by_name(f"/data/vit_small_patch16_224-backup/{larger}.augreg.safetensors")
+    assert found is not None
+    assert found.model.image_size == 384
+    assert origin_by_name("models--timm--vit_base_patch16_224.mae/snapshots/0a1b/model.safetensors") == mae
 
 
 def test_origin_of_a_damaged_checkpoint(pretrained: RunConfig) -> None:

@@ -177,6 +177,13 @@ def test_concurrent_trials_are_checked_against_whole_gpus(
         require_room(sweep(room + 1), nodes)
 
 
+def test_a_probe_varies_nothing_of_the_features(recipe: RunConfig) -> None:
+    probe = with_fields(recipe, model={"variant": "diff"}, init={"weights": "runs/v1", "train": "head"})
+    with pytest.raises(ValueError, match=r"one lambda_init, so a sweep cannot vary it; pass --space.lambda-init None"):
+        SweepConfig(probe, SearchConfig(), Space(num_heads=None))
+    SweepConfig(probe, SearchConfig(), Space(num_heads=None, lambda_init=None, depth_schedule=False))
+
+
 def test_a_taken_name_is_refused_with_the_differences(recipe: RunConfig) -> None:
     sweep = SweepConfig(recipe, SearchConfig(), Space())
     recipe.folder.mkdir(parents=True)

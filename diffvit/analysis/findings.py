@@ -53,7 +53,15 @@ def _representations(result: Result, name: str) -> str:
     across = _by_pair(result, "across", {baseline, name})
     floors = {arm: _by_pair(result, "floor", {arm}) for arm in (baseline, name)}
     if not across:
-        return f"{name} and {baseline} have other depths: their layers are not compared one by one."
+        deep = {
+            arm: len(record["matrix"])
+            for record in result["cka"]
+            for arm in (baseline, name)
+            if (record["stream"], record["kind"], record["arm_a"]) == (_STREAM, "within", arm)
+        }
+        if len({*deep.values()}) > 1:
+            return f"{name} and {baseline} have other depths: their layers are not compared one by one."
+        return f"{name} and {baseline} are not compared by CKA: activations of one do not differ between images."
     value = f"CKA {_mean(across):.2f} at the same depth ({_STREAM})"
     if not all(floors.values()):
         return f"{name} and {baseline} have {value}; an arm of one seed has no floor to hold that against."

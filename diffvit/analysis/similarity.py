@@ -46,9 +46,11 @@ class Similarity:
     def compute(self) -> list[dict[str, Any]]:
         """One record for each stream, pair of arms and kind, values averaged over the pairs of runs.
 
-        `kind`: 'within' (a run's layers with each other), 'floor' (one arm, two seeds) or 'across' (two arms, all
-        pairs of seeds). `matrix` (La, Lb), layers of `arm_a` by those of `arm_b`; `same_depth` (L), its diagonal, and
-        `same_depth_by_pair`, its mean for each pair of runs, both None where depths differ; `pairs`, how many.
+        `kind`: 'within' (a run's layers with each other), 'floor' (one arm, two seeds) or 'across' (two arms, two seeds
+        as the floor has them: runs of one seed start from partly the same weights and see the same order; pairs of one
+        seed only where there are no others). `matrix` (La, Lb), layers of `arm_a` by those of `arm_b`; `same_depth`
+        (L), its diagonal, and `same_depth_by_pair`, its mean for each pair of runs, both None where depths differ;
+        `pairs`, how many.
         """
         return [record for stream, cka in self._cka.items() for record in _records(stream, cka)]
 
@@ -61,9 +63,12 @@ def _records(stream: str, cka: CKA) -> Iterator[dict[str, Any]]:
         rows.setdefault((arm, int(seed)), []).append(i)
     pairs: dict[tuple[str, str, str], list[Tensor]] = {}
     runs = list(rows)
+    seeds = {arm: {seed for name, seed in runs if name == arm} for arm, _ in runs}
     for i, (arm_a, seed_a) in enumerate(runs):
         for arm_b, seed_b in runs[i:]:
             kind = "across" if arm_a != arm_b else "within" if seed_a == seed_b else "floor"
+            if kind == "across" and seed_a == seed_b and seeds[arm_a] | seeds[arm_b] != {seed_a}:
+                continue
             block = matrix[rows[arm_a, seed_a]][:, rows[arm_b, seed_b]]
             pairs.setdefault((kind, arm_a, arm_b), []).append(block)
     for (kind, arm_a, arm_b), blocks in pairs.items():

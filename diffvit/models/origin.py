@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,9 +69,9 @@ class Origin:
 
 
 def origin_by_name(source: str) -> Origin | None:
-    """That of a file, a URL or a hub name that contains one of timm's model names."""
-    for name, model in TIMM_MODELS.items():
-        _, found, rest = source.partition(name)
+    """That of a file, a URL or a hub name that contains one of timm's model names; else of a folder above it."""
+    for part, (name, model) in itertools.product(reversed(source.split("/")), TIMM_MODELS.items()):
+        _, found, rest = part.partition(name)
         if found:
             mean, std = next((both for tag, both in _OTHER_STATISTICS.items() if rest.startswith(tag)), _INCEPTION)
             return Origin(model, mean, std)

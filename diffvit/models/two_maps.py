@@ -67,9 +67,10 @@ def subtract_outputs(qkv: Tensor, split: Split, weight: Tensor) -> Tensor:
 def subtract_maps(qkv: Tensor, split: Split, weight: Tensor) -> Tensor:
     """Subtract the maps, then multiply with the values once: the fewest operations where no fused kernel is at hand."""
     q, k, v = split(qkv)
-    B, H, _, N, _ = q.shape
+    B, H, _, N, K = q.shape
+    queries_by_keys = 2 // k.shape[2] * N
     k, v = k.flatten(0, 2), _flat(v)  # contiguous, as the products and their gradients want them
-    maps = softmax_map(q.reshape(k.shape[0], -1, q.shape[-1]), k)  # len() would fix an exported batch size
+    maps = softmax_map(q.reshape(k.shape[0], queries_by_keys, K), k)  # len() would fix an exported batch size
     positive, negative = maps.view(B * H, 2, N, N).unbind(1)
     weight = _flat(weight.expand(B, H, N, 1)) if weight.ndim else weight
     combined = torch.addcmul(positive, negative, -weight)

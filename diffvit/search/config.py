@@ -133,6 +133,11 @@ class SweepConfig:
             "init.weights fixes the shape of the model, so that a sweep cannot vary variant, num_heads or patch_size; "
             "pass --space.num-heads None, and leave --space.variant and --space.patch-size out",
         )
+        require(
+            self.run.init.train == "all" or "lambda_init" not in self.space.varied(self.run),
+            "init.train = 'head' keeps features that were trained with one lambda_init, so a sweep cannot vary it; "
+            "pass --space.lambda-init None --space.no-depth-schedule",
+        )
 
     @property
     def trial_recipe(self) -> RunConfig:

@@ -77,6 +77,9 @@ def _train(
     except RunStopped as stop:
         status, reason = "stopped", str(stop)
         raise
+    except KeyboardInterrupt:
+        status, reason = "interrupted", "interrupted by the user"
+        raise
     finally:
         results = close_run(config, status, reason, started)
     return results

@@ -26,4 +26,9 @@ def load_initial(model: VisionTransformer, config: RunConfig) -> LoadReport:
             f"model.variant = {config.model.variant!r} they are others until it is trained: take "
             "--model.variant softmax, or train all of it"
         )
+    if init.train == "head" and report.changed:
+        raise ValueError(
+            f"init.train = 'head' keeps the features of init.weights = {init.weights!r}, trained with another "
+            f"{' and another '.join(report.changed)}: leave that as it was, or train all of it"
+        )
     return report
