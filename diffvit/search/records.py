@@ -101,11 +101,6 @@ class Candidate:
     def mean(self) -> float:
         return statistics.fmean(self.top1)
 
-    @property
-    def std(self) -> float | None:
-        """Sample standard deviation; None for a single seed."""
-        return statistics.stdev(self.top1) if len(self.top1) > 1 else None
-
 
 class Journal:
     """The records of a sweep, in the study's SQLite file."""

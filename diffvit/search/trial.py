@@ -46,10 +46,7 @@ class Reports:
         self._extra = extra
         self._best = 0.0
 
-    def of(self, metrics: dict[str, Any]) -> dict[str, Any] | None:
-        """The report, or None for a checkpoint in mid-epoch, which was not evaluated."""
-        if "top1" not in metrics:
-            return None
+    def of(self, metrics: dict[str, Any]) -> dict[str, Any]:
         self._best = max(self._best, metrics["top1"])
         return {name: metrics[name] for name in _REPORTED} | {METRIC: self._best, "at": time.time()} | self._extra
 
@@ -63,9 +60,7 @@ class ReportEpochs(TuneReportCallback):  # type: ignore[misc]  # Ray ships no ty
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         del checkpoint  # Tune has no use for it
-        report = self._reports.of(metrics[0])
-        if report is not None:
-            super().after_report(run_context, [report], None)
+        super().after_report(run_context, [self._reports.of(metrics[0])], None)
 
 
 @dataclass(frozen=True)
@@ -118,9 +113,7 @@ def _train_here(config: RunConfig, dataset: Dataset, reports: Reports, *, keep: 
     )
 
     def report(metrics: dict[str, Any]) -> None:
-        told = reports.of(metrics)
-        if told is not None:
-            tune.report(told)
+        tune.report(reports.of(metrics))
 
     store = CheckpointStore(config.folder, config.checkpoint) if keep else None
     with closing(Notes(config.location)) as notes:

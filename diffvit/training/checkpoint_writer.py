@@ -43,7 +43,6 @@ class CheckpointWriter:
         self._given_up = threading.Event()
         self.failure: str | None = None
         """Why the run must end; None as long as checkpoints can be written, or may be again."""
-        self.last_written: int | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
         self._thread.start()
 
@@ -130,7 +129,6 @@ class CheckpointWriter:
                     return
                 self._warn(f"{checkpoint_name(waiting.step)} could not be written and is tried again: {error}")
             else:
-                self.last_written = waiting.step
                 return
             self._given_up.wait(delay)
             delay = min(2 * delay, _LONGEST_DELAY_SECONDS)
