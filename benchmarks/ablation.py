@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffvit.config import RunConfig
-from diffvit.data.sources import open_dataset
+from diffvit.data.datasets import open_dataset
 from diffvit.recipes import RECIPES
 from diffvit.training.alone import train_alone
 from diffvit.training.resolve import resolve

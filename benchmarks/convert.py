@@ -26,7 +26,7 @@ from rich.table import Table
 
 from diffvit.analysis.curves import read_curves
 from diffvit.config import InitConfig, RunConfig
-from diffvit.data.sources import open_dataset
+from diffvit.data.datasets import open_dataset
 from diffvit.models.pretrained import model_from, origin_of
 from diffvit.recipes import sample_vit
 from diffvit.training.alone import train_alone

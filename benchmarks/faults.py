@@ -25,9 +25,9 @@ from rich.table import Table
 from sitting import Sitting
 
 from diffvit.config import CheckpointConfig, RunConfig
+from diffvit.data.datasets import open_dataset
 from diffvit.data.loader import BatchLoader
 from diffvit.data.order import TrainPlan
-from diffvit.data.sources import open_dataset
 from diffvit.models.vit import VisionTransformer
 from diffvit.recipes import RECIPES
 from diffvit.training.checkpoint import TrainState, take_snapshot

@@ -36,10 +36,10 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from diffvit.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, PrepareConfig, RunConfig
+from diffvit.data.datasets import Split, open_dataset
 from diffvit.data.loader import BatchLoader
 from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.prepare import prepare
-from diffvit.data.sources import Split, open_dataset
 from diffvit.data.stream import RayStream
 from diffvit.training.cluster import connect
 

@@ -37,8 +37,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from diffvit.config import RunConfig, to_json
+from diffvit.data.datasets import Split, open_dataset
 from diffvit.data.images import decode_image, eval_transform, normalize, train_transform
-from diffvit.data.sources import Split, open_dataset
 from diffvit.models.vit import VisionTransformer
 from diffvit.recipes import RECIPES
 from diffvit.training.optim import build_optimizer, build_schedule

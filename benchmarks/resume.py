@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffvit.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, RunConfig
+from diffvit.data.datasets import SAMPLE, Dataset, open_dataset
 from diffvit.data.loader import BatchLoader
 from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.shards import (
@@ -44,7 +45,6 @@ from diffvit.data.shards import (
     write_info,
     write_shard,
 )
-from diffvit.data.sources import SAMPLE, Dataset, open_dataset
 from diffvit.data.stream import RayStream
 from diffvit.storage import Storage
 from diffvit.training.cluster import connect

@@ -35,9 +35,9 @@ from scale_stream import CHANNELS, IMAGE_SIZE, Dealt, deal
 
 from diffvit.config import DataConfig, RunConfig
 from diffvit.data import stream
+from diffvit.data.datasets import open_dataset
 from diffvit.data.loader import BatchLoader
 from diffvit.data.order import TrainPlan
-from diffvit.data.sources import open_dataset
 from diffvit.models.vit import VisionTransformer
 from diffvit.recipes import RECIPES
 from diffvit.training.checkpoint import TrainState, take_snapshot

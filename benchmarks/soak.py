@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from sitting import Sitting, newest_step, processes, temporary_folder
 
 from diffvit.config import CheckpointConfig, DataConfig, RunConfig
-from diffvit.data.sources import open_dataset
+from diffvit.data.datasets import open_dataset
 from diffvit.manifest import WEIGHTS_NAME
 from diffvit.recipes import RECIPES
 

@@ -25,8 +25,8 @@ import torch
 from rich.console import Console
 
 from diffvit.config import RunConfig, to_json, valid_num_heads
+from diffvit.data.datasets import Dataset, open_dataset
 from diffvit.data.loader import BatchLoader, LocalStream, plan_run
-from diffvit.data.sources import Dataset, open_dataset
 from diffvit.data.subset import Subset, parted_for_search
 from diffvit.recipes import RECIPES
 from diffvit.search.config import SearchConfig

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diffvit.config import DataConfig
+from diffvit.data.datasets import Split, open_dataset
 from diffvit.data.images import decode_image
-from diffvit.data.sources import Split, open_dataset
 
 SIDE, PATCH, WIDTH, HEADS, DEPTH, DROPOUT = 28, 4, 64, 4, 6, 0.1
 EPOCHS, WARMUP_EPOCHS, BATCH, FIRST_LR, LR, LAST_LR, WEIGHT_DECAY = 200, 10, 128, 5e-5, 5e-4, 1e-5, 1e-3

@@ -15,8 +15,8 @@ from ray.exceptions import RayError, RayTaskError
 from diffvit.cluster.packages import require_packages
 from diffvit.cluster.waiting import can_grow, wait_for_nodes
 from diffvit.config import ModelConfig, RunConfig, as_variant, from_json, to_json
+from diffvit.data.datasets import Dataset, open_dataset
 from diffvit.data.fingerprint import fingerprint_of, require_same_images
-from diffvit.data.sources import Dataset, open_dataset
 from diffvit.data.tasks import Report
 from diffvit.storage import Storage, StorageError
 from diffvit.training.alone import train_alone

@@ -27,9 +27,9 @@ from diffvit.analysis.report import write_report
 from diffvit.arms import ArmRoom, train_arms
 from diffvit.config import VARIANT_NAMES, RunConfig, ScaleConfig
 from diffvit.data.boxes import BoxedSplit
+from diffvit.data.datasets import open_dataset
 from diffvit.data.fingerprint import fingerprint_of, require_same
 from diffvit.data.loader import validation_batches
-from diffvit.data.sources import open_dataset
 from diffvit.data.tasks import Report
 from diffvit.models.fetched import on_disk
 from diffvit.training.precision import set_float32_products

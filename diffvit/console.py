@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.text import Text
 
 from diffvit.config import VARIANT_NAMES, RunConfig
+from diffvit.data.datasets import Dataset
 from diffvit.data.order import TrainPlan
-from diffvit.data.sources import Dataset
 from diffvit.training.notes import SKIPPED_FILE, LineFile
 
 _LINE_EVERY_SECONDS = 5.0

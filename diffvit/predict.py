@@ -27,8 +27,8 @@ from diffvit.cluster.waiting import can_grow, room_for, wait_for_nodes
 from diffvit.config import PredictConfig, ScaleConfig
 from diffvit.data.claim import STAGING, claim, identity_of, release, reopen, require_outside, require_same
 from diffvit.data.indexing import find_units, with_absolute_paths
-from diffvit.data.originals import ignored_in, read_labels
 from diffvit.data.prepare import collect_entries
+from diffvit.data.sources import ignored_in, read_labels
 from diffvit.data.tables import read_table
 from diffvit.data.tasks import STORE_ERRORS, Report, fetch
 from diffvit.manifest import WEIGHTS_NAME

@@ -17,8 +17,8 @@ import torch
 from diffvit.config import AugmentConfig, ModelConfig, PredictConfig, ScaleConfig
 from diffvit.data.claim import STAGING
 from diffvit.data.images import ImageError, decode_image, eval_transform, normalize
-from diffvit.data.originals import places_of
 from diffvit.data.packing import read_entries_content
+from diffvit.data.sources import places_of
 from diffvit.data.tables import write_table
 from diffvit.data.tasks import STORE_ERRORS, fetch, require_seen
 from diffvit.models.saved import SavedModel

@@ -21,9 +21,9 @@ import rich.console
 
 from diffvit.config import RehearsalOptions, RunConfig
 from diffvit.console import format_duration, format_flops
+from diffvit.data.datasets import Dataset
 from diffvit.data.loader import plan_run
 from diffvit.data.order import TrainPlan
-from diffvit.data.sources import Dataset
 from diffvit.data.subset import Excerpt
 from diffvit.data.synthetic import rehearsal_data
 from diffvit.models.flops import training_flops

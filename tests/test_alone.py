@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from diffvit.config import RunConfig
 from diffvit.data import loader as loader_module
 from diffvit.data.batches import Batch
+from diffvit.data.datasets import Dataset, open_dataset
 from diffvit.data.loader import BatchLoader, LocalStream, plan_run
-from diffvit.data.sources import Dataset, open_dataset
 from diffvit.training import logbook, loop
 from diffvit.training.alone import train_alone
 from diffvit.training.loop import RunStopped

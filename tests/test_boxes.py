@@ -21,7 +21,7 @@ from diffvit.analysis.report import render
 from diffvit.compare import CompareConfig, run_comparison
 from diffvit.config import RunConfig
 from diffvit.data.boxes import BoxedImage, BoxedSplit
-from diffvit.data.sources import open_dataset
+from diffvit.data.datasets import open_dataset
 
 SIDE, PATCH = 10, 5
 NAMES = [f"val/{name}/{number:03d}.png" for name in ("blue", "green", "red") for number in range(5)]

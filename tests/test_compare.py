@@ -19,7 +19,7 @@ from diffvit.arms import ArmRoom, _outcome, _train_arm, arm_configs, train_arms
 from diffvit.cli import parse_compare_config
 from diffvit.compare import CompareConfig, run_comparison
 from diffvit.config import RunConfig, differing_fields, to_json
-from diffvit.data.sources import open_dataset
+from diffvit.data.datasets import open_dataset
 from diffvit.models.vit import VisionTransformer
 from diffvit.recipes import RECIPES
 from diffvit.training.alone import train_alone

@@ -10,8 +10,8 @@ import pytest
 from diffvit import console as module
 from diffvit.config import RunConfig
 from diffvit.console import Console
+from diffvit.data.datasets import open_dataset
 from diffvit.data.loader import plan_run
-from diffvit.data.sources import open_dataset
 
 STEP = {"epoch": 2, "step": 4, "loss": 0.51239, "images_per_second": 1234.5, "eta_seconds": 3725.0}
 EPOCH = {"epoch": 2, "step": 6, "train_loss": 0.5, "train_top1": 81.25, "loss": 0.25, "top1": 93.333, "top5": 100.0,

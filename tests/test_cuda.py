@@ -21,8 +21,8 @@ from torch import nn
 
 from diffvit.config import DataConfig, ModelConfig, RunConfig, ScaleConfig, Variant
 from diffvit.data.batches import Batch
+from diffvit.data.datasets import Dataset, open_dataset
 from diffvit.data.loader import BatchLoader, LocalStream, plan_run
-from diffvit.data.sources import Dataset, open_dataset
 from diffvit.models.attention import Attention, DiffAttention, DiffAttentionV2
 from diffvit.models.two_maps import subtract_outputs
 from diffvit.models.vit import VisionTransformer

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from diffvit.cli import parse_finetune_config
 from diffvit.config import ModelConfig, OptimConfig, RunConfig, to_json
-from diffvit.data.sources import open_dataset
+from diffvit.data.datasets import open_dataset
 from diffvit.manifest import read_manifest, write_manifest
 from diffvit.models.convert import convert_plain, is_plain
 from diffvit.models.origin import TIMM_MODELS, origin_by_name

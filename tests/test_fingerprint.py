@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from diffvit.config import DataConfig
+from diffvit.data.datasets import Dataset, open_dataset
 from diffvit.data.fingerprint import fingerprint_of
-from diffvit.data.sources import Dataset, open_dataset
 from diffvit.data.subset import Subset
 
 

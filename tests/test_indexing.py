@@ -24,12 +24,14 @@ from torchvision import datasets
 
 from diffvit import storage as storage_module
 from diffvit.config import SourceOptions
-from diffvit.data import originals, parquet_images, tars
+from diffvit.data import parquet_images, sources, tars
 from diffvit.data.claim import require_outside
+from diffvit.data.datasets import IMAGE_EXTENSIONS
 from diffvit.data.images import FORMATS
 from diffvit.data.indexing import find_units, index_unit
 from diffvit.data.layout import plan_layout
-from diffvit.data.originals import (
+from diffvit.data.packing import read_entries_content
+from diffvit.data.sources import (
     Staging,
     ignored_in,
     join_entries,
@@ -37,8 +39,6 @@ from diffvit.data.originals import (
     listing_digest,
     read_labels,
 )
-from diffvit.data.packing import read_entries_content
-from diffvit.data.sources import IMAGE_EXTENSIONS
 from diffvit.data.tables import read_table, write_table
 from diffvit.storage import Storage, StorageError
 
@@ -557,8 +557,8 @@ def test_an_outage_is_waited_for_or_ends_the_indexing(
     bucket = Storage(object_store.uri(f"outage-{tmp_path.name}"))
     bucket.write(name, (tmp_path / name).read_bytes())
     (unit,) = find_units(bucket.uri, SourceOptions())
-    monkeypatch.setattr(originals, "_READ_AHEAD_BYTES", 4096)  # so that there are many reads
-    monkeypatch.setattr(originals, "_STAGED_BYTES", 4096)
+    monkeypatch.setattr(sources, "_READ_AHEAD_BYTES", 4096)  # so that there are many reads
+    monkeypatch.setattr(sources, "_STAGED_BYTES", 4096)
     read, reads = Storage.read_range, []
 
     def interrupted(self: Storage, *args: object) -> bytes:
@@ -585,7 +585,7 @@ def test_an_outage_is_waited_for_or_ends_the_indexing(
 
 
 def test_staging_is_written_in_files_that_can_be_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(originals, "_STAGED_BYTES", 10)
+    monkeypatch.setattr(sources, "_STAGED_BYTES", 10)
     storage = Storage(str(tmp_path))
     staging = Staging(storage, "images/7")
     contents = [b"four", b"sixsix", b"x" * 25, b"", b"one"]

@@ -18,7 +18,7 @@ from conftest import with_fields
 from safetensors.torch import load_file
 
 from diffvit.config import RunConfig, from_json, to_json
-from diffvit.data.sources import open_dataset
+from diffvit.data.datasets import open_dataset
 from diffvit.training import checkpoint, checkpoint_store, loop, run_folder
 from diffvit.training.alone import train_alone
 

@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from diffvit.data.datasets import sort_classes
 from diffvit.data.layout import Layout, plan_layout
-from diffvit.data.originals import ENTRY_SCHEMA
-from diffvit.data.sources import sort_classes
+from diffvit.data.sources import ENTRY_SCHEMA
 
 
 def entries(*rows: tuple[str, str | None, str | None], length: int = 10) -> pa.Table:

@@ -22,9 +22,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from diffvit.config import ModelConfig, RunConfig
 from diffvit.data.batches import Batch
+from diffvit.data.datasets import open_dataset
 from diffvit.data.loader import BatchLoader, LocalStream, plan_run
 from diffvit.data.order import EvalPlan, TrainPlan, epoch_permutation
-from diffvit.data.sources import open_dataset
 from diffvit.models.vit import VisionTransformer
 from diffvit.training import checkpoint as checkpoint_module
 from diffvit.training import checkpoint_writer, loop, saver

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from diffvit.config import ModelConfig, OptimConfig
-from diffvit.data.sources import open_dataset
+from diffvit.data.datasets import open_dataset
 from diffvit.models.vit import VisionTransformer
 from diffvit.recipes import RECIPES
 from diffvit.training.optim import build_ema, build_optimizer, build_schedule, lr_ratio

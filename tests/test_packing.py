@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from diffvit.data.originals import ENTRY_SCHEMA
 from diffvit.data.packing import Limits, PackedShard, pack_shard, read_entries_content, read_index_part, read_packed
+from diffvit.data.sources import ENTRY_SCHEMA
 from diffvit.storage import Storage, StorageError
 
 LIMITS = Limits(max_pixels=10_000, max_bytes=50_000, max_side=None)

@@ -12,7 +12,7 @@ from conftest import with_fields
 from safetensors.torch import load_file
 
 from diffvit.config import RunConfig, ScaleConfig
-from diffvit.data.sources import open_dataset
+from diffvit.data.datasets import open_dataset
 from diffvit.models.vit import VisionTransformer
 from diffvit.training.alone import train_alone
 from diffvit.training.compilation import require_compiler

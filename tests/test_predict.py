@@ -17,11 +17,11 @@ from conftest import ObjectStore, Outage, make_folder, make_image, with_fields, 
 
 from diffvit import predict as module
 from diffvit.config import AugmentConfig, PredictConfig, PrepareConfig, RunConfig
+from diffvit.data.datasets import open_dataset
 from diffvit.data.images import decode_image, eval_transform, normalize
 from diffvit.data.loader import BatchLoader, LocalStream
 from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.prepare import prepare
-from diffvit.data.sources import open_dataset
 from diffvit.models.saved import load_saved
 from diffvit.predict import predict
 from diffvit.prediction import cut_parts

@@ -22,9 +22,9 @@ from test_packing import BAD, GOOD
 
 from diffvit.config import DataConfig, PrepareConfig
 from diffvit.data import prepare as module
+from diffvit.data.datasets import open_dataset
 from diffvit.data.prepare import prepare, verify
 from diffvit.data.shards import DatasetInfo, open_shards
-from diffvit.data.sources import open_dataset
 from diffvit.data.tasks import map_anywhere
 from diffvit.progress import Progress, print_dataset
 from diffvit.storage import Storage, StorageError

@@ -26,7 +26,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from safetensors.torch import load_file
 
 from diffvit.config import PrepareConfig, RunConfig, from_json
-from diffvit.data import sources
+from diffvit.data import datasets
 from diffvit.data.prepare import prepare
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
@@ -181,7 +181,7 @@ def test_images_whose_store_stays_away_end_the_run_with_its_name(
     config: RunConfig, object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is waited for first, here for two seconds. The first 512 images, 6 steps, the rank reads itself."""
-    monkeypatch.setattr(sources, "Storage", partial(Storage, retry_seconds=2.0))
+    monkeypatch.setattr(datasets, "Storage", partial(Storage, retry_seconds=2.0))
     uri = object_store.uri(f"away-{tmp_path.name}")
     images = make_folder(tmp_path / "more", images_per_class=160, val_per_class=5)
     prepare(PrepareConfig(source=str(images), out=uri, shard_mib=0.1), lambda *_: None)

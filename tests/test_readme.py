@@ -13,7 +13,7 @@ from conftest import make_image, with_fields
 
 from diffvit import cli
 from diffvit.config import ExportConfig, PredictConfig, PrepareConfig, RunConfig
-from diffvit.data.sources import open_dataset
+from diffvit.data.datasets import open_dataset
 from diffvit.training.alone import train_alone
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ import torch
 from conftest import with_fields
 
 from diffvit.config import RunConfig, differing_fields, from_json, to_json
-from diffvit.data.sources import open_dataset
+from diffvit.data.datasets import open_dataset
 from diffvit.models.pretrained import TIMM_MODELS
 from diffvit.models.vit import VisionTransformer
 from diffvit.recipes import RECIPES

@@ -23,8 +23,8 @@ from diffvit.analysis.curves import read_curves
 from diffvit.analysis.finished_runs import load_run
 from diffvit.config import RunConfig
 from diffvit.data.batches import Batch
+from diffvit.data.datasets import Dataset, open_dataset
 from diffvit.data.loader import LocalStream
-from diffvit.data.sources import Dataset, open_dataset
 from diffvit.models.fetched import on_disk
 from diffvit.models.pretrained import origin_of
 from diffvit.models.saved import load_saved

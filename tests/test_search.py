@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from sweeps import record
 
 from diffvit.config import RunConfig, to_json
-from diffvit.data.sources import open_dataset
+from diffvit.data.datasets import open_dataset
 from diffvit.search.config import SearchConfig, SweepConfig
 from diffvit.search.progress import reason_of
 from diffvit.search.records import Journal, Record, candidates, ranked, to_csv

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 from diffvit.config import RunConfig, ScaleConfig
 from diffvit.data.batches import Batch
+from diffvit.data.datasets import open_dataset
 from diffvit.data.loader import BatchLoader, LocalStream
 from diffvit.data.order import EvalPlan, TrainPlan
-from diffvit.data.sources import open_dataset
 from diffvit.models.vit import VisionTransformer
 from diffvit.training.checkpoint import TrainState
 from diffvit.training.checkpoint_store import CheckpointStore, Entry

@@ -16,6 +16,7 @@ import pytest
 from conftest import ObjectStore
 
 from diffvit.config import DataConfig
+from diffvit.data.datasets import open_dataset
 from diffvit.data.shards import (
     FORMAT_VERSION,
     INDEX_SCHEMA,
@@ -31,7 +32,6 @@ from diffvit.data.shards import (
     write_info,
     write_shard,
 )
-from diffvit.data.sources import open_dataset
 from diffvit.storage import Storage, StorageError
 
 IMAGES = [bytes([i]) * (3 * i + 1) for i in range(7)]

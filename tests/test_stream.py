@@ -29,10 +29,10 @@ from diffvit.config import PrepareConfig, RunConfig
 from diffvit.data import loader as loader_module
 from diffvit.data import stream as stream_module
 from diffvit.data.batches import Batch, Stream
+from diffvit.data.datasets import Split, open_dataset
 from diffvit.data.loader import BatchLoader, LocalStream, plan_run
 from diffvit.data.order import EvalPlan, TrainPlan
 from diffvit.data.prepare import prepare
-from diffvit.data.sources import Split, open_dataset
 from diffvit.data.stream import RayStream
 from diffvit.data.subset import Excerpt, Subset
 from diffvit.storage import Storage

@@ -8,7 +8,7 @@ import pytest
 from conftest import make_folder
 
 from diffvit.config import DataConfig
-from diffvit.data.sources import open_dataset
+from diffvit.data.datasets import open_dataset
 from diffvit.data.subset import Subset, parted_for_search
 
 

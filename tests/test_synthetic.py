@@ -11,8 +11,8 @@ from conftest import with_fields
 from PIL import Image
 
 from diffvit.config import RunConfig
+from diffvit.data.datasets import open_dataset
 from diffvit.data.images import decode_image
-from diffvit.data.sources import open_dataset
 from diffvit.data.synthetic import ImageKind, encode_noise, rehearsal_data
 from diffvit.recipes import RECIPES
 

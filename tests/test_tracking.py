@@ -10,8 +10,8 @@ import torch
 from conftest import with_fields
 
 from diffvit.config import RunConfig
+from diffvit.data.datasets import open_dataset
 from diffvit.data.loader import plan_run
-from diffvit.data.sources import open_dataset
 from diffvit.training import tracking
 from diffvit.training.tracking import Tracker
 

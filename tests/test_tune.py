@@ -24,8 +24,8 @@ from sweeps import record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffvit.config import RunConfig, from_json, to_json
+from diffvit.data.datasets import Dataset, open_dataset
 from diffvit.data.fingerprint import fingerprint_of
-from diffvit.data.sources import Dataset, open_dataset
 from diffvit.data.subset import parted_for_search
 from diffvit.search.cluster import connect_for
 from diffvit.search.config import SearchConfig, SweepConfig

@@ -24,8 +24,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from diffvit.config import RunConfig
+from diffvit.data.datasets import Split
 from diffvit.data.images import ImageError, decode_image, eval_transform
-from diffvit.data.sources import Split
 
 _CORNERS = ("x0", "y0", "x1", "y1")
 

@@ -12,7 +12,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from diffvit.data.originals import Unit, listing_digest
+from diffvit.data.sources import Unit, listing_digest
 from diffvit.storage import Storage
 
 STAGING = ".staging"

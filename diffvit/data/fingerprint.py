@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pydantic import TypeAdapter, ValidationError
 
-from diffvit.data.sources import Dataset, Split
+from diffvit.data.datasets import Dataset, Split
 from diffvit.storage import Storage
 
 DATA_NAME = "data.json"

@@ -16,7 +16,10 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from diffvit.config import SourceOptions
-from diffvit.data.originals import (
+from diffvit.data.datasets import IMAGE_EXTENSIONS, SAMPLE, SAMPLE_FOLDER, not_utf8
+from diffvit.data.parquet_images import index_parquet
+from diffvit.data.shards import INFO_NAME, open_shards, read_info
+from diffvit.data.sources import (
     BESIDE,
     ENTRY_SCHEMA,
     Entry,
@@ -29,9 +32,6 @@ from diffvit.data.originals import (
     split_of_path,
     with_ignored,
 )
-from diffvit.data.parquet_images import index_parquet
-from diffvit.data.shards import INFO_NAME, open_shards, read_info
-from diffvit.data.sources import IMAGE_EXTENSIONS, SAMPLE, SAMPLE_FOLDER, not_utf8
 from diffvit.data.tars import index_tar
 from diffvit.data.torchvision_sets import find_splits, index_torchvision
 from diffvit.storage import Storage, absolute

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from diffvit.data.datasets import sort_classes
 from diffvit.data.order import SHUFFLE
-from diffvit.data.originals import BESIDE
-from diffvit.data.sources import sort_classes
+from diffvit.data.sources import BESIDE
 from diffvit.data.splitting import hold_out
 
 Rows = npt.NDArray[np.int64]

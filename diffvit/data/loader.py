@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 
 from diffvit.config import RunConfig
 from diffvit.data.batches import SKIPPED_LABEL, Batch
+from diffvit.data.datasets import Dataset, Split
 from diffvit.data.images import ImageError, decode_image, eval_transform, train_transform
 from diffvit.data.order import EvalPlan, Indices, TrainPlan
-from diffvit.data.sources import Dataset, Split
 from diffvit.data.subset import Excerpt
 
 Images = npt.NDArray[np.uint8]

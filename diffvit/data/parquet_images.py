@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffvit.config import SourceOptions
-from diffvit.data.originals import Entry, Staging, Unit, open_original, split_of_file
+from diffvit.data.sources import Entry, Staging, Unit, open_original, split_of_file
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class")

@@ -19,16 +19,6 @@ from diffvit.config import PrepareConfig, SourceOptions
 from diffvit.data.claim import STAGING, claim, identity_of, release, reopen, require_outside, require_same
 from diffvit.data.indexing import find_units, index_unit, with_absolute_paths
 from diffvit.data.layout import Layout, plan_layout
-from diffvit.data.originals import (
-    Staging,
-    Unit,
-    ignored_in,
-    join_entries,
-    label_entries,
-    places_of,
-    read_labels,
-    with_ignored,
-)
 from diffvit.data.packing import Limits, PackedShard, pack_shard, read_index_part, read_packed
 from diffvit.data.shards import (
     FORMAT_VERSION,
@@ -44,6 +34,16 @@ from diffvit.data.shards import (
     read_index,
     read_info,
     write_info,
+)
+from diffvit.data.sources import (
+    Staging,
+    Unit,
+    ignored_in,
+    join_entries,
+    label_entries,
+    places_of,
+    read_labels,
+    with_ignored,
 )
 from diffvit.data.tables import read_table, write_table
 from diffvit.data.tasks import Report, map_anywhere

@@ -152,7 +152,7 @@ def _image_offsets(content: bytes, metadata: pq.FileMetaData, images: list[bytes
 
 @dataclass(frozen=True)
 class ShardSplit:
-    """One split of a prepared data set (`diffvit.data.sources.Split`)."""
+    """One split of a prepared data set (`diffvit.data.datasets.Split`)."""
 
     storage: Storage
     shards: tuple[str, ...]

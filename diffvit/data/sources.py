@@ -1,276 +1,284 @@
-"""Where encoded images lie: the embedded sample, prepared shards or an image folder, as numbered, labelled splits.
+"""Where images come from before they are shards: a folder, tars, Parquet or a torchvision data set.
 
-A split is small to send (columns of paths or row numbers, not images) and reads one image by its number, so any
-process can fetch what the order asks for. Nothing here knows of Ray.
+Whatever the source, what comes out is a table of *entries*: which file holds an image, where in it, its key, its
+class and its split. A source that cannot be read at any place (a compressed tar, a Parquet column, an array in memory)
+is first copied, image by image, into a *staging* file that can. What follows then reads every source in the same way.
+
+Splits are recognised by folder or file names: `train`, and `val`, `valid`, `validation` or `test`.
 """
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
 import json
 import os
-import socket
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Protocol
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Literal
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
-from diffvit.config import DataConfig
-from diffvit.data.shards import INFO_NAME, open_shards
-from diffvit.data.splitting import hold_out
-from diffvit.storage import MACHINE_ERRORS, Storage, StorageError, absolute
+from diffvit.data.datasets import IMAGE_EXTENSIONS
+from diffvit.storage import Storage
 
-SAMPLE = "sample"
-SAMPLE_FOLDER = Path(__file__).parent / SAMPLE
-IMAGE_EXTENSIONS = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"}
-    | {".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".avif", ".avifs", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"}
+ENTRY_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("split", pa.string()),  # train, val, test or BESIDE; null where the source has no splits
+        ("class_name", pa.string()),  # null where the image has none
+        ("label", pa.int64()),  # the number that the source itself gives the class; null where it gives none
+        ("location", pa.string()),  # of the folder that holds the file
+        ("file", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("reason", pa.string()),  # why it cannot be used; null where it can
+    ]
 )
-_TRAIN_FOLDER = "train"
-_VAL_FOLDERS = ("val", "valid", "validation", "test")
+BESIDE = "beside"
+"""The split of images that lie beside the folders of splits: not trained on, and predicted like others."""
+_IGNORED = b"ignored"
+_SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_SPLIT_IN_NAME = re.compile(r"(?<![a-z])(train|validation|valid|val|test)(?![a-z])")
 
-Labels = npt.NDArray[np.int64]
-Indices = npt.NDArray[np.int64]
+_IMAGENET_COLUMNS = ["ImageId", "PredictionString"]
+"""Of LOC_val_solution.csv."""
 
+_STAGED_BYTES = 32 * 2**20
+_READ_AHEAD_BYTES = 8 * 2**20
+"""An object store is read in such pieces; asking it for each header of a tar would take a round trip an image."""
 
-class Split(Protocol):
-    """Images numbered from 0, each with a key that is unique in its data set."""
-
-    @property
-    def labels(self) -> Labels: ...
-
-    def __len__(self) -> int: ...
-
-    def key(self, index: int) -> str: ...
-
-    def read_many(self, indices: Indices) -> Iterator[bytes | OSError]:
-        """The encoded images, in this order; an OSError in the place of one that cannot be read."""
-        ...
+Kind = Literal["folder", "tar", "parquet", "shards", "torchvision"]
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """A training and a validation split over the same classes; class c is `classes[c]`."""
+class Unit:
+    """A part of a source that one task goes through; `files` as the source names them."""
 
-    classes: tuple[str, ...]
-    train: Split
-    val: Split
-    mean: tuple[float, ...] = ()
-    """Of pixels in [0, 1] by channel; empty where nobody counted."""
-    std: tuple[float, ...] = ()
+    kind: Kind
+    location: str
+    files: tuple[str, ...]
+    sizes: tuple[int, ...]
+    ignored: Counter[str] = field(default_factory=Counter)
+    """How many files beside these are no images, by extension; indexing a tar adds those in it."""
+    changed_ns: tuple[int, ...] = ()
+    """When each file was last changed; none where they are no files."""
 
 
 @dataclass(frozen=True)
-class FolderSplit:
-    """Image files under `root`; a key is a file's path below it.
+class Entry:
+    """One image, as a row of ENTRY_SCHEMA."""
 
-    Where the folder is not there, or the machine fails, that is a StorageError and no fault of an image.
+    key: str
+    file: str
+    offset: int = 0
+    length: int = -1
+    split: str | None = None
+    class_name: str | None = None
+    label: int | None = None
+    location: str | None = None
+    reason: str | None = None
+
+
+def listing_digest(units: Sequence[Unit]) -> str:
+    """One number for names, sizes and times of the last change of all files of a source."""
+    listing = json.dumps([(unit.files, unit.sizes, unit.changed_ns) for unit in units])
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+class Staging:
+    """Receives the images of a unit, one after the other, into files `<name>-00000.bin`, …, each written at once.
+
+    An upload that breaks off cannot be continued, so what is written to a store must be small enough to write again.
     """
 
-    root: str
-    paths: pa.StringArray
-    labels: Labels
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._storage, self._name = storage, name
+        self._files = 0
+        self._held = bytearray()
 
-    def __len__(self) -> int:
-        return len(self.paths)
+    def add(self, content: bytes) -> dict[str, Any]:
+        """Where the image lies, as fields of its Entry."""
+        if self._held and len(self._held) + len(content) > _STAGED_BYTES:
+            self.close()
+        place = {"location": self._storage.uri, "file": self._file, "offset": len(self._held), "length": len(content)}
+        self._held += content
+        return place
 
-    def key(self, index: int) -> str:
-        return str(self.paths[index].as_py())
-
-    def read_many(self, indices: Indices) -> Iterator[bytes | OSError]:
-        for index in indices.tolist():
-            try:
-                yield Path(self.root, self.key(index)).read_bytes()
-            except OSError as error:
-                if error.errno in MACHINE_ERRORS or not Path(self.root).is_dir():
-                    node, reason = socket.gethostname(), error.strerror or error
-                    raise StorageError(f"{self.root} cannot be read on the node {node}: {reason}") from None
-                yield error
-
-
-@dataclass(frozen=True)
-class SampleSplit:
-    """The Parquet file of a split of the embedded sample, found anew wherever the package is installed."""
-
-    name: str
+    def close(self) -> None:
+        """Write what is still held."""
+        if self._held:
+            self._storage.write(self._file, bytes(self._held))
+            self._files += 1
+            self._held.clear()
 
     @property
-    def labels(self) -> Labels:
-        labels: Labels = _sample_table(self.name)["label"].to_numpy()
-        return labels
-
-    def __len__(self) -> int:
-        return int(_sample_table(self.name).num_rows)
-
-    def key(self, index: int) -> str:
-        return str(_sample_table(self.name)["key"][index].as_py())
-
-    def read_many(self, indices: Indices) -> Iterator[bytes | OSError]:
-        images = _sample_table(self.name)["image"]
-        return (images[index].as_py() for index in indices.tolist())
+    def _file(self) -> str:
+        return f"{self._name}-{self._files:05d}.bin"
 
 
-@lru_cache
-def _sample_table(name: str) -> pa.Table:
-    return pq.read_table(SAMPLE_FOLDER / f"{name}.parquet").combine_chunks()
+class _RemoteFile(io.RawIOBase):
+    """An object as a file whose every read waits for a store that is away, as `Storage.read_range` does."""
+
+    def __init__(self, storage: Storage, name: str, size: int) -> None:
+        self._storage, self._name, self._size = storage, name, size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        length = min(len(buffer), self._size - self._position)
+        content = self._storage.read_range(self._name, self._position, length) if length > 0 else b""
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
 
 
-def open_dataset(config: DataConfig) -> Dataset:
-    """The data set that `config` names.
+def open_original(unit: Unit) -> BinaryIO:
+    """The only file of a unit, seekable, open for reading.
 
     Raises:
-        ValueError: no such folder, no class folders, a class without images, classes that differ between the
-            splits, or a prepared data set that is not whole; the message names the folder.
-        StorageError: the object store is away.
+        FileNotFoundError: it is not there any more.
+        StorageError: the store stayed away; from reads too.
     """
-    if config.path == SAMPLE:
-        classes = json.loads(_sample_table("train").schema.metadata[b"classes"])
-        return Dataset(tuple(classes), SampleSplit("train"), SampleSplit("test"))
-    if not config.path:
-        raise ValueError(f"data.path is missing: give an image folder or shards (--data.path FOLDER) or '{SAMPLE}'")
-    storage = Storage(absolute(config.path))  # workers have other working directories
-    try:
-        return _open_shards(storage)
-    except (FileNotFoundError, NotADirectoryError):
-        if storage.is_remote:
-            raise ValueError(
-                f"data.path {config.path!r} holds no {INFO_NAME}; an object store is read as shards: "
-                "ray_jobs/prepare.py makes them"
-            ) from None
-    return _open_folder(config)
+    storage, (name,), (size,) = Storage(unit.location), unit.files, unit.sizes
+    if not storage.is_remote:
+        return Path(storage.path(name)).open("rb")
+    return io.BufferedReader(_RemoteFile(storage, name, size), _READ_AHEAD_BYTES)
 
 
-def _open_shards(storage: Storage) -> Dataset:
-    info, splits = open_shards(storage)
-    return Dataset(tuple(info.classes), splits["train"], splits["val"], tuple(info.mean), tuple(info.std))
+def split_called(name: str) -> str | None:
+    return _SPLITS.get(name.lower())
 
 
-def _open_folder(config: DataConfig) -> Dataset:
-    root = Path(config.path).expanduser().absolute()
-    if not root.is_dir():
-        raise ValueError(
-            f"data.path must be an image folder or '{SAMPLE}', got {config.path!r}: "
-            f"{'it is a file' if root.exists() else 'it does not exist'}"
-        )
-    named = {name.lower(): root / name for name in _class_folders(root)}  # of Train and train, the last in order
-    train_folder = named.get(_TRAIN_FOLDER, root / _TRAIN_FOLDER)
-    if not _class_folders(train_folder):  # none, or a class of that name
-        return _split_folder(root, config)
-    train_files = _files_by_class(train_folder)
-    val_folder = next((named[name] for name in _VAL_FOLDERS if name in named), None)
-    if val_folder is None:
-        return _split_folder(train_folder, config)
-    val_files = _files_by_class(val_folder)
-    if set(train_files) != set(val_files):
-        odd = sorted(set(train_files) ^ set(val_files))
-        raise ValueError(
-            f"{train_folder} and {val_folder} must hold the same class folders; only one has: {_some(odd)}"
-        )
-    return Dataset(
-        tuple(train_files),
-        _folder_split(root, list(train_files.values())),
-        _folder_split(root, list(val_files.values())),
-    )
+def split_of_path(name: str) -> tuple[str | None, tuple[str, ...]]:
+    """The split that the first folder of `name` says, and the path below it."""
+    parts = PurePosixPath(name).parts
+    split = split_called(parts[0]) if len(parts) > 1 else None
+    return split, parts[1:] if split else parts
 
 
-def _split_folder(root: Path, config: DataConfig) -> Dataset:
-    """Hold `val_fraction` of each class out, the same images for the same `split_seed`."""
-    files_by_class = _files_by_class(root)
-    everything = _folder_split(root, list(files_by_class.values()))
-    train, val = (
-        FolderSplit(everything.root, everything.paths.take(pa.array(rows)), everything.labels[rows])
-        for rows in hold_out(everything.labels, config.val_fraction, config.split_seed, tuple(files_by_class))
-    )
-    return Dataset(tuple(files_by_class), train, val)
+def split_of_file(name: str) -> str | None:
+    """The split that a tar's or a Parquet file's name says (`train-00000-of-00294.parquet`)."""
+    found = _SPLIT_IN_NAME.findall(name.lower())
+    return _SPLITS[found[-1]] if found else None
 
 
-def _folder_split(root: Path, files_by_class: Sequence[Sequence[Path]]) -> FolderSplit:
-    paths = [str(path.relative_to(root)) for files in files_by_class for path in files]
-    labels = np.repeat(np.arange(len(files_by_class)), [len(files) for files in files_by_class])
-    try:
-        return FolderSplit(str(root), pa.array(paths, pa.string()), labels)
-    except UnicodeEncodeError as error:
-        raise not_utf8(os.fsencode(error.object)) from None
+def is_image(name: str) -> bool:
+    return extension_of(name) in IMAGE_EXTENSIONS and not is_hidden(name)
 
 
-def not_utf8(name: bytes) -> ValueError:
-    return ValueError(f"names of files must be UTF-8, got {name.decode(errors='backslashreplace')}; rename it")
+def join_entries(units: Sequence[Unit], parts: Sequence[pa.Table]) -> pa.Table:
+    """The entries of all units; where the own keys of several Parquet files overlap, after each file's name."""
+    entries = pa.concat_tables(parts)
+    distinct = sum(pc.count_distinct(part["key"]).as_py() for part in parts)
+    if units[0].kind != "parquet" or pc.count_distinct(entries["key"]).as_py() == distinct:
+        return entries
+    files = pa.array([unit.files[0] for unit, part in zip(units, parts, strict=True) for _ in range(part.num_rows)])
+    keys = pc.binary_join_element_wise(files, entries["key"], "/")
+    return entries.set_column(entries.schema.get_field_index("key"), ENTRY_SCHEMA.field("key"), keys)
 
 
-def walk(root: Path | str, *above: Path) -> Iterator[tuple[str, list[str]]]:
-    """Every folder at and below `root` with the names in it that are no folders. Links to folders are followed.
+def label_entries(entries: pa.Table, labels: dict[str, str]) -> pa.Table:
+    """The entries, with the class of `read_labels` where they have none.
 
-    Each folder comes once, whatever links lead to it, and those `above` never. Pipes, sockets and devices, of which a
-    read may never end, are left out; links to nothing are not.
+    Raises:
+        ValueError: no label is of an entry without a class.
     """
-    seen, folders = {path.resolve() for path in above}, [str(root)]
-    while folders:
-        folder = folders.pop()
-        place = Path(folder).resolve()
-        if place in seen:
+    if not labels:
+        return entries
+    stems = [PurePosixPath(key).stem for key in entries["key"].to_pylist()]
+    classes = entries["class_name"].to_pylist()
+    names = [found or labels.get(stem) for stem, found in zip(stems, classes, strict=True)]
+    if names == classes:
+        reasons = entries["reason"].to_pylist()
+        without = next((s for s, found, bad in zip(stems, classes, reasons, strict=True) if not (found or bad)), None)
+        raise ValueError(
+            f"labels (--labels FILE) must name images that have no class of their own, none of its {len(labels)} names "
+            f"does, such as {next(iter(labels))!r}"
+            + (f"; such an image is {without!r}" if without else "; no image is without: leave --labels out")
+        )
+    place = entries.schema.get_field_index("class_name")
+    return entries.set_column(place, ENTRY_SCHEMA.field("class_name"), pa.array(names, pa.string()))
+
+
+def read_labels(path: str) -> dict[str, str]:
+    """`{image name without folder and extension: class}` of a `--labels` file.
+
+    In ImageNet's own, which begins with a line of column names, boxes follow the class.
+
+    Raises:
+        ValueError: there is no such file, it is not UTF-8, a line has no class, or two lines give one image two.
+    """
+    if not path:
+        return {}
+    head, mark, query = path.partition("?") if "://" in path else (path, "", "")
+    folder, _, name = head.rpartition("/")
+    try:
+        content = Storage((folder or ("/" if head.startswith("/") else ".")) + mark + query).read(name)
+        text = content.decode("utf-8-sig")  # spreadsheets write a mark in front
+    except FileNotFoundError:
+        raise ValueError(f"labels must name a file, got {path!r}: there is none") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"labels must be a file in UTF-8, {path!r} is not: {error}") from None
+    labels: dict[str, str] = {}
+    has_boxes = False
+    for number, row in enumerate(_rows_of(text, path), start=1):
+        if not row:
             continue
-        seen.add(place)
-        below, files = [], []
-        with os.scandir(folder) as found:
-            for entry in found:
-                there: os.DirEntry[str] | Path = Path(entry.path) if entry.is_symlink() else entry
-                if there.is_dir():
-                    below.append(entry.path)
-                elif there.is_file() or (isinstance(there, Path) and not there.exists()):
-                    files.append(entry.name)
-        yield folder, files
-        folders += sorted(below, reverse=True)
-
-
-def sort_classes(names: Iterable[str]) -> tuple[str, ...]:
-    """By number where all of them are numbers, else by name: the same from a folder and from what is prepared of it."""
-    names = sorted(names)
-    if all(name.isdecimal() for name in names):
-        names.sort(key=int)  # 01 and 1, which are two, stay in the order of their names
-    return tuple(names)
-
-
-def _class_folders(root: Path) -> tuple[str, ...]:
-    if not root.is_dir():
-        return ()
-    return sort_classes(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _files_by_class(root: Path) -> dict[str, list[Path]]:
-    """`{class: its image files}`, both sorted, so that numbers do not depend on the file system."""
-    folders = _class_folders(root)
-    if len(folders) < 2:
-        raise ValueError(
-            f"{root} must hold at least 2 class folders, <class>/<image>, it has "
-            + (
-                f"only {folders[0]!r}; where that is a folder around the classes, name it instead"
-                if folders
-                else "none"
+        if number == 1 and row == _IMAGENET_COLUMNS:
+            has_boxes = True
+            continue
+        if len(row) < 2 or not row[1].split():
+            raise ValueError(f"{path}, line {number}: expected 'image name,class', got {','.join(row)!r}")
+        image, label = Path(row[0]).stem, row[1].split()[0] if has_boxes else row[1].strip()
+        if labels.setdefault(image, label) != label:
+            raise ValueError(
+                f"{path}, line {number}: an image {image!r} is {label!r} here and {labels[image]!r} above; names count "
+                "without folder and extension"
             )
-        )
-    files_by_class = {
-        name: sorted(
-            Path(folder, file)
-            for folder, files in walk(root / name, root)
-            for file in files
-            if Path(file).suffix.lower() in IMAGE_EXTENSIONS
-            and not any(part.startswith(".") for part in (*Path(folder).relative_to(root).parts, file))
-        )
-        for name in folders
-    }
-    empty = [name for name, files in files_by_class.items() if not files]
-    if empty:
-        raise ValueError(
-            f"{len(empty)} class folders of {root} hold no images: {_some(empty)} "
-            f"(images end in {', '.join(sorted(IMAGE_EXTENSIONS))})"
-        )
-    return files_by_class
+    return labels
 
 
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")
+def _rows_of(text: str, path: str) -> Iterator[list[str]]:
+    try:
+        yield from csv.reader(io.StringIO(text))
+    except csv.Error as error:
+        raise ValueError(f"labels must be a file of 'image name,class' lines, {path!r} is not: {error}") from None
+
+
+def places_of(entries: pa.Table) -> list[Storage]:
+    """Every folder or store that holds the images."""
+    return [Storage(location) for location in pc.unique(entries["location"]).to_pylist()]
+
+
+def with_ignored(entries: pa.Table, ignored: Mapping[str, int]) -> pa.Table:
+    """The table, with the number of files that are no images, by extension."""
+    return entries.replace_schema_metadata({_IGNORED: json.dumps(ignored)})
+
+
+def ignored_in(entries: pa.Table) -> Counter[str]:
+    """What `with_ignored` noted."""
+    return Counter(json.loads((entries.schema.metadata or {}).get(_IGNORED, b"{}")))
+
+
+def extension_of(name: str) -> str:
+    """In lower case, with its dot; '(none)' where there is none."""
+    return PurePosixPath(name).suffix.lower() or "(none)"
+
+
+def is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in PurePosixPath(name).parts)

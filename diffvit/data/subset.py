@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from diffvit.data.sources import Dataset, Indices, Labels, Split
+from diffvit.data.datasets import Dataset, Indices, Labels, Split
 from diffvit.data.splitting import hold_out
 
 

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from diffvit.config import ModelConfig, RunConfig
+from diffvit.data.datasets import Dataset, open_dataset
 from diffvit.data.order import Indices
-from diffvit.data.sources import Dataset, open_dataset
 from diffvit.storage import Storage, absolute
 
 _DIFFERENT_IMAGES = 16
@@ -56,7 +56,7 @@ IMAGENET = KnownSet("ImageNet-1k", 1_281_167, 50_000, 1000, ImageKind(500, 375, 
 
 @dataclass(frozen=True)
 class SyntheticSplit:
-    """`diffvit.data.sources.Split` whose image i is `images[i % len(images)]`."""
+    """`diffvit.data.datasets.Split` whose image i is `images[i % len(images)]`."""
 
     labels: npt.NDArray[np.int64]
     images: tuple[bytes, ...]

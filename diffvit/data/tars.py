@@ -25,7 +25,7 @@ from tempfile import SpooledTemporaryFile
 from typing import Any, BinaryIO, Self
 
 from diffvit.config import SourceOptions
-from diffvit.data.originals import (
+from diffvit.data.sources import (
     BESIDE,
     Entry,
     Staging,

@@ -16,7 +16,7 @@ from typing import Any
 from torchvision import datasets
 
 from diffvit.config import SourceOptions
-from diffvit.data.originals import Entry, Staging, Unit
+from diffvit.data.sources import Entry, Staging, Unit
 from diffvit.storage import Storage
 
 _SPLIT_ARGUMENTS: dict[str, tuple[dict[str, Any], ...]] = {

@@ -19,7 +19,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from diffvit.config import RunConfig, from_json, to_json
-from diffvit.data.sources import Dataset
+from diffvit.data.datasets import Dataset
 from diffvit.manifest import checkpoints_in
 from diffvit.search.cluster import share_of_trial
 from diffvit.search.config import DIRECTIONS, SearchConfig, SweepConfig

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffvit.config import RunConfig, from_json, to_json
+from diffvit.data.datasets import open_dataset
 from diffvit.data.fingerprint import fingerprint_of
 from diffvit.data.loader import plan_run
-from diffvit.data.sources import open_dataset
 from diffvit.data.subset import parted_for_search
 from diffvit.search.cluster import connect_for, require_shared
 from diffvit.search.config import SweepConfig

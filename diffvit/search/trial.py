@@ -21,8 +21,8 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from diffvit.config import ModelConfig, RunConfig, ScaleConfig, from_json
+from diffvit.data.datasets import Dataset
 from diffvit.data.loader import BatchLoader, LocalStream, plan_run, validation_batches
-from diffvit.data.sources import Dataset
 from diffvit.manifest import checkpoints_in
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights

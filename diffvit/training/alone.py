@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from diffvit.config import RunConfig
+from diffvit.data.datasets import Dataset
 from diffvit.data.fingerprint import fingerprint_of
 from diffvit.data.loader import BatchLoader, LocalStream, plan_run
 from diffvit.data.order import EvalPlan, TrainPlan
-from diffvit.data.sources import Dataset
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.compilation import require_compiler
 from diffvit.training.loop import RunStopped, Worker, fit

@@ -18,10 +18,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffvit.config import RunConfig, ScaleConfig, to_json
 from diffvit.console import Console
+from diffvit.data.datasets import Dataset, open_dataset
 from diffvit.data.fingerprint import fingerprint_of
 from diffvit.data.loader import plan_run
 from diffvit.data.order import TrainPlan
-from diffvit.data.sources import Dataset, open_dataset
 from diffvit.scratch import scratch_folder
 from diffvit.storage import Storage
 from diffvit.training.cluster import enter_cluster

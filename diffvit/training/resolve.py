@@ -8,7 +8,7 @@ from contextlib import suppress
 import torch
 
 from diffvit.config import RunConfig
-from diffvit.data.sources import SAMPLE, Dataset
+from diffvit.data.datasets import SAMPLE, Dataset
 from diffvit.models.origin import IMAGENET_STATISTICS
 from diffvit.models.pretrained import origin_of
 from diffvit.models.vit import VisionTransformer

@@ -7,7 +7,7 @@ import pytest
 from conftest import make_folder, make_image
 
 from diffvit.config import DataConfig
-from diffvit.data.sources import open_dataset
+from diffvit.data.datasets import open_dataset
 from diffvit.storage import StorageError
 
 
