@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ray
+from ray._private.services import find_gcs_addresses
 
 from diffvit.cluster.asking import blind_nodes
 from diffvit.cluster.packages import require_packages
@@ -45,7 +46,7 @@ def connect_for(sweep: SweepConfig) -> None:
     for each other. A cluster that can grow is given the time to.
 
     Raises:
-        ValueError: it cannot, or a node lacks a package; says what there is.
+        ValueError: it cannot, or a node lacks a package, or other clusters are in the way; says what there is.
     """
     for name, value in _TUNE_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -56,6 +57,13 @@ def connect_for(sweep: SweepConfig) -> None:
     connect(group if groups else None, dashboard=groups)
     for name in ("ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    clusters = find_gcs_addresses() if groups else set()
+    if len(clusters) > 1:  # it asks for the address of the only one, and never again
+        raise ValueError(
+            f"search.workers_per_trial = {sweep.search.workers_per_trial} cannot be used while several Ray clusters "
+            f"run on this machine ({', '.join(sorted(clusters))}): Ray would not see that a stopped trial has ended, "
+            "and keep its CPUs; wait for the others' end, or take --search.workers-per-trial 1"
+        )
     if can_grow():
         wait_for_nodes(bundles_of(sweep), 60 * scale.wait_minutes, print)
     require_room(sweep, [node["Resources"] for node in ray.nodes() if node["Alive"]])
