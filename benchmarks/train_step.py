@@ -90,7 +90,7 @@ def measure(title: str, plain: ModelConfig, batch: int, options: Options) -> Tab
         table.add_column(column, justify="left" if column == "model" else "right")
     for name in names:
         ratios = [mine / base for mine, base in zip(times[name], times["plain ViT"], strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4)
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
         median = f"{statistics.median(ratios):.3f}"
         table.add_row(name, f"{1e3 * statistics.median(times[name]):.1f}", median, f"{low:.3f} to {high:.3f}")
     return table

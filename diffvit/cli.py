@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import inspect
 import signal
 import sys
@@ -176,7 +177,11 @@ def job_ends(goes_on: str, *stops: type[Exception]) -> Iterator[None]:
         yield
     except ValueError as error:
         fail(str(error), status=2)
+    except (NotADirectoryError, PermissionError) as error:
+        fail(str(error), status=2)
     except (OSError, StorageError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EROFS:
+            fail(str(error), status=2)
         fail(f"{error}; the same command goes on {goes_on}", status=1)
     except stops as error:
         fail(str(error), status=1)
@@ -228,9 +233,10 @@ def _take_default(arguments: list[str]) -> RunConfig:
                 if place >= len(arguments):
                     raise ValueError("--config needs a file")
                 value = arguments.pop(place)
-            path = Path(value)
+            path = Path(value).expanduser()
             if not path.is_file():
-                raise ValueError(f"--config must name a JSON file, got {value!r}: there is none")
+                why = "it is a folder, whose config.json may be meant" if path.is_dir() else "there is none"
+                raise ValueError(f"--config must name a JSON file, got {value!r}: {why}")
             return _where_it_lies(from_json(path.read_bytes(), value), path.absolute().parent)
     named = bool(arguments) and not arguments[0].startswith("-")
     if not named:

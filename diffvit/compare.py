@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from diffvit.analysis.comparison import CompareOptions, compare
 from diffvit.analysis.figures import draw
 from diffvit.analysis.finished_runs import load_run
 from diffvit.analysis.panels import FigureRow
-from diffvit.analysis.report import write_report
+from diffvit.analysis.report import RESULT_NAME, write_report
 from diffvit.arms import ArmRoom, train_arms
 from diffvit.config import VARIANT_NAMES, RunConfig, ScaleConfig
 from diffvit.data.boxes import BoxedSplit
@@ -32,7 +33,10 @@ from diffvit.data.fingerprint import fingerprint_of, require_same
 from diffvit.data.loader import validation_batches
 from diffvit.data.tasks import Report
 from diffvit.models.fetched import on_disk
+from diffvit.storage import Storage
 from diffvit.training.precision import set_float32_products
+
+_WRITE_TEST = ".write-test"
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ def run_comparison(config: CompareConfig, report: Report) -> Path:
     first = first_run.config
     dataset = open_dataset(first.data)
     require_same(first_run.images, fingerprint_of(dataset), f"run {first.name!r}", first.data.path, ("validation",))
+    _require_place(config.folder, arms)
     # the head of a cluster, where this runs, may have no GPU
     device = torch.device(config.run.scale.device_type if torch.cuda.is_available() else "cpu")
     set_float32_products(ScaleConfig(precision="fp32"), device)
@@ -111,6 +116,22 @@ def run_comparison(config: CompareConfig, report: Report) -> Path:
     page = write_report(result, drawn, config.folder)
     _write_tensorboard(drawn, config.folder / "tensorboard")
     return page
+
+
+def _require_place(folder: Path, arms: dict[str, list[FinishedRun]]) -> None:
+    """Before all is measured: the report can be written, and no other comparison's is lost by it."""
+    place = Storage(str(folder))
+    earlier = place.read_or_none(RESULT_NAME)
+    if earlier is not None:
+        for arm, found in json.loads(earlier)["arms"].items():
+            lost = {*found["seeds"]} - {run.seed for run in arms.get(arm, [])}
+            if lost:
+                raise ValueError(
+                    f"{folder} has a report of other runs, among them seed {min(lost)} of {arm!r}; choose another "
+                    "--out, or delete it"
+                )
+    place.write(_WRITE_TEST, b"")
+    place.delete(_WRITE_TEST)
 
 
 def _open_boxes(path: str, config: RunConfig) -> BoxedSplit | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -25,10 +26,10 @@ from ray.data import DataContext
 from diffvit.analysis.confusion import confusion_figure, per_class
 from diffvit.cluster.waiting import can_grow, room_for, wait_for_nodes
 from diffvit.config import PredictConfig, ScaleConfig
-from diffvit.data.claim import STAGING, claim, identity_of, release, reopen, require_outside, require_same
+from diffvit.data.claim import STAGING, claim, given_back, identity_of, release, reopen, require_outside, require_same
 from diffvit.data.indexing import find_units, with_absolute_paths
 from diffvit.data.prepare import collect_entries
-from diffvit.data.sources import ignored_in, read_labels
+from diffvit.data.sources import BESIDE, ignored_in, read_labels
 from diffvit.data.tables import read_table
 from diffvit.data.tasks import STORE_ERRORS, Report, fetch
 from diffvit.manifest import WEIGHTS_NAME
@@ -66,18 +67,27 @@ def predict(config: PredictConfig, report: Report) -> dict[str, Any]:
         return finished
     require_resources(config)
     claim(target, identity)
-    entries = collect_entries(units, config, labels, target.child(STAGING), report)
+    with given_back(target):
+        entries = collect_entries(units, config, labels, target.child(STAGING), report)
+        _require_split(config, entries)
     left_out = {"ignored": dict(ignored_in(entries)), "without_split": 0}
     if config.split:
         left_out["without_split"] = entries["split"].null_count
         entries = entries.filter(pc.equal(entries["split"], config.split))
-    if not entries.num_rows:
-        raise ValueError(f"{config.images} holds no images" + (f" of split {config.split!r}" if config.split else ""))
     job = Job(config, saved.config, saved.augment, entries.combine_chunks(), target, _ends(config, saved, entries))
     _predict_parts(job, saved, report)
     results = _summarise(job, saved, identity, left_out)
     release(target)
     return results
+
+
+def _require_split(config: PredictConfig, entries: pa.Table) -> None:
+    there = sorted({*entries["split"].to_pylist()} - {None, BESIDE})
+    if config.split and config.split not in there:
+        told = f"there are {', '.join(there)}" if there else "the source does not say any"
+        raise ValueError(f"{config.images} holds no images of split {config.split!r}; {told}")
+    if not entries.num_rows:
+        raise ValueError(f"{config.images} holds no images")
 
 
 def require_resources(config: PredictConfig) -> None:
@@ -161,6 +171,7 @@ def _summarise(job: Job, saved: SavedModel, identity: dict[str, Any], left_out: 
     known = {name: label for label, name in enumerate(saved.classes)}
     confusion = np.zeros((len(known), len(known)), np.int64)
     seen = skipped = labelled = top5 = 0
+    unknown: Counter[str] = Counter()
     for name in [part_name(number) for number in range(job.parts)]:  # killed writers may have left others
         table = read_table(target, name)
         seen += table.num_rows
@@ -172,10 +183,13 @@ def _summarise(job: Job, saved: SavedModel, identity: dict[str, Any], left_out: 
                 labelled += 1
                 top5 += true in top[:5]
                 confusion[known[true], known[predicted]] += 1
+            elif true is not None:
+                unknown[true] += 1
     if seen != images:
         raise RuntimeError(f"{seen} predictions for {images} images")
     results: dict[str, Any] = {"images": images, "skipped": skipped, "labelled": labelled}
     results |= {name: counted for name, counted in left_out.items() if counted}
+    results |= {"unknown_classes": dict(unknown)} if unknown else {}
     if labelled:
         results["top1"] = 100 * int(confusion.trace()) / labelled
         if job.config.top_k >= min(5, len(known)):  # else nobody knows

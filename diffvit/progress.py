@@ -63,7 +63,7 @@ class Progress:
 
 def print_dataset(out: str, info: DatasetInfo, seconds: float, packed: int) -> None:
     """What a prepared data set holds, and what was left out; `packed` images of it in the `seconds` of this call."""
-    console = rich.console.Console(highlight=False, soft_wrap=True)
+    console = rich.console.Console(highlight=False, soft_wrap=True, markup=False)  # names may have brackets
     images = sum(split.images for split in info.splits.values())
     shards = [shard for split in info.splits.values() for shard in split.shards]
     counts = info.splits["train"].class_counts
@@ -96,8 +96,8 @@ def _counts(ignored: dict[str, int]) -> str:
 
 def print_predictions(out: str, results: dict[str, Any]) -> None:
     """How many images were predicted and, where the truth is known, how well."""
-    console = rich.console.Console(highlight=False, soft_wrap=True)
-    console.print(f"[bold]{results['images']:,} images predicted[/], in {out.rstrip('/')}/predictions")
+    console = rich.console.Console(highlight=False, soft_wrap=True, markup=False)  # names may have brackets
+    console.print(f"{results['images']:,} images predicted, in {out.rstrip('/')}/predictions", style="bold")
     if results["skipped"]:
         console.print(f"{results['skipped']:,} of them cannot be used; `reason` says why", style="yellow")
     if results.get("ignored"):
@@ -105,6 +105,9 @@ def print_predictions(out: str, results: dict[str, Any]) -> None:
     if results.get("without_split"):
         others = results["without_split"]
         console.print(f"{others:,} others left out: the source does not say their split", style="yellow")
+    if unknown := results.get("unknown_classes"):
+        named = ", ".join([*unknown][:_CLASSES_SHOWN]) + (", …" * (len(unknown) > _CLASSES_SHOWN))
+        console.print(f"{sum(unknown.values()):,} are of classes that the model does not know: {named}", style="yellow")
     if not results["labelled"]:
         return
     top5 = f", top-5 {results['top5']:.2f} %" if "top5" in results else ""

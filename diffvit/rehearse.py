@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import signal
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -64,10 +62,10 @@ def rehearse(config: RunConfig, options: RehearsalOptions) -> tuple[Measured, Fo
     steps = min(options.rehearse_steps or _STEPS, plan.total_steps)
     shown = min(len(dataset.val), steps * plan.batch_size)  # no more than a rehearsal's worth is evaluated
     console = rich.console.Console(highlight=False, soft_wrap=True)
-    console.print(f"rehearsing {steps} of the {plan.total_steps:,} steps of [bold]{config.name}[/]")
+    console.print(f"rehearsing {steps} of the {plan.total_steps:,} steps of {config.name}", markup=False)
     console.print(f"images: {description}", markup=False)
     enter_cluster(config, print)
-    with _ends_when_told(), _beside(config) as temporary:
+    with _beside(config) as temporary:
         work = partial(_rehearse_worker, steps=steps)
         measured: Measured = work_on_group(temporary, _with_fewer(dataset, shown), work)
     startup = time.monotonic() - started - measured.seconds
@@ -81,23 +79,6 @@ def rehearse(config: RunConfig, options: RehearsalOptions) -> tuple[Measured, Fo
 def _rehearse_worker(job: dict[str, Any], steps: int) -> Measured:
     group = join_group(job)
     return rehearse_steps(group.config, group.train_plan, group.eval_plan, group.stream, group.worker, steps)
-
-
-@contextmanager
-def _ends_when_told() -> Iterator[None]:
-    """SIGTERM, as `ray job stop` sends it, ends this like an error; Ray's own answer to it aborts the process."""
-
-    def end(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 @contextmanager

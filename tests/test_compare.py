@@ -134,6 +134,16 @@ class TestRuns:
         train_arms(config.recipe, config.seeds, config.room, quiet)
         assert finished == {run: (storage / run / "results.json").stat().st_mtime_ns for run in runs}
 
+        fewer = dataclasses.replace(config, runs=tuple(str(storage / f"{arm}-seed0") for arm in ("plain", "v1")))
+        with pytest.raises(
+            ValueError, match=r"has a report of other runs, among them seed 1 of 'plain ViT'; choose an"
+        ):
+            run_comparison(fewer, lambda *_: pytest.fail("measured"))
+        wider = with_fields(config.recipe, optim={"lr": 0.5})
+        with pytest.raises(
+            ValueError, match=r"plain-seed0 was trained by another config; choose another --out:\n  optim"
+        ):
+            train_arms(wider, config.seeds, config.room, quiet)
         # the same runs, given by name, without one seed of an arm
         chosen = [str(storage / run) for run in runs if run != "v1-seed1"]
         given = dataclasses.replace(config, runs=tuple(chosen), out=str(tmp_path / "given"))

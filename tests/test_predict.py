@@ -79,7 +79,7 @@ def rows_of(out: str) -> dict[str, dict[str, object]]:
 def test_predictions_are_the_models(config: PredictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PART_IMAGES", 5)
     results = predict(config, quiet)
-    assert results["ignored"] == {".txt": 1}
+    assert (results["ignored"], results["unknown_classes"]) == ({".txt": 1}, {"purple": 1})
     rows = rows_of(config.out)
     assert set(rows) == {str(p.relative_to(config.images)) for p in Path(config.images).rglob("*.png")}
     saved = load_saved(config.checkpoint)
@@ -243,8 +243,10 @@ def test_shards_and_one_split(config: PredictConfig, tmp_path: Path) -> None:
     assert results["top5"] == 100  # there are three
     assert (results["images"], results["labelled"]) == (6, 6)
     assert {key.split("/")[0] for key in rows_of(config.out)} == {"val"}
-    with pytest.raises(ValueError, match="holds no images of split 'test'"):
-        predict(dataclasses.replace(config, images=str(tmp_path / "shards"), split="test", out=config.out + "2"), quiet)
+    elsewhere = dataclasses.replace(config, images=str(tmp_path / "shards"), out=config.out + "2")
+    with pytest.raises(ValueError, match="holds no images of split 'test'; there are train, val"):
+        predict(dataclasses.replace(elsewhere, split="test"), quiet)
+    assert predict(dataclasses.replace(elsewhere, split="train"), quiet)["images"] == 12  # mended, it has the folder
 
 
 def test_a_checkpoint_that_is_none(config: PredictConfig, tmp_path: Path) -> None:

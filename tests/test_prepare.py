@@ -26,7 +26,7 @@ from diffvit.data.datasets import open_dataset
 from diffvit.data.prepare import prepare, verify
 from diffvit.data.shards import DatasetInfo, open_shards
 from diffvit.data.tasks import map_anywhere
-from diffvit.progress import Progress, print_dataset
+from diffvit.progress import Progress, print_dataset, print_predictions
 from diffvit.storage import Storage, StorageError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -99,6 +99,29 @@ def test_a_finished_data_set_that_lost_files_is_made_again(config: PrepareConfig
     assert prepare(config, quiet) == info
     assert verify(config, quiet) == info
     assert not Path(config.out, ".staging").exists()
+
+
+def test_a_mistake_does_not_take_the_folder(config: PrepareConfig) -> None:
+    for path in sorted(Path(config.source, "red").glob("*"))[1:]:
+        path.unlink()
+    with pytest.raises(ValueError, match="'red' has one image"):
+        prepare(config, quiet)
+    make_image(Path(config.source, "red/new.png"), hue=0, seed=0)
+    assert prepare(config, quiet).splits["train"].class_counts == [18, 18, 1]
+
+
+def test_names_are_shown_as_they_are(config: PrepareConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    """rich would take brackets for its own marks."""
+    for name in ("red [dark]", "red [/z]"):
+        make_image(Path(config.source, name, "1.png"), hue=0, seed=0)
+        make_image(Path(config.source, name, "2.png"), hue=0, seed=1)
+    print_dataset("x [/b]", prepare(config, quiet), 0.5, 1)
+    assert "x [/b]/dataset.json" in capsys.readouterr().out
+    rows = [{"class": "red [/z]", "images": 1, "top1": 0.0, "precision": None, "most_taken_for": "red [dark]"}]
+    print_predictions("x [/z]", {"images": 1, "skipped": 0, "labelled": 1, "top1": 0.0, "classes": rows})
+    shown = capsys.readouterr().out
+    assert "1 images predicted, in x [/z]/predictions" in shown
+    assert "red [/z]" in shown.splitlines()[-1]
 
 
 def test_a_folder_of_other_things_is_not_touched(config: PrepareConfig) -> None:

@@ -148,7 +148,7 @@ def test_options() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sample", "--price-per-hour", "2"], "needs --rehearse"),
+        (["sample", "--price-per-hour", "2"], "is for --rehearse, which is missing"),
         (
             ["sample", "--rehearse", "--rehearse-steps", "1"],
             "at least 2, and needs --rehearse; got 1",

@@ -66,7 +66,7 @@ def _seconds(model: nn.Module, images: Tensor, run: Pass) -> float:
 
 
 def _result(mine: list[float], base: list[float], images: int) -> dict[str, Any]:
-    low, median, high = statistics.quantiles([m / b for m, b in zip(mine, base, strict=True)], n=4)
+    low, median, high = statistics.quantiles([m / b for m, b in zip(mine, base, strict=True)], n=4, method="inclusive")
     return {
         "images_per_second": images / statistics.median(mine),
         "ratio_to_first": {"median": median, "low": low, "high": high},

@@ -26,6 +26,10 @@ class RehearsalOptions:
             f"rehearse_steps must be at least 2, and needs --rehearse; got {self.rehearse_steps}",
         )
         require(
-            self.price_per_hour is None or (self.rehearse and 0 <= self.price_per_hour < math.inf),
-            f"price_per_hour must not be negative, nor infinite, and needs --rehearse; got {self.price_per_hour}",
+            self.price_per_hour is None or 0 <= self.price_per_hour < math.inf,
+            f"price_per_hour must not be negative, nor infinite, got {self.price_per_hour}",
+        )
+        require(
+            self.price_per_hour is None or self.rehearse,
+            f"price_per_hour is for --rehearse, which is missing; got {self.price_per_hour}",
         )

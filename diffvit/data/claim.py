@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -62,6 +63,16 @@ def claim(target: Storage, identity: dict[str, Any]) -> None:
         _begin(target, identity)
         return
     require_same(json.loads(begun), identity, f"out = {target.uri!r} was begun")
+
+
+@contextmanager
+def given_back(target: Storage) -> Iterator[None]:
+    """Where something is wrong with the input, and nothing is made of it yet, mended options may have the folder."""
+    try:
+        yield
+    except ValueError:
+        release(target)
+        raise
 
 
 def _begin(target: Storage, identity: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffvit.config import PrepareConfig, SourceOptions
-from diffvit.data.claim import STAGING, claim, identity_of, release, reopen, require_outside, require_same
+from diffvit.data.claim import STAGING, claim, given_back, identity_of, release, reopen, require_outside, require_same
 from diffvit.data.indexing import find_units, index_unit, with_absolute_paths
 from diffvit.data.layout import Layout, plan_layout
 from diffvit.data.packing import Limits, PackedShard, pack_shard, read_index_part, read_packed
@@ -71,10 +71,11 @@ def prepare(config: PrepareConfig, report: Report) -> DatasetInfo:
         release(target)
         return finished
     claim(target, identity)
-    entries = collect_entries(units, config, labels, target.child(STAGING), report)
-    layout = plan_layout(
-        entries, val_fraction=config.val_fraction, seed=config.seed, shard_bytes=int(config.shard_mib * 2**20)
-    )
+    with given_back(target):
+        entries = collect_entries(units, config, labels, target.child(STAGING), report)
+        layout = plan_layout(
+            entries, val_fraction=config.val_fraction, seed=config.seed, shard_bytes=int(config.shard_mib * 2**20)
+        )
     limits = Limits(config.max_pixels, config.max_image_bytes, config.max_side)
     packed = _pack_all(layout, target, limits, report)
     info = _finish(config, identity, layout, packed, ignored_in(entries), target)

@@ -51,6 +51,11 @@ def _origin_at(path: Path, source: str) -> Origin:
         except json.JSONDecodeError as error:
             raise ValueError(f"checkpoint {checkpoint} is damaged: {MANIFEST_NAME} cannot be read ({error})") from None
         return origin_of_manifest(manifest, checkpoint)
+    if not path.exists():
+        raise ValueError(
+            f"init.weights {source!r} does not exist; it must be a run, a checkpoint, a .safetensors file or {HUB}NAME "
+            "(a run that began from it goes on by --config of its config.json)"
+        )
     if not path.is_file():
         raise ValueError(f"init.weights must be a run, a checkpoint, a .safetensors file or {HUB}NAME, got {source!r}")
     return _by_name(source)

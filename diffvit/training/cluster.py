@@ -6,7 +6,9 @@ import logging
 import math
 import os
 import secrets
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +40,8 @@ def connect(scale: ScaleConfig | None = None, *, dashboard: bool = False) -> Non
     # "auto" alone would also join whatever else runs on this machine, such as another user's job
     if os.environ.get("RAY_ADDRESS") or _answers(read_ray_address()):
         ray.init(address="auto", **quiet)
+        if not os.environ.get("RAY_ADDRESS"):
+            print(f"joined the Ray cluster of this machine, {ray.get_runtime_context().gcs_address}")
         _let_nodes_idle()
     else:
         workers_cpus = math.ceil(scale.max_workers * scale.cpus_per_worker) if scale else 0
@@ -52,6 +56,9 @@ def connect(scale: ScaleConfig | None = None, *, dashboard: bool = False) -> Non
             )
     for library in ("ray.train", "ray.data"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    if threading.current_thread() is threading.main_thread():
+        # `ray job stop` ends a job like Ctrl-C; Ray's own answer to SIGTERM aborts the process with a dump
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextmanager

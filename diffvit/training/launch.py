@@ -93,7 +93,7 @@ def _train(config: RunConfig, dataset: Dataset, train_plan: TrainPlan, started: 
         with Console(config, dataset, train_plan, progress), _kept_by_ray(config) as folder:
             reason = _trainer(config, dataset, progress, folder).fit().return_value
         status = "stopped" if reason else "finished"
-    except SystemExit:  # Ray Train's answer to Ctrl-C, once its workers are gone
+    except (SystemExit, KeyboardInterrupt):  # the first is Ray Train's answer to Ctrl-C, once its workers are gone
         status, reason = "interrupted", "interrupted by the user"
         raise KeyboardInterrupt from None
     except TrainingFailedError as error:
