@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import ray
 from conftest import with_fields
-from ray._private.services import find_gcs_addresses
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.util import placement_group_table
 from sweeps import record
@@ -29,7 +28,7 @@ from diffvit.data.datasets import Dataset, open_dataset
 from diffvit.data.fingerprint import fingerprint_of
 from diffvit.data.subset import parted_for_search
 from diffvit.search import cluster
-from diffvit.search.cluster import connect_for
+from diffvit.search.cluster import clusters_here, connect_for
 from diffvit.search.config import SearchConfig, SweepConfig
 from diffvit.search.folder import open_sweep
 from diffvit.search.progress import Progress
@@ -265,7 +264,7 @@ def test_more_trials_than_the_cluster_holds_are_refused(sweep: SweepConfig) -> N
 
 
 def test_worker_groups_beside_another_cluster_are_refused(sweep: SweepConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "find_gcs_addresses", lambda: {"127.0.0.1:2", "127.0.0.1:1"})
+    monkeypatch.setattr(cluster, "clusters_here", lambda: {"127.0.0.1:2", "127.0.0.1:1"})
     connect_for(sweep)
     groups = dataclasses.replace(sweep, search=dataclasses.replace(sweep.search, workers_per_trial=2, concurrent=1))
     with pytest.raises(ValueError, match=r"several Ray clusters run on this machine \(127.0.0.1:1, 127.0.0.1:2\)"):
@@ -275,7 +274,7 @@ def test_worker_groups_beside_another_cluster_are_refused(sweep: SweepConfig, mo
 @pytest.mark.parametrize("status", ["finished", "stopped"])
 def test_a_trial_of_two_workers_goes_through_ray_train(sweep: SweepConfig, status: str) -> None:
     """ASHA stops it where an earlier trial was better than any can be; that takes Ray a second, and so some epochs."""
-    if len(find_gcs_addresses()) > 1:
+    if len(clusters_here()) > 1:
         pytest.skip("another Ray cluster runs on this machine: Ray cannot tell which one to ask for the trial's end")
     epochs = 2 if status == "finished" else 20
     sweep = dataclasses.replace(

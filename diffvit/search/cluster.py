@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ray
-from ray._private.services import find_gcs_addresses
+from ray._private import services
 
 from diffvit.cluster.asking import blind_nodes
 from diffvit.cluster.packages import require_packages
@@ -57,7 +57,7 @@ def connect_for(sweep: SweepConfig) -> None:
     connect(group if groups else None, dashboard=groups)
     for name in ("ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    clusters = find_gcs_addresses() if groups else set()
+    clusters = clusters_here() if groups else set()
     if len(clusters) > 1:  # it asks for the address of the only one, and never again
         raise ValueError(
             f"search.workers_per_trial = {sweep.search.workers_per_trial} cannot be used while several Ray clusters "
@@ -68,6 +68,13 @@ def connect_for(sweep: SweepConfig) -> None:
         wait_for_nodes(bundles_of(sweep), 60 * scale.wait_minutes, print)
     require_room(sweep, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     require_packages(print)
+
+
+def clusters_here() -> set[str]:
+    """Addresses of the Ray clusters whose heads run on this machine now."""
+    services.find_gcs_addresses.cache_clear()
+    found: set[str] = services.find_gcs_addresses()
+    return found
 
 
 def bundles_of(sweep: SweepConfig) -> list[Bundle]:
