@@ -14,7 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from diffvit.cluster.packages import require_packages
 from diffvit.cluster.waiting import can_grow, wait_for_nodes
-from diffvit.config import ModelConfig, RunConfig, as_variant, differing_fields, from_json, to_json
+from diffvit.config import ModelConfig, RunConfig, as_variant, differing_fields, from_json, listed, to_json
 from diffvit.data.datasets import Dataset, open_dataset
 from diffvit.data.fingerprint import fingerprint_of, require_same_images
 from diffvit.data.tasks import Report
@@ -91,8 +91,9 @@ def train_arms(recipe: RunConfig, seeds: int, room: ArmRoom, report: Report) -> 
     for config in configs:  # those that are trained already too
         earlier = begun(config)
         if earlier is not None and (differing := differing_fields(earlier, config)):
-            lines = "".join(f"\n  {name}: {old!r} there, {new!r} now" for name, (old, new) in differing.items())
-            raise ValueError(f"{config.location} was trained by another config; choose another --out:{lines}")
+            raise ValueError(
+                f"{config.location} was trained by another config; choose another --out:{listed(differing)}"
+            )
         require_same_images(Storage(config.location), images, config.data.path)
     if not recipe.is_remote:
         recipe.folder.parent.mkdir(parents=True, exist_ok=True)  # other nodes are to see it

@@ -177,10 +177,8 @@ def job_ends(goes_on: str, *stops: type[Exception]) -> Iterator[None]:
         yield
     except ValueError as error:
         fail(str(error), status=2)
-    except (NotADirectoryError, PermissionError) as error:
-        fail(str(error), status=2)
     except (OSError, StorageError) as error:
-        if isinstance(error, OSError) and error.errno == errno.EROFS:
+        if getattr(error, "errno", None) in (errno.ENOTDIR, errno.EACCES, errno.EROFS):  # trying again is of no use
             fail(str(error), status=2)
         fail(f"{error}; the same command goes on {goes_on}", status=1)
     except stops as error:
@@ -235,8 +233,7 @@ def _take_default(arguments: list[str]) -> RunConfig:
                 value = arguments.pop(place)
             path = Path(value).expanduser()
             if not path.is_file():
-                why = "it is a folder, whose config.json may be meant" if path.is_dir() else "there is none"
-                raise ValueError(f"--config must name a JSON file, got {value!r}: {why}")
+                raise ValueError(f"--config must name a JSON file, got {value!r}: there is no such file")
             return _where_it_lies(from_json(path.read_bytes(), value), path.absolute().parent)
     named = bool(arguments) and not arguments[0].startswith("-")
     if not named:

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -248,6 +250,25 @@ def test_the_worker_that_failed_is_named_and_not_those_that_lost_it() -> None:
         "Traceback ...\nRuntimeError: CUDA error: assert triggered\nCompile with `TORCH_USE_CUDA_DSA`."
     )
     assert _cause({0: lost, 3: crashed}) == (3, "RuntimeError: CUDA error: assert triggered")
+
+
+def test_sigterm_ends_a_job_like_ctrl_c(tmp_path: Path) -> None:
+    """As `ray job stop` sends it; Ray's own answer is a dump of the stack and SIGABRT."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import os, signal, time, ray\n"
+        "from diffvit.cli import job_ends\n"
+        "from diffvit.training.cluster import connect\n"
+        "with job_ends('from here'):\n"
+        "    connect()\n"
+        "    waited = ray.remote(num_cpus=0)(lambda: time.sleep(60)).remote()\n"
+        "    signal.setitimer(signal.ITIMER_REAL, 1)\n"
+        "    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "    ray.get(waited)\n"
+    )
+    job = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
+    assert (job.returncode, "SIGTERM" in job.stderr) == (130, False)
+    assert "error: interrupted; the same command goes on from here" in job.stderr
 
 
 def test_impossible_resources_are_refused_at_once(config: RunConfig) -> None:

@@ -18,7 +18,7 @@ from diffvit.config.model import (
     valid_num_heads,
 )
 from diffvit.config.rehearsal import RehearsalOptions
-from diffvit.config.run import RunConfig, differing_fields, from_json, to_json
+from diffvit.config.run import RunConfig, differing_fields, from_json, listed, to_json
 from diffvit.config.source import PredictConfig, PrepareConfig, SourceOptions
 from diffvit.config.training import CheckpointConfig, OptimConfig, ScaleConfig
 
@@ -42,6 +42,7 @@ __all__ = [
     "as_variant",
     "differing_fields",
     "from_json",
+    "listed",
     "model_preset",
     "to_json",
     "valid_num_heads",

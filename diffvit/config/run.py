@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,11 @@ def from_json(text: str | bytes, source: str) -> RunConfig:
 
 _SITTING_FIELDS = ("name", "storage", "resume", "scale", "checkpoint")
 """What may differ when a run is continued: where it lies, what it runs on, how often it is saved."""
+
+
+def listed(differing: Mapping[str, tuple[Any, Any]]) -> str:
+    """Lines for a message: what each field is there, and what it is now."""
+    return "".join(f"\n  {name}: {there!r} there, {now!r} now" for name, (there, now) in differing.items())
 
 
 def differing_fields(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:

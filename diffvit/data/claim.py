@@ -13,6 +13,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+from diffvit.config import listed
 from diffvit.data.sources import Unit, listing_digest
 from diffvit.storage import Storage
 
@@ -88,10 +89,12 @@ def reopen(target: Storage, identity: dict[str, Any], result_name: str) -> None:
 
 def require_same(there: dict[str, Any], now: dict[str, Any], what: str) -> None:
     """Raises ValueError where the two identities differ, with every difference."""
-    differing = [name for name in {**there, **now} if there.get(name) != now.get(name)]
+    both = {name: (there.get(name), now.get(name)) for name in {**there, **now}}
+    differing = {name: (old, new) for name, (old, new) in both.items() if old != new}
     if differing:
-        lines = "".join(f"\n  {name}: {there.get(name)!r} there, {now.get(name)!r} now" for name in differing)
-        raise ValueError(f"{what} from other images or with other options; choose another --out, or delete it:{lines}")
+        raise ValueError(
+            f"{what} from other images or with other options; choose another --out, or delete it:{listed(differing)}"
+        )
 
 
 def release(target: Storage) -> None:

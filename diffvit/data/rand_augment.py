@@ -80,10 +80,10 @@ def _big_vision(fill: int | tuple[int, ...]) -> list[Operation]:
         lambda image, share: _contrasted_from_size(image, enhanced(share)),
         lambda image, share: F.adjust_brightness(image, enhanced(share)),
         lambda image, share: F.adjust_sharpness(image, enhanced(share)),
-        lambda image, share: _sheared(image, _either_way(0.3 * share), 0.0, fill),
-        lambda image, share: _sheared(image, 0.0, _either_way(0.3 * share), fill),
-        lambda image, share: _shifted(image, _either_way(in_pixels(100, share, image)), 0, fill),
-        lambda image, share: _shifted(image, 0, _either_way(in_pixels(100, share, image)), fill),
+        lambda image, share: _moved(image, fill, shear=(_either_way(0.3 * share), 0)),
+        lambda image, share: _moved(image, fill, shear=(0, _either_way(0.3 * share))),
+        lambda image, share: _moved(image, fill, shift=(_either_way(in_pixels(100, share, image)), 0)),
+        lambda image, share: _moved(image, fill, shift=(0, _either_way(in_pixels(100, share, image)))),
         lambda image, share: _cut_out(image, in_pixels(40, share, image), fill),
         lambda image, share: _brightened_where_dark(image, int(110 * share)),
     ]
@@ -106,10 +106,10 @@ def _timm(fill: int | tuple[int, ...]) -> list[Operation]:
         lambda image, share: F.adjust_contrast(image, enhanced(share)),
         lambda image, share: F.adjust_brightness(image, enhanced(share)),
         lambda image, share: F.adjust_sharpness(image, enhanced(share)),
-        lambda image, share: _sheared(image, _either_way(0.3 * share), 0.0, fill, smooth),
-        lambda image, share: _sheared(image, 0.0, _either_way(0.3 * share), fill, smooth),
-        lambda image, share: _shifted(image, _either_way(0.45 * share * image.shape[-1]), 0, fill, smooth),
-        lambda image, share: _shifted(image, 0, _either_way(0.45 * share * image.shape[-2]), fill, smooth),
+        lambda image, share: _moved(image, fill, smooth, shear=(_either_way(0.3 * share), 0)),
+        lambda image, share: _moved(image, fill, smooth, shear=(0, _either_way(0.3 * share))),
+        lambda image, share: _moved(image, fill, smooth, shift=(_either_way(0.45 * share * image.shape[-1]), 0)),
+        lambda image, share: _moved(image, fill, smooth, shift=(0, _either_way(0.45 * share * image.shape[-2]))),
     ]
 
 
@@ -153,25 +153,15 @@ def _cut_out(image: Tensor, half_side: int, fill: int | tuple[int, ...]) -> Tens
     return image
 
 
-def _sheared(
+def _moved(
     image: Tensor,
-    along_x: float,
-    along_y: float,
     fill: int | tuple[int, ...],
     interpolation: InterpolationMode = InterpolationMode.NEAREST,
+    *,
+    shift: tuple[float, float] = (0, 0),
+    shear: tuple[float, float] = (0, 0),
 ) -> Tensor:
-    """By so many pixels a row (column) away from the corner at the top left."""
-    degrees = [math.degrees(math.atan(along_x)), math.degrees(math.atan(along_y))]
-    sheared: Tensor = F.affine(image, 0.0, [0, 0], 1.0, degrees, interpolation, fill, [0, 0])
-    return sheared
-
-
-def _shifted(
-    image: Tensor,
-    right: float,
-    down: float,
-    fill: int | tuple[int, ...],
-    interpolation: InterpolationMode = InterpolationMode.NEAREST,
-) -> Tensor:
-    shifted: Tensor = F.affine(image, 0.0, [right, down], 1.0, [0.0, 0.0], interpolation, fill)
-    return shifted
+    """Shifted to the right and down by pixels, and sheared by so many a row (column) away from the top left corner."""
+    degrees = [math.degrees(math.atan(by)) for by in shear]
+    moved: Tensor = F.affine(image, 0.0, [*shift], 1.0, degrees, interpolation, fill, [0, 0])
+    return moved

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from diffvit.config import listed
 from diffvit.data.fingerprint import DATA_NAME, Fingerprint, require_same_images
 from diffvit.search.config import SweepConfig, differing_sweep_fields, sweep_from_json, sweep_to_json
 from diffvit.storage import UNFINISHED_SUFFIX, Storage, StorageError
@@ -38,10 +39,9 @@ def open_sweep(sweep: SweepConfig, images: Fingerprint) -> None:
             raise ValueError(f"sweep {name!r} exists in {folder}; choose another --name or leave --resume on")
         differing = differing_sweep_fields(sweep_from_json(existing.read_bytes(), str(existing)), sweep)
         if differing:
-            lines = "".join(f"\n  {field}: {old!r} there, {new!r} now" for field, (old, new) in differing.items())
             raise ValueError(
                 f"sweep {name!r} exists in {folder} with other values; choose another --name, "
-                f"or the same values to continue it:{lines}"
+                f"or the same values to continue it:{listed(differing)}"
             )
         require_same_images(Storage(str(folder)), images, sweep.run.data.path)
     elif folder.exists() and any(

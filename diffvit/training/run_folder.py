@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from diffvit.config import RunConfig, differing_fields, from_json, to_json
+from diffvit.config import RunConfig, differing_fields, from_json, listed, to_json
 from diffvit.data.fingerprint import DATA_NAME, Fingerprint, known_images, require_same
 from diffvit.manifest import CHECKPOINT_FOLDER, checkpoints_in
 from diffvit.models.vit import VisionTransformer
@@ -227,10 +227,9 @@ def _require_same_run(existing: bytes, config: RunConfig, *, moved: bool) -> Non
     if moved:
         differing.pop("data.path", None)
     if differing:
-        lines = "".join(f"\n  {name}: {old!r} there, {new!r} now" for name, (old, new) in differing.items())
         raise ValueError(
             f"run {config.name!r} exists in {where} with another config; choose another --name, "
-            f"or the same values to continue it:{lines}"
+            f"or the same values to continue it:{listed(differing)}"
         )
 
 
