@@ -627,6 +627,7 @@ def test_labels_beside_the_declared_classes_are_quarantined(tmp_path: Path) -> N
     assert [e["reason"] for e in entries] == [None, f"label -2 {none}", f"label 7 {none}", None, None]
     infinite = write_labelled(tmp_path / "y.parquet", [1.0, float("inf"), float("nan")], ["cat", "dog"])
     assert [e["class_name"] for e in index(infinite, tmp_path / "s2").values()] == ["dog", None, None]
+    assert {e["reason"] for e in index(infinite, tmp_path / "s2").values()} == {None}  # unlabelled, as NaN is
     odd = write_labelled(tmp_path / "z.parquet", [1, 2], [1, 2])  # names that are no text
     assert [e["class_name"] for e in index(odd, tmp_path / "s3").values()] == ["1", "2"]
 
