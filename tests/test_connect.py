@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import with_fields
@@ -41,9 +42,16 @@ def test_the_token_of_a_local_ray_is_private_from_the_start(monkeypatch: pytest.
     ("environment", "answers", "joined"), [(None, False, "local"), (None, True, "auto"), ("1.2.3.4:5", False, "auto")]
 )
 def test_a_job_joins_what_submitted_it_else_what_runs_here_else_starts_its_own(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, environment: str | None, answers: bool, joined: str
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    environment: str | None,
+    answers: bool,
+    joined: str,
 ) -> None:
     addresses: list[str] = []
+    this_machine = SimpleNamespace(gcs_address="10.0.0.7:6379")
+    monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: this_machine)
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(cluster.ray, "init", lambda address, **_: addresses.append(address))
     monkeypatch.setattr(cluster, "_answers", lambda _: answers)
@@ -60,6 +68,8 @@ def test_a_job_joins_what_submitted_it_else_what_runs_here_else_starts_its_own(
     cluster.connect()
     assert addresses == ([joined, "nodes can idle"] if joined == "auto" else [joined])
     assert (token.stat().st_mode & 0o077 == 0) == (joined == "local")  # Ray made it, for everybody to read
+    told = "joined the Ray cluster of this machine, 10.0.0.7:6379\n"
+    assert capsys.readouterr().out == (told if joined == "auto" and environment is None else "")
 
 
 def test_what_is_asked_of_the_cluster(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
