@@ -5,12 +5,14 @@ import os
 import subprocess
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import with_fields
 
 from diffvit.config import RunConfig, from_json, to_json
-from diffvit.data.fingerprint import Fingerprint, SplitFingerprint
+from diffvit.data.fingerprint import Fingerprint, SplitFingerprint, known_images
+from diffvit.storage import Storage
 from diffvit.training import run_folder
 from diffvit.training.run_folder import begun, close_run, not_the_same_folder, open_run, write_results
 
@@ -31,10 +33,44 @@ def test_new_then_continued_then_finished(tiny_config: RunConfig) -> None:
 
 
 def test_another_config_is_refused_with_the_fields(tiny_config: RunConfig) -> None:
-    open_run(tiny_config, IMAGES)
+    _open_and_train(tiny_config)
     other = with_fields(dataclasses.replace(tiny_config, seed=9), model={"depth": 5})
     with pytest.raises(ValueError, match=r"(?s)seed: 0 there, 9 now.*model.depth: 2 there, 5 now"):
         open_run(other, IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("results", "begins_again"),
+    [
+        (None, True),
+        ({"status": "failed", "last": None}, True),
+        ({"status": "interrupted", "last": {"step": 3}}, False),  # its checkpoints were moved elsewhere
+        ({"status": "finished", "last": {"step": 3}}, False),
+    ],
+)
+def test_a_run_that_learnt_nothing_may_begin_with_another_config(
+    tiny_config: RunConfig, results: dict[str, Any] | None, begins_again: bool
+) -> None:
+    open_run(tiny_config, IMAGES)
+    if results is not None:
+        write_results(tiny_config.folder, results)
+    other = with_fields(tiny_config, data={"path": "/elsewhere"}, optim={"lr": 0.5})
+    with pytest.raises(ValueError, match="exists in .*choose another --name or leave --resume on"):
+        open_run(dataclasses.replace(other, resume=False), IMAGES)
+    images = Fingerprint(IMAGES.training, SplitFingerprint(15, "c"))
+    if not begins_again:
+        with pytest.raises(ValueError, match=r"optim\.lr: "):
+            open_run(other, images)
+        return
+    open_run(other, images)
+    assert from_json((tiny_config.folder / "config.json").read_bytes(), "test") == other
+    assert known_images(Storage(other.location)) == images
+    assert not (tiny_config.folder / "results.json").exists()
+
+
+def _open_and_train(config: RunConfig) -> None:
+    open_run(config, IMAGES)
+    (config.folder / "checkpoint_step_00000003").mkdir()
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tiny_config: RunConfig) -> None:
@@ -47,6 +83,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tiny_config: RunConfig) -> None:
 def test_unreadable_config_is_said(tiny_config: RunConfig) -> None:
     tiny_config.folder.mkdir(parents=True)
     (tiny_config.folder / "config.json").write_text('{"name": ')
+    (tiny_config.folder / "checkpoint_step_00000003").mkdir()
     with pytest.raises(ValueError, match="is not a run config of this version"):
         open_run(tiny_config, IMAGES)
 
@@ -156,7 +193,7 @@ def test_results_of_a_sitting_that_was_cut_go_and_damaged_ones_are_no_matter(tin
     ],
 )
 def test_other_images_are_refused(tiny_config: RunConfig, now: Fingerprint, problem: str) -> None:
-    open_run(tiny_config, IMAGES)
+    _open_and_train(tiny_config)
     with pytest.raises(ValueError, match=problem):
         open_run(tiny_config, now)
     (tiny_config.folder / "data.json").unlink()
@@ -166,14 +203,14 @@ def test_other_images_are_refused(tiny_config: RunConfig, now: Fingerprint, prob
 
 
 def test_a_damaged_fingerprint_is_said(tiny_config: RunConfig) -> None:
-    open_run(tiny_config, IMAGES)
+    _open_and_train(tiny_config)
     (tiny_config.folder / "data.json").write_text('{"training": ')
     with pytest.raises(ValueError, match=r"tiny/data\.json is damaged: .*; delete it if"):
         open_run(tiny_config, IMAGES)
 
 
 def test_images_may_move_but_not_change_on_the_way(tiny_config: RunConfig) -> None:
-    open_run(tiny_config, IMAGES)
+    _open_and_train(tiny_config)
     elsewhere = with_fields(tiny_config, data={"path": "/elsewhere"})
     with pytest.raises(ValueError, match=r"with 15 validation images, /elsewhere has 15 now, but with other names"):
         open_run(elsewhere, Fingerprint(IMAGES.training, SplitFingerprint(15, "c")))

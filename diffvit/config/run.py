@@ -174,6 +174,9 @@ def from_json(text: str | bytes, source: str) -> RunConfig:
 _SITTING_FIELDS = ("name", "storage", "resume", "scale", "checkpoint")
 """What may differ when a run is continued: where it lies, what it runs on, how often it is saved."""
 
+_LIMITS = ("data.max_skipped_fraction", "optim.max_rollbacks")
+"""These too: they say when a run ends early, so one that did can go on with another limit."""
+
 
 def listed(differing: Mapping[str, tuple[Any, Any]]) -> str:
     """Lines for a message: what each field is there, and what it is now."""
@@ -192,4 +195,4 @@ def differing_fields(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any
         }
 
     before, after = flat(old), flat(new)
-    return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    return {name: (before[name], after[name]) for name in before if before[name] != after[name] and name not in _LIMITS}

@@ -242,5 +242,6 @@ def _require_usable(skipped: float, num_samples: int, config: RunConfig, split: 
     if skipped > allowed:
         raise RunStopped(
             f"{skipped:.0f} of the {num_samples} {split} images cannot be used, more than the {allowed} that "
-            f"data.max_skipped_fraction = {config.data.max_skipped_fraction} allows; skipped.txt names them"
+            f"data.max_skipped_fraction = {config.data.max_skipped_fraction} allows; skipped.txt names them, and with "
+            "a larger one the same command goes on"
         )

@@ -50,6 +50,7 @@ def open_run(config: RunConfig, images: Fingerprint) -> dict[str, Any] | None:
     """Make sure that the run can be written and is not another one of the same name.
 
     The `results.json` of a sitting that did not finish goes: while another one is under way it would be out of date.
+    A run that ended before its first checkpoint has nothing to lose, and may begin again with another config.
 
     Args:
         config: of the run, as `resolve` completes it.
@@ -66,14 +67,16 @@ def open_run(config: RunConfig, images: Fingerprint) -> dict[str, Any] | None:
     run = Storage(config.location)
     try:
         existing = run.read_or_none(CONFIG_NAME)
+        results = _results(run) if existing is not None else None
         if existing is not None:
-            known = known_images(run)
-            _require_same_run(existing, config, moved=known is not None)
-            require_same(known, images, f"run {config.name!r}", config.data.path)
+            _require_resume(config)
+            if _has_checkpoints(run) or (results is not None and results.get("last") is not None):
+                known = known_images(run)
+                _require_same_config(existing, config, moved=known is not None)
+                require_same(known, images, f"run {config.name!r}", config.data.path)
         elif any(LOCK_NAME not in name and not _TEMPORARY.fullmatch(name) for name in run.names()):
             where = run.uri.partition("?")[0]
             raise ValueError(f"{where} holds files but no {CONFIG_NAME}: it is not a run; choose another --name")
-        results = _results(run) if existing is not None else None
         if existing is not None and results is not None and results["status"] == "finished":
             _note_path(run, existing, config)
             return results
@@ -99,9 +102,13 @@ def begun(config: RunConfig) -> RunConfig | None:
     """
     run = Storage(config.location)
     content = run.read_or_none(CONFIG_NAME)
-    if content is None or not any(CHECKPOINT_FOLDER.fullmatch(name) for name in run.names()):
+    if content is None or not _has_checkpoints(run):
         return None
     return from_json(content, f"{config.location.partition('?')[0]}/{CONFIG_NAME}")
+
+
+def _has_checkpoints(run: Storage) -> bool:
+    return any(CHECKPOINT_FOLDER.fullmatch(name) for name in run.names())
 
 
 def not_the_same_folder(config: RunConfig) -> str | None:
@@ -218,11 +225,15 @@ def _note_path(run: Storage, existing: bytes, config: RunConfig) -> None:
         run.write(CONFIG_NAME, to_json(dataclasses.replace(written, data=data)).encode())
 
 
-def _require_same_run(existing: bytes, config: RunConfig, *, moved: bool) -> None:
+def _require_resume(config: RunConfig) -> None:
+    if not config.resume:
+        where = config.location.partition("?")[0]
+        raise ValueError(f"run {config.name!r} exists in {where}; choose another --name or leave --resume on")
+
+
+def _require_same_config(existing: bytes, config: RunConfig, *, moved: bool) -> None:
     """`moved`: the images may lie elsewhere, because they are known again by themselves."""
     where = config.location.partition("?")[0]
-    if not config.resume:
-        raise ValueError(f"run {config.name!r} exists in {where}; choose another --name or leave --resume on")
     differing = differing_fields(from_json(existing, f"{where}/{CONFIG_NAME}"), config)
     if moved:
         differing.pop("data.path", None)
