@@ -55,7 +55,7 @@ def test_a_run_that_learnt_nothing_may_begin_with_another_config(
     if results is not None:
         write_results(tiny_config.folder, results)
     other = with_fields(tiny_config, data={"path": "/elsewhere"}, optim={"lr": 0.5})
-    with pytest.raises(ValueError, match="exists in .*choose another --name or leave --resume on"):
+    with pytest.raises(ValueError, match=r"exists in .*choose another --name or leave --resume on"):
         open_run(dataclasses.replace(other, resume=False), IMAGES)
     images = Fingerprint(IMAGES.training, SplitFingerprint(15, "c"))
     if not begins_again:
