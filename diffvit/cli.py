@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import errno
-import inspect
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import tyro
 
-from diffvit.config import RehearsalOptions, RunConfig, differing_fields, from_json
-from diffvit.published_recipes import VARIANTS
-from diffvit.recipes import DEFAULT_RECIPE, RECIPES
+from diffvit.config import RehearsalOptions, RunConfig, differing_fields
 from diffvit.search.config import SearchConfig, SweepConfig
 from diffvit.search.space import Space
+from diffvit.starting_point import NO_WEIGHTS, asks_for_help, described, names_config, take_default, value_of
 
 if TYPE_CHECKING:
     from diffvit.compare import CompareConfig
 
 T = TypeVar("T")
-
-_NO_WEIGHTS = "init.weights is missing: the run, checkpoint or .safetensors file to start from"
 
 
 def parse_pretrain_config(description: str, arguments: list[str] | None = None) -> tuple[RunConfig, RehearsalOptions]:
@@ -38,8 +31,8 @@ def parse_pretrain_config(description: str, arguments: list[str] | None = None) 
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        described = _described(description, arguments)
-        return _run_or_rehearsal(_take_default(arguments), arguments, described)
+        help_text = described(description, arguments)
+        return _run_or_rehearsal(take_default(arguments), arguments, help_text)
     except ValueError as error:
         fail(str(error))
 
@@ -70,8 +63,8 @@ def parse_sweep_config(description: str, arguments: list[str] | None = None) -> 
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        suffix = "" if _names_config(arguments) else "-sweep"
-        described, default = _described(description, arguments), _take_default(arguments)
+        suffix = "" if names_config(arguments) else "-sweep"
+        help_text, default = described(description, arguments), take_default(arguments)
         default = dataclasses.replace(default, name=default.name + suffix)
 
         def sweep(
@@ -81,7 +74,11 @@ def parse_sweep_config(description: str, arguments: list[str] | None = None) -> 
         ) -> SweepConfig:
             return SweepConfig(run, search, space)
 
-        return _parsed(sweep, arguments, described)
+        asked = _parsed(sweep, arguments, help_text)
+        workers, remedy = asked.run.scale.workers, "--search.workers-per-trial says how many each trial has"
+        _refuse("tune", "scale.workers", default.scale.workers, workers, remedy)
+        _require_heeded(asked.run, default)
+        return asked
     except ValueError as error:
         fail(str(error))
 
@@ -90,16 +87,16 @@ def parse_finetune_config(description: str, arguments: list[str] | None = None) 
     """As `parse_pretrain_config`, from the recipe `finetune` where none is named, and the model of `--init.weights`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        from_recipe = not _names_config(arguments)
+        from_recipe = not names_config(arguments)
         if from_recipe and (not arguments or arguments[0].startswith("-")):
             arguments.insert(0, "finetune")
-        described, default = _described(description, arguments), _take_default(arguments)
-        weights = _value_of("--init.weights", arguments) or (default.init.weights if from_recipe else "")
+        help_text, default = described(description, arguments), take_default(arguments)
+        weights = value_of("--init.weights", arguments) or (default.init.weights if from_recipe else "")
         if weights:
-            default = _starting_from(weights, default, _value_of("--model.variant", arguments))
-        elif not default.init.weights and not _asks_for_help(arguments):
-            raise ValueError(_NO_WEIGHTS)
-        return _run_or_rehearsal(default, arguments, described)
+            default = _starting_from(weights, default, value_of("--model.variant", arguments))
+        elif not default.init.weights and not asks_for_help(arguments):
+            raise ValueError(NO_WEIGHTS)
+        return _run_or_rehearsal(default, arguments, help_text)
     except ValueError as error:
         fail(str(error))
 
@@ -118,9 +115,9 @@ def parse_compare_config(description: str, arguments: list[str] | None = None) -
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        described = _described(description, arguments)
-        recipe = dataclasses.replace(_take_default(arguments), storage="")
-        config = _parsed(CompareConfig, arguments, described, default=CompareConfig(recipe))
+        help_text = described(description, arguments)
+        recipe = dataclasses.replace(take_default(arguments), storage="")
+        config = _parsed(CompareConfig, arguments, help_text, default=CompareConfig(recipe))
         _require_used(config, recipe)
         return config
     except ValueError as error:
@@ -138,8 +135,13 @@ def _require_used(config: CompareConfig, recipe: RunConfig) -> None:
         ("seed", recipe.seed, run.seed, "--seeds N trains every arm under the seeds 0 to N - 1"),
         ("scale.workers", recipe.scale.workers, run.scale.workers, "an arm has one; --concurrent trains arms together"),
     ):
-        if now != before:
-            raise ValueError(f"compare takes no --{name}, got {now!r}: {remedy}")
+        _refuse("compare", name, before, now, remedy)
+    _require_heeded(run, recipe)
+
+
+def _refuse(job: str, name: str, before: Any, now: Any, remedy: str) -> None:
+    if now != before:
+        raise ValueError(f"{job} takes no --{name}, got {now!r}: {remedy}")
 
 
 def run_training(config: RunConfig, rehearsal: RehearsalOptions) -> None:
@@ -188,7 +190,7 @@ def job_ends(goes_on: str, *stops: type[Exception]) -> Iterator[None]:
 
 
 def _parsed(what: Callable[..., T], arguments: list[str] | None, description: str, **default: Any) -> T:
-    with _ends_with_its_reader() if _asks_for_help(sys.argv if arguments is None else arguments) else nullcontext():
+    with _ends_with_its_reader() if asks_for_help(sys.argv if arguments is None else arguments) else nullcontext():
         parsed: T = tyro.cli(what, args=arguments, description=description, **default)
     return parsed
 
@@ -219,82 +221,3 @@ def fail(message: str, status: int = 2) -> NoReturn:
     """End the job with one message; status 2 says that the input was wrong."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(status)
-
-
-def _take_default(arguments: list[str]) -> RunConfig:
-    """Remove what names the starting point from `arguments`, and load it."""
-    for place, argument in enumerate(arguments):
-        option, equals, value = argument.partition("=")
-        if option == "--config":
-            del arguments[place]
-            if not equals:
-                if place >= len(arguments):
-                    raise ValueError("--config needs a file")
-                value = arguments.pop(place)
-            path = Path(value).expanduser()
-            if not path.is_file():
-                raise ValueError(f"--config must name a JSON file, got {value!r}: there is no such file")
-            return _where_it_lies(from_json(path.read_bytes(), value), path.absolute().parent)
-    named = bool(arguments) and not arguments[0].startswith("-")
-    if not named:
-        _require_recipe_first(arguments)
-    recipe = arguments.pop(0) if named else DEFAULT_RECIPE
-    if recipe not in RECIPES:
-        nearest = difflib.get_close_matches(recipe, RECIPES, n=1, cutoff=0.4)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"unknown recipe {recipe!r}{hint} (there are {', '.join(RECIPES)})")
-    if recipe == "finetune" and not _value_of("--init.weights", arguments) and not _asks_for_help(arguments):
-        raise ValueError(_NO_WEIGHTS)
-    return RECIPES[recipe]()
-
-
-def _where_it_lies(config: RunConfig, folder: Path) -> RunConfig:
-    """The config of the run in `folder`, which may have been moved since; another folder's as it is."""
-    if config.is_remote or folder.name != config.name or folder == config.folder:
-        return config
-    return dataclasses.replace(config, storage=str(folder.parent))
-
-
-def _require_recipe_first(options: list[str]) -> None:
-    """Refuse a recipe behind the value of an option: it would be taken for nothing."""
-    for before, argument in pairwise(options):
-        if argument in RECIPES and not before.startswith("-"):
-            raise ValueError(f"the recipe comes before the options, got {argument!r} after {before!r}: put it first")
-
-
-def _asks_for_help(arguments: list[str]) -> bool:
-    return not {"-h", "--help"}.isdisjoint(arguments)
-
-
-def _names_config(arguments: list[str]) -> bool:
-    return any(argument.partition("=")[0] == "--config" for argument in arguments)
-
-
-def _value_of(option: str, arguments: list[str]) -> str:
-    for place, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name == option:
-            return value if equals else (arguments[place + 1] if place + 1 < len(arguments) else "")
-    return ""
-
-
-def _described(description: str, arguments: list[str]) -> str:
-    """With what is said of the recipe that is named; else of all of them, in a line each."""
-    if arguments and arguments[0] in RECIPES:
-        return f"{description}\n\nThe recipe {arguments[0]}:\n\n{inspect.getdoc(RECIPES[arguments[0]])}"
-    return (
-        f"{description}\n\nRecipes, the first argument (RECIPE --help says more of one):\n{_recipe_list()}\n"
-        "\nOr --config FILE, the config.json of an earlier run."
-    )
-
-
-def _recipe_list() -> str:
-    with_variants = [name for name in RECIPES if f"{name}-v1-heads" in RECIPES]
-    variants = {f"{name}{suffix}" for name in with_variants for suffix in VARIANTS}
-    lines = [
-        f"  {name}: {(recipe.__doc__ or '').strip().splitlines()[0]}"
-        for name, recipe in RECIPES.items()
-        if name not in variants
-    ]
-    suffixes = ", ".join(f"{suffix} ({text})" for suffix, text in VARIANTS.items())
-    return "\n".join([*lines, f"\nAlso with {suffixes} after the name: {', '.join(with_variants)}."])

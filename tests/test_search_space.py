@@ -114,6 +114,30 @@ def test_the_command_line_narrows_and_widens() -> None:
     assert (sweep.search.trials, sweep.run.optim.epochs) == (7, 4)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "--scale.workers", "4"], "error: tune takes no --scale.workers, got 4: --search.workers-per-trial"),
+        (["sample", "--optim.muon-lr", "0.1"], "error: optim.muon_lr is for optim.optimizer = 'muon', got 'adamw'"),
+        (["sample", "--space.muon-lr", "1e-3", "1e-2"], "space.muon_lr is for optim.optimizer = 'muon', which no trial"),
+        (["sample-vit", "--space.lambda-init", "0.1", "0.5"], "space.lambda_init is for variant 'diff' (V1), which no"),
+        (["sample-vit", "--space.no-depth-schedule"], ""),
+        (["sample-vit", "--space.lambda-init", "None"], ""),
+        (["sample-vit", "--space.lambda-init", "0.1", "0.5", "--space.variant", "softmax", "diff"], ""),
+    ],
+)
+def test_what_no_trial_would_heed_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not message:
+        parse_sweep_config("", arguments)
+        return
+    with pytest.raises(SystemExit) as end:
+        parse_sweep_config("", arguments)
+    assert end.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
 def test_population_based_training_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         parse_sweep_config("", ["sample", "--search.scheduler", "pbt"])

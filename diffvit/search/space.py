@@ -94,9 +94,19 @@ class Space:
         """Make sure that every point of the space, laid over `recipe`, is a model that can be built.
 
         Raises:
-            ValueError: a head count or patch side that does not fit, or nothing to vary.
+            ValueError: a head count or patch side that does not fit, a range of what no trial has, or nothing to vary.
         """
         model = recipe.model
+        has_lambda, has_muon = "diff" in self._variants(recipe), recipe.optim.optimizer == "muon"
+        for name, applies, where in (
+            ("lambda_init", has_lambda, "variant 'diff' (V1)"),
+            ("muon_lr", has_muon, "optim.optimizer = 'muon'"),
+        ):
+            asked = getattr(self, name)
+            require(
+                applies or not asked or asked == getattr(Space, name),
+                f"space.{name} is for {where}, which no trial has, got {asked}; leave it out",
+            )
         for variant in self._variants(recipe):
             offered = self._heads(recipe, variant)
             maps = 2 if variant == "diff" else 1
