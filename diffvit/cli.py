@@ -66,6 +66,9 @@ def parse_sweep_config(description: str, arguments: list[str] | None = None) -> 
         suffix = "" if names_config(arguments) else "-sweep"
         help_text, default = described(description, arguments), take_default(arguments)
         default = dataclasses.replace(default, name=default.name + suffix)
+        weights = value_of("--init.weights", arguments)
+        if weights and suffix:
+            default = _starting_from(weights, default, value_of("--model.variant", arguments))
 
         def sweep(
             run: Annotated[RunConfig, tyro.conf.arg(name="")] = default,

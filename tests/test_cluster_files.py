@@ -94,7 +94,7 @@ SLIPS = [
         "provider:\n  security_group: {IpPermissions: [{FromPort: 22, ToPort: 22, IpRanges: [{CidrIp: 0.0.0.0/0}]}]}\n",
         "provider.security_group: open to everybody",
     ),
-    ("gcp", "serviceAccounts: *head_accounts", "description: x", "compute.admin and storage.objectAdmin"),
+    ("gcp", "serviceAccounts: *head_accounts", "description: x", "compute.admin, objectAdmin and serviceAccountUser"),
     ("gcp", "- subnetwork: 10", "- accessConfigs: [{name: nat}]\n      subnetwork: 10", "the node a public address"),
     (
         "gcp",
@@ -186,7 +186,7 @@ def test_fleets_start_at_nothing_and_go_back_to_it(name: str) -> None:
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_nothing_installs_what_is_not_pinned(name: str) -> None:
     config = yaml.safe_load(text_of(name))
-    installs = [line for key, value in config.items() if key.endswith("commands") for line in value if "pip" in line]
+    installs = [line for key, value in config.items() if key.endswith("commands") for line in value if " pip " in line]
     assert installs
     assert all("requirements.lock" in line for line in installs)
     for place, source in config["file_mounts"].items():

@@ -160,6 +160,33 @@ def test_in_a_store_an_owner_elsewhere_lives_if_it_is_heard_of(url: str) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("left", [None, "{"])
+def test_in_a_store_an_answer_that_was_lost_is_no_other_owner(
+    object_store: ObjectStore, tmp_path: Path, left: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 has written the lock, boto3 has not heard of it and writes again: the condition fails."""
+    url = object_store.uri(f"lock-{tmp_path.name}/a")
+    if left is not None:
+        stored(url, content=left)
+    make_client = lock_file._s3_client
+
+    def deaf(storage: Storage) -> Any:
+        client = make_client(storage)
+        put = client.put_object
+
+        def put_twice(**request: Any) -> Any:
+            put(**request)
+            return put(**request)
+
+        monkeypatch.setattr(client, "put_object", put_twice)
+        return client
+
+    monkeypatch.setattr(lock_file, "_s3_client", deaf)
+    with RunLock(url) as lock:
+        assert json.loads(Storage(url).read(LOCK_NAME))["id"] == lock._me.id
+
+
+@pytest.mark.slow
 def test_in_a_store_of_many_who_want_what_was_left_behind_one_gets_it(url: str) -> None:
     stored(url, content="{")
     got, refused = wanted_by_many(url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ from sweeps import record
 from diffvit.config import RunConfig, to_json
 from diffvit.data.datasets import open_dataset
 from diffvit.search.config import SearchConfig, SweepConfig
-from diffvit.search.progress import reason_of
+from diffvit.search.progress import Progress, reason_of
 from diffvit.search.records import Journal, Record, candidates, ranked, to_csv
 from diffvit.search.sitting import Sitting
 from diffvit.search.space import Space
 from diffvit.search.sweep import write_recipes
+from diffvit.search.trial import DIVERGED, METRIC, Job
 
 
 def test_a_killed_driver_loses_what_was_running_and_nothing_else(tmp_path: Path) -> None:
@@ -113,6 +115,86 @@ def test_scores_are_kept(tmp_path: Path) -> None:
 )
 def test_the_reason_of_a_failure_is_one_sentence(error: str, reason: str) -> None:
     assert reason_of(error) == reason
+
+
+def test_a_renamed_sweep_keeps_its_records(tiny_config: RunConfig) -> None:
+    folder = tiny_config.folder
+    (folder / "trials/0000").mkdir(parents=True)
+    (folder / "trials/0000/config.json").write_text("{}")
+    Journal(folder, "before", ["max"]).save(record(0, 50.0, 60.0))
+    sitting = Sitting(SweepConfig(tiny_config, SearchConfig(), Space()), open_dataset(tiny_config.data))
+    assert [run.number for run in sitting.journal.records("trial")] == [0]
+    assert (folder / "trials/0000/config.json").exists()
+
+
+def test_runs_that_ended_are_not_deleted_where_their_records_were_lost(tiny_config: RunConfig) -> None:
+    folder = tiny_config.folder
+    (folder / "finalists/0000-seed-1").mkdir(parents=True)
+    (folder / "finalists/0000-seed-1/config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"study\.db knows none of the runs that have ended in .*: it was lost, or is"):
+        Sitting(SweepConfig(tiny_config, SearchConfig(), Space()), open_dataset(tiny_config.data))
+    assert (folder / "finalists/0000-seed-1/config.json").exists()
+
+
+class Following:
+    """A `Progress` over a journal, and Ray Tune's words for one trial of `tiny_config`."""
+
+    def __init__(self, config: RunConfig) -> None:
+        config.folder.mkdir(parents=True)
+        self.journal = Journal(config.folder, "sweep", ["max"])
+        self.heard: list[str] = []
+        self.progress = Progress(self.journal, Space(), "trial", lambda run: self.heard.append(run.status))
+        self.trial = SimpleNamespace(trial_id="a", config=Job(0, to_json(config)).pack(), error_file=None)
+        self.progress.on_trial_start(self.trial)
+
+    def train(self, epochs: int) -> None:
+        for epoch in range(1, epochs + 1):
+            (entry,) = record(0, 50.0).history
+            self.progress.on_trial_result(self.trial, {**entry, "epoch": epoch})
+
+    @property
+    def record(self) -> Record:
+        (found,) = self.journal.records("trial")
+        return found
+
+
+def test_a_disk_that_fails_after_a_trial_does_not_make_it_a_failure(tiny_config: RunConfig, tmp_path: Path) -> None:
+    """Ray Tune takes what `on_trial_complete` raises for an error of the trial, and says so to `on_trial_error`."""
+    following = Following(tiny_config)
+    following.train(tiny_config.optim.epochs)
+    following.progress._changed = lambda _: (_ for _ in ()).throw(OSError("stale file handle"))
+    with pytest.raises(OSError, match="stale"):
+        following.progress.on_trial_complete(following.trial)
+    following.trial.error_file = str(tmp_path / "error.txt")
+    Path(following.trial.error_file).write_text("OSError: stale file handle")
+    following.progress.on_trial_error(following.trial)
+    assert (following.record.status, following.record.reason) == ("finished", "")
+
+
+def test_a_trial_that_diverged_is_a_failure_though_it_ends_without_an_error(tiny_config: RunConfig) -> None:
+    following = Following(tiny_config)
+    following.train(1)
+    following.progress.on_trial_result(following.trial, {METRIC: 0.0, DIVERGED: "not finite at step 9"})
+    following.progress.on_trial_complete(following.trial)
+    assert (following.record.status, following.record.reason) == ("failed", "not finite at step 9")
+    assert following.record.epochs == 1
+    assert not following.record.counts
+    assert following.heard == ["running", "running", "failed"]
+
+
+@pytest.mark.parametrize("drawn", [0, 2])
+def test_every_point_of_a_space_without_ranges_is_trained_once(tiny_config: RunConfig, drawn: int) -> None:
+    tiny_config.folder.mkdir(parents=True)
+    space = Space(num_heads=(1, 2), lr=None, lambda_init=(0.5, 0.5), patch_size=(4, 8))
+    sitting = Sitting(SweepConfig(tiny_config, SearchConfig(trials=8), space), open_dataset(tiny_config.data))
+    points = sitting._first_points()
+    own, _ = space.parameters(tiny_config)
+    assert points[0] == own
+    assert len(points) == len({str(sorted(point.items())) for point in points}) == 8
+    for point in points[:drawn]:
+        sitting.journal.study.enqueue_trial(point)
+        space.propose(sitting.journal.study.ask(), tiny_config)
+    assert sitting._first_points() == points[drawn:]
 
 
 def test_ranking_takes_each_configuration_once_and_no_failure() -> None:

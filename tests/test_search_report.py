@@ -16,7 +16,8 @@ from optuna.trial import TrialState
 from rich.console import Console
 from sweeps import record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
+from tensorboard.plugins.hparams import api_pb2
+from tensorboard.plugins.hparams.metadata import parse_experiment_plugin_data, parse_session_start_info_plugin_data
 
 from diffvit.config import RunConfig, from_json, to_json
 from diffvit.search.config import SearchConfig, SweepConfig
@@ -176,7 +177,25 @@ def test_hparams_are_written_for_trials_that_were_stopped(recipe: RunConfig, tmp
     assert (shown["num_heads"].number_value, shown["lr"].number_value) == (3, 1e-3)
     assert "_hparams_/session_end_info" in events._plugin_to_tag_to_content["hparams"]
     experiment = EventAccumulator(str(tmp_path / "trials")).Reload()
-    assert "_hparams_/experiment" in experiment._plugin_to_tag_to_content["hparams"]
+    content = experiment.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    columns = {info.name: info for info in parse_experiment_plugin_data(content).hparam_infos}
+    assert columns["lr"].type == columns["num_heads"].type == api_pb2.DATA_TYPE_FLOAT64  # or they were text
+    assert (columns["lr"].domain_interval.min_value, columns["lr"].domain_interval.max_value) == (1e-4, 1e-2)
+    assert list(columns["num_heads"].domain_discrete) == [1, 2, 3]
+    assert columns["lambda_init"].type == api_pb2.DATA_TYPE_UNSET
+
+
+@pytest.mark.parametrize(("grace", "warned"), [(1, True), (2, False)])
+def test_the_header_says_what_will_be_drawn_and_whether_asha_judges_in_the_warm_up(
+    recipe: RunConfig, grace: int, warned: bool
+) -> None:
+    text = io.StringIO()
+    recipe = with_fields(recipe, optim={"epochs": 4, "warmup_epochs": 0.0, "warmup_steps": 4})
+    sweep = SweepConfig(recipe, SearchConfig(grace_epochs=grace, trials=3), Space(lr=None, lambda_init=None))
+    SweepTable(sweep, [], Console(file=text, width=200)).print_header(trained_on=36, judged_on=6, left=3)
+    assert "3 points, each trained once at most, in random order and by no sampler" in text.getvalue()
+    found = "ASHA may stop a trial after 1 epochs, but the warm-up takes 1.33: to judge rates at their peak give"
+    assert (f"{found} --search.grace-epochs 2 or more" in text.getvalue()) == warned
 
 
 def test_the_answers_are_recipes(recipe: RunConfig) -> None:

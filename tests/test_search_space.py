@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import optuna
@@ -43,6 +44,21 @@ def test_every_point_drawn_is_a_model_that_exists(recipe: RunConfig) -> None:
     assert "depth" in {model.lambda_init for model in drawn if model.variant == "diff"}
 
 
+def test_the_points_of_a_space_are_those_that_a_trial_can_hold(recipe: RunConfig) -> None:
+    space = Space(variant=("softmax", "diff"), num_heads=(1, 2), lr=None, lambda_init=(0.5, 0.5), patch_size=(2, 4))
+    points = space.points(recipe)
+    assert points is not None
+    assert len(points) == 2 * 2 + 2 * 2 * 2  # lambda_init is depth or 0.5, of V1 alone
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=5))
+    for point in points:
+        study.enqueue_trial(point)
+        trial = study.ask()
+        model = space.propose(trial, recipe)
+        assert trial.params == point == space.parameters(model)[0]
+    assert Space().points(recipe) is None
+    assert Space(lambda_init=None, num_heads=None, depth_schedule=False).points(recipe) is None  # a range of rates
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -51,6 +67,9 @@ def test_every_point_drawn_is_a_model_that_exists(recipe: RunConfig) -> None:
         ({"patch_size": (4, 5)}, r"must divide model.image_size = 16, got \[5\]"),
         ({"lr": None, "lambda_init": None, "depth_schedule": False, "num_heads": None}, "nothing to vary"),
         ({"lr": None, "lambda_init": None, "num_heads": None}, "nothing to vary"),  # but the one schedule
+        ({"lr": None, "lambda_init": None, "num_heads": (2,)}, "the space has a single point, so there is nothing to"),
+        ({"lr": (1e-3, 1e-3), "lambda_init": None, "num_heads": None}, "the space has a single point"),
+        ({"lr": None, "lambda_init": None}, "trials must be at most 3, the points that this space has, .* got 24"),
     ],
 )
 def test_a_space_without_a_valid_point_is_refused(recipe: RunConfig, fields: dict[str, Any], message: str) -> None:
@@ -119,7 +138,10 @@ def test_the_command_line_narrows_and_widens() -> None:
     [
         (["sample", "--scale.workers", "4"], "error: tune takes no --scale.workers, got 4: --search.workers-per-trial"),
         (["sample", "--optim.muon-lr", "0.1"], "error: optim.muon_lr is for optim.optimizer = 'muon', got 'adamw'"),
-        (["sample", "--space.muon-lr", "1e-3", "1e-2"], "space.muon_lr is for optim.optimizer = 'muon', which no trial"),
+        (
+            ["sample", "--space.muon-lr", "1e-3", "1e-2"],
+            "space.muon_lr is for optim.optimizer = 'muon', which no trial",
+        ),
         (["sample-vit", "--space.lambda-init", "0.1", "0.5"], "space.lambda_init is for variant 'diff' (V1), which no"),
         (["sample-vit", "--space.no-depth-schedule"], ""),
         (["sample-vit", "--space.lambda-init", "None"], ""),
@@ -156,6 +178,13 @@ def test_population_based_training_is_refused_with_the_reason(capsys: pytest.Cap
         ({"gpus_per_trial": 0.0}, r"must be in \(0, 1\], got 0.0"),
         ({"gpus_per_trial": 0.25}, r"gpus_per_trial = 0.25 is a share of a GPU and needs scale.gpu"),
         ({"grace_epochs": 3}, "must not exceed optim.epochs = 2, got 3"),
+        ({"cpus_per_trial": math.inf}, "search.cpus_per_trial must be finite, got inf"),
+        ({"reduction": math.inf}, "search.reduction must be finite, got inf"),
+        ({"scheduler": "none", "reduction": 2.0}, "search.reduction is for ASHA, which does not judge this sweep, got"),
+        (
+            {"objective": ("top1", "latency"), "grace_epochs": 2},
+            "search.grace_epochs is for ASHA, which does not judge",
+        ),
         ({"workers_per_trial": 5}, "must divide optim.batch_size = 12, got 5"),
     ],
 )

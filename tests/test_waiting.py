@@ -189,3 +189,9 @@ def test_only_a_launched_cluster_can_grow(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv("RAY_CLUSTER_NAME")
     (tmp_path / "ray_bootstrap_config.yaml").touch()
     assert can_grow()
+    context = SimpleNamespace(gcs_address="10.0.0.1:6379")
+    monkeypatch.setattr(waiting.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(waiting.ray, "get_runtime_context", lambda: context)
+    assert can_grow()
+    context.gcs_address = "127.0.0.1:41234"  # the job's own Ray, where `ray down` has left that file
+    assert not can_grow()

@@ -31,7 +31,13 @@ _BOOTSTRAP = "~/ray_bootstrap_config.yaml"
 
 
 def can_grow() -> bool:
-    """Whether this process runs on the head of a cluster that `ray up` or KubeRay made, which may add nodes."""
+    """Whether this process is connected to a cluster that `ray up` or KubeRay made, which may add nodes.
+
+    `ray down` leaves the file of a cluster of own machines behind; a Ray that a job started there for itself, which
+    listens on loopback, is not that cluster.
+    """
+    if ray.is_initialized() and ray.get_runtime_context().gcs_address.startswith("127."):
+        return False
     return Path(_BOOTSTRAP).expanduser().exists() or "RAY_CLUSTER_NAME" in os.environ
 
 

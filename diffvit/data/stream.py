@@ -37,6 +37,7 @@ from ray.data import DataContext, DataIterator, Datasource, ExecutionOptions, Ex
 from ray.data.block import BlockMetadata
 
 from diffvit.data.batches import Batch
+from diffvit.data.no_growth import NoGrowth
 from diffvit.data.order import EvalPlan, Indices, TrainPlan
 from diffvit.data.tasks import fetch
 
@@ -207,6 +208,7 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
     """Micro-batches `rows` of the loader's plan, made in Ray tasks; iterator r gives rows[r::workers]."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
+    context.custom_execution_callback_classes = [NoGrowth]
     context.target_max_block_size = 1  # byte: what a task yields is a block at once, and not put together with the next
     resources = ray.cluster_resources()
     cpus, store_bytes = (int(resources.get(name, 0)) for name in ("CPU", "object_store_memory"))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from diffvit.config import RunConfig, differing_fields
-from diffvit.config.checks import STRICT, require
+from diffvit.config.checks import STRICT, require, require_finite
 from diffvit.search.space import Space
 
 Objective = Literal["top1", "latency"]
@@ -70,6 +70,7 @@ class SearchConfig:
         )
         require(self.reduction > 1, f"search.reduction must be more than 1, got {self.reduction}")
         require(0.0 < self.holdout < 1.0, f"search.holdout must be between 0 and 1, got {self.holdout}")
+        require_finite(self, "search.")
         require(self.seed >= 0, f"search.seed must not be negative, got {self.seed}")
         require(self.cpus_per_trial > 0, f"search.cpus_per_trial must be positive, got {self.cpus_per_trial}")
         require(
@@ -107,11 +108,27 @@ class SweepConfig:
             "a sweep needs a storage folder that every node sees, because Optuna keeps its database in it; got "
             f"{self.run.storage.partition('?')[0]}",
         )
+        points = self.space.points(self.run)
+        require(
+            points is None or len(points) > 1,
+            "the space has a single point, so there is nothing to search; widen one of its fields",
+        )
+        require(
+            points is None or self.search.trials <= len(points),
+            f"search.trials must be at most {len(points or ())}, the points that this space has, each of which is "
+            f"trained once, got {self.search.trials}; search.seeds says how often finalists are trained",
+        )
         epochs = self.run.optim.epochs
         require(
             not self.search.stops_early or self.search.grace_epochs <= epochs,
             f"search.grace_epochs must not exceed optim.epochs = {epochs}, got {self.search.grace_epochs}",
         )
+        for name in ("grace_epochs", "reduction"):
+            value = getattr(self.search, name)
+            require(
+                self.search.stops_early or value == getattr(SearchConfig, name),
+                f"search.{name} is for ASHA, which does not judge this sweep, got {value}; leave it out",
+            )
         workers, batch = self.search.workers_per_trial, self.run.optim.batch_size
         share = self.search.gpus_per_trial
         require(

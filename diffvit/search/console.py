@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -59,6 +60,17 @@ class SweepTable:
         self._console.print(f"trained on {trained_on:,} images, judged on {judged_on:,} others of the training set")
         for name, words in self._sweep.space.describe(run).items():
             self._console.print(f"  {name:<16} {words}")
+        points = self._sweep.space.points(run)
+        if points:
+            self._console.print(f"{len(points)} points, each trained once at most, in random order and by no sampler")
+        steps_per_epoch = max(trained_on // run.optim.batch_size, 1)
+        warmup = run.optim.warmup_epochs + (run.optim.warmup_steps or 0) / steps_per_epoch
+        if search.stops_early and search.grace_epochs <= warmup:
+            self._console.print(
+                f"ASHA may stop a trial after {search.grace_epochs} epochs, but the warm-up takes {warmup:.3g}: to "
+                f"judge rates at their peak give --search.grace-epochs {math.floor(warmup) + 1} or more",
+                style="yellow",
+            )
         self._console.print(f"watch:  tensorboard --logdir {run.folder}", style="dim")
 
     def tell(self, record: Record, message: str) -> None:
@@ -129,6 +141,8 @@ def print_sweep(folder: Path, results: dict[str, Any]) -> None:
     console.print(f"[bold]{folder.name}[/]: configuration {winner['number']:04d} ({values})")
     console.print(f"  held-out images  {mean_and_std(winner['search_top1'])}")
     console.print(f"  validation split {mean_and_std(winner['val_top1'])}, {looked_at(results['val_looked_at'])}")
+    for lost in results["finalists_failed"]:
+        console.print(f"  {lost}; the same command trains it again", style="yellow", markup=False)
     for name, file in (("recipe", "best.json"), ("report", "report.html"), ("every run", "trials.csv")):
         console.print(f"  {name:<16} {folder / file}")
     console.print(f"  {'curves':<16} tensorboard --logdir {folder}")

@@ -30,10 +30,18 @@ def write_experiment(folder: Path, space: Space, recipe: RunConfig, *, with_late
         return
     tags = [tag for tag in METRICS if with_latency or tag != "search/latency_ms"]
     columns = hp.hparams_config_pb(
-        hparams=[hp.HParam(name) for name in space.varied(recipe)],
+        hparams=[hp.HParam(name, _domain(name, space, recipe)) for name in space.varied(recipe)],
         metrics=[hp.Metric(tag, display_name=METRICS[tag]) for tag in tags],
     )
     _write(trials, columns)
+
+
+def _domain(name: str, space: Space, recipe: RunConfig) -> hp.Domain | None:
+    """What TensorBoard offers as filter, scale and colour of a column; without one it takes numbers for text."""
+    choices = space.choices(name, recipe)
+    if choices is not None:
+        return hp.Discrete(choices)
+    return None if name == "lambda_init" else hp.RealInterval(*map(float, getattr(space, name)))
 
 
 def write_trial(folder: Path, record: Record) -> None:

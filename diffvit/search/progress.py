@@ -14,7 +14,7 @@ from ray import tune
 from diffvit.config import from_json
 from diffvit.search.records import Journal, Record, Role
 from diffvit.search.space import Space
-from diffvit.search.trial import Job
+from diffvit.search.trial import DIVERGED, Job
 
 _LONGEST_REASON = 500
 _RAISED = re.compile(r"[\w.]+(Error|Exception|Stopped|Interrupt|Exit)\b")
@@ -39,17 +39,23 @@ class Progress(tune.Callback):  # type: ignore[misc]  # Ray ships no types
 
     def on_trial_result(self, trial: Any, result: dict[str, Any], **_: Any) -> None:
         record = self._record(trial)
+        if DIVERGED in result:
+            self._update(trial, status="failed", reason=result[DIVERGED][:_LONGEST_REASON])
+            return
         entry = {name: result[name] for name in _KEPT}
         self._update(trial, history=(*record.history, entry), latency_ms=result.get("latency_ms"))
 
     def on_trial_complete(self, trial: Any, **_: Any) -> None:
         record = self._record(trial)
-        whole = record.epochs >= from_json(record.config, record.name).optim.epochs
-        self._update(trial, status="finished" if whole else "stopped")
+        if record.status == "running":
+            whole = record.epochs >= from_json(record.config, record.name).optim.epochs
+            self._update(trial, status="finished" if whole else "stopped")
         del self._running[trial.trial_id]
 
     def on_trial_error(self, trial: Any, **_: Any) -> None:
-        self._update(trial, status="failed", reason=reason_of(Path(trial.error_file).read_text()))
+        """A trial has ended already if the error is one of `on_trial_complete`, such as a disk that is full."""
+        if self._record(trial).status == "running":
+            self._update(trial, status="failed", reason=reason_of(Path(trial.error_file).read_text()))
         del self._running[trial.trial_id]
 
     def _record(self, trial: Any) -> Record:

@@ -108,10 +108,11 @@ class Journal:
     def __init__(self, folder: Path, name: str, directions: Sequence[str]) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.storage = optuna.storages.RDBStorage(f"sqlite:///{folder / STUDY_FILE}")
-        self.study_name = name
+        there = optuna.get_all_study_names(self.storage)
+        self.study_name = there[0] if there else name  # the folder may have been renamed since
         self.study = optuna.create_study(
             storage=self.storage,
-            study_name=name,
+            study_name=self.study_name,
             directions=[_DIRECTIONS[direction] for direction in directions],
             load_if_exists=True,
         )

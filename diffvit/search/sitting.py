@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +16,7 @@ import ray
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import Trial
 from ray import tune
+from ray.tune.error import TuneError
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from ray.tune.search.optuna import OptunaSearch
 
@@ -26,14 +28,17 @@ from diffvit.search.config import DIRECTIONS, SearchConfig, SweepConfig
 from diffvit.search.console import SweepTable
 from diffvit.search.folder import write_atomically
 from diffvit.search.hparams import write_experiment, write_trial
-from diffvit.search.progress import Progress
-from diffvit.search.records import Candidate, Journal, Record, Role, candidates, ranked, to_csv
+from diffvit.search.progress import Progress, reason_of
+from diffvit.search.records import STUDY_FILE, Candidate, Journal, Record, Role, candidates, ranked, to_csv
 from diffvit.search.trial import METRIC, Job, latencies_ms, score, shape_of, train_trial
 from diffvit.training.logbook import Logbook
 from diffvit.training.notes import read_messages
 
 _TUNE_FOLDER = "tune"
 """Ray Tune's own notes, which nothing here reads."""
+
+_ENDED = "config.json"
+"""Written last into the folder of a run that ended."""
 
 
 class SweepFailed(RuntimeError):
@@ -49,23 +54,21 @@ class Sitting:
         self.folder = sweep.run.folder
         directions = [DIRECTIONS[name] for name in sweep.search.objective]
         self.journal = Journal(self.folder, sweep.run.name, directions)
-        self._fresh = not self.journal.study.get_trials(deepcopy=False)
         self.journal.recover(sweep.run.optim.epochs)
         self._remove_cut_runs()
         for record in (*self.journal.records("trial"), *self.journal.records("finalist")):
-            if not (self.folder / record.name / "config.json").exists():
+            if not (self.folder / record.name / _ENDED).exists():
                 self._file(record)
         write_experiment(self.folder, sweep.space, sweep.run, with_latency="latency" in sweep.search.objective)
 
     def search(self) -> None:
         """Run the trials that are left."""
-        search, space = self.sweep.search, self.sweep.space
+        search = self.sweep.search
         left = search.trials - len(self.journal.records("trial"))
         with SweepTable(self.sweep, self.journal.records("trial")) as table:
             table.print_header(len(self.dataset.train), len(self.dataset.val), max(left, 0))
             if left <= 0:
                 return
-            recipe_point, outside = space.parameters(self.sweep.run)
             tune_config = tune.TuneConfig(
                 num_samples=left,
                 max_concurrent_trials=search.concurrent,
@@ -73,7 +76,7 @@ class Sitting:
                     space=partial(_propose, self.sweep, self._latencies()),
                     metric=[METRIC, "latency_ms"] if len(search.objective) > 1 else METRIC,
                     mode=[DIRECTIONS[name] for name in search.objective] if len(search.objective) > 1 else "max",
-                    points_to_evaluate=[recipe_point] if self._fresh and not outside else [],
+                    points_to_evaluate=self._first_points()[:left],
                     sampler=self._sampler(),
                     study_name=self.journal.study_name,
                     storage=self.journal.storage,
@@ -81,6 +84,19 @@ class Sitting:
                 scheduler=self._scheduler(),
             )
             self._run("trial", tune_config, {}, table)
+
+    def _first_points(self) -> list[dict[str, Any]]:
+        """Points that no sampler is asked for: the recipe's own, and of a space without ranges all that are left."""
+        recipe_point, outside = self.sweep.space.parameters(self.sweep.run)
+        points = self.sweep.space.points(self.sweep.run) or []
+        random.Random(self.sweep.search.seed).shuffle(points)
+        if not outside:
+            points.insert(0, recipe_point)
+        drawn = [
+            {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+            for trial in self.journal.study.get_trials(deepcopy=False)
+        ]
+        return [point for place, point in enumerate(points) if point not in (*drawn, *points[:place])]
 
     def compare_finalists(self) -> list[Candidate]:
         """Train the best configurations with seeds that their trials did not have; the winner first."""
@@ -137,7 +153,7 @@ class Sitting:
         write_atomically(self.folder / "trials.csv", to_csv(records, self.sweep.space.varied(self.sweep.run)))
 
     def _file(self, record: Record) -> None:
-        """Leave in the folder of a run that ended what is read there; config.json, written last, says that it is."""
+        """Leave in the folder of a run that ended what is read there."""
         folder = self.folder / record.name
         folder.mkdir(parents=True, exist_ok=True)  # its process may have died before
         if record.role == "trial":
@@ -145,15 +161,15 @@ class Sitting:
             if self._in_group:
                 Logbook(folder).end()
                 _remove_checkpoints(folder)
-        write_atomically(folder / "config.json", record.config)
+        write_atomically(folder / _ENDED, record.config)
 
     def _latencies(self) -> dict[str, float]:
         """By shape of model, timed once a sweep while nothing else of it runs, so that equal models are as fast."""
         if "latency" not in self.sweep.search.objective:
             return {}
         if not self.journal.latencies():
-            models = [shape.model for shape in self.sweep.space.shapes(self.sweep.run)]
-            timed = self._alone(latencies_ms).remote(models, self.sweep.run.scale, self._threads)
+            shapes = list(self.sweep.space.shapes(self.sweep.run))
+            timed = self._alone(latencies_ms).remote(shapes, self._threads)
             self.journal.save_latencies(ray.get(timed))
         return self.journal.latencies()
 
@@ -169,7 +185,13 @@ class Sitting:
     def _remove_cut_runs(self) -> None:
         """Interrupted runs start over, so their old curves are deleted."""
         known = {run.name for run in (*self.journal.records("trial"), *self.journal.records("finalist"))}
-        for folder in (*self.folder.glob("trials/*/"), *self.folder.glob("finalists/*/")):
+        folders = [*self.folder.glob("trials/*/"), *self.folder.glob("finalists/*/")]
+        if not known and any((folder / _ENDED).exists() for folder in folders):
+            raise ValueError(
+                f"{self.folder / STUDY_FILE} knows none of the runs that have ended in {self.folder}: it was lost, or "
+                "is another sweep's; bring it back, or choose another --name"
+            )
+        for folder in folders:
             if f"{folder.parent.name}/{folder.name}" not in known:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -202,7 +224,10 @@ class Sitting:
         with warnings.catch_warnings():
             # Optuna's file lies on a disk that may be busy
             warnings.filterwarnings("ignore", message="Define-by-run function .* seconds to run")
-            tuner.fit()
+            try:
+                tuner.fit()
+            except TuneError as error:  # of what is done here between the epochs, such as writing to a full disk
+                raise SweepFailed(f"{reason_of(str(error))}; the same command goes on") from error
         shutil.rmtree(self.folder / _TUNE_FOLDER, ignore_errors=True)
         if role == "trial":
             _remove_checkpoints(*self.folder.glob("trials/*"))  # those that were being written when their trial ended

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from typing import Any, Protocol
+from typing import Any
 
 from diffvit.config import RunConfig, Variant, as_variant, valid_num_heads
 from diffvit.config.checks import STRICT, require
+from diffvit.search.points import HasRange, Recogniser, Suggest, Walker
 
 MAX_LAMBDA = 0.95
 """Above it (1 - lambda_init), the scale of V1's heads, all but vanishes."""
@@ -35,14 +37,6 @@ LOG_SCALE = ("lr", "muon_lr", "weight_decay")
 
 Values = dict[str, Any]
 """The varied fields of a configuration, by name: `{"num_heads": 2, "lambda_init": "depth", "lr": 1e-3}`."""
-
-
-class Suggest(Protocol):
-    """What `Space.propose` needs of an Optuna trial."""
-
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -183,17 +177,35 @@ class Space:
             optim=dataclasses.replace(recipe.optim, **optim),
         )
 
+    def points(self, recipe: RunConfig) -> list[dict[str, Any]] | None:
+        """Every point of the space, as an Optuna trial holds it; None where there is a range."""
+        walker, found = Walker(), []
+        try:
+            while walker.goes_on:
+                self.propose(walker, recipe)
+                found.append(walker.take_point())
+        except HasRange:
+            return None
+        return found
+
+    def choices(self, name: str, recipe: RunConfig) -> list[Any] | None:
+        """All that the field can be; None where it has a range."""
+        if name == "num_heads":
+            return sorted({heads for variant in self._variants(recipe) for heads in self._heads(recipe, variant)})
+        found = getattr(self, name)
+        return list(found) if name in ("variant", "patch_size") else None
+
     def values(self, config: RunConfig) -> Values:
         """The varied fields of a configuration; lambda_init only where the variant has one."""
         return {
-            name: getattr(getattr(config, _SECTIONS[name]), name)
+            name: _value(config, name)
             for name in self.varied(config)
             if name != "lambda_init" or config.model.variant == "diff"
         }
 
     def parameters(self, config: RunConfig) -> tuple[dict[str, Any], list[str]]:
         """What an Optuna trial of exactly this configuration holds, and the fields that lie outside of the space."""
-        asker = _Recogniser(config)
+        asker = Recogniser(partial(_value, config))
         proposed, own = self.values(self.propose(asker, config)), self.values(config)
         return asker.parameters, [name for name in own if name in asker.outside or proposed[name] != own[name]]
 
@@ -248,28 +260,5 @@ class Space:
         return f"{bounds[0]:g} to {bounds[1]:g}" + (", log scale" if name in LOG_SCALE else "")
 
 
-class _Recogniser:
-    """Stands in for an Optuna trial and answers with what a given configuration has."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self._config = config
-        self.parameters: dict[str, Any] = {}
-        self.outside: set[str] = set()
-
-    def _take(self, name: str, field: str, value: Any, inside: bool) -> Any:
-        self.parameters[name] = value
-        if not inside:
-            self.outside.add(field)
-        return value
-
-    def suggest_float(self, name: str, low: float, high: float, **_: bool) -> Any:
-        found = getattr(getattr(self._config, _SECTIONS[name]), name)
-        return self._take(name, name, found, not isinstance(found, str) and low <= found <= high)
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        if name == "lambda_schedule":
-            found = "depth" if self._config.model.lambda_init == "depth" else "constant"
-            return self._take(name, "lambda_init", found, True)
-        field = "num_heads" if name.startswith("num_heads") else name
-        found = getattr(getattr(self._config, _SECTIONS[field]), field)
-        return self._take(name, field, found, found in choices)
+def _value(config: RunConfig, name: str) -> Any:
+    return getattr(getattr(config, _SECTIONS[name]), name)

@@ -27,7 +27,7 @@ from diffvit.search.report import write_report
 from diffvit.search.sitting import Sitting, SweepFailed
 from diffvit.training.compilation import require_compiler
 from diffvit.training.resolve import require_weights, resolve
-from diffvit.training.run_folder import write_results
+from diffvit.training.run_folder import RESULTS_NAME, write_results
 from diffvit.training.run_lock import RunLock
 
 __all__ = ["SweepFailed", "run_sweep"]
@@ -59,6 +59,7 @@ def run_sweep(sweep: SweepConfig) -> dict[str, Any]:
         open_sweep(sweep, fingerprint_of(dataset))
         require_shared(folder / SWEEP_FILE)
         sitting = Sitting(sweep, parted)
+        (folder / RESULTS_NAME).unlink(missing_ok=True)  # of an earlier sitting, which may have had less to find
         sitting.search()
         write_report(sweep, sitting.journal)
         finalists = sitting.compare_finalists()
@@ -105,6 +106,9 @@ def summary(
         },
         "val_looked_at": journal.scored(),
         "finalists": [_described(finalist) for finalist in finalists],
+        "finalists_failed": [
+            f"{run.name} failed: {run.reason}" for run in journal.records("finalist") if run.status == "failed"
+        ],
         "pareto_front": [
             {"number": run.number, "values": run.values, "top1": run.best_top1, "latency_ms": run.latency_ms}
             for run in ranked(trials, sweep.search.objective)

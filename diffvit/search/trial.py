@@ -20,7 +20,7 @@ import torch
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from diffvit.config import ModelConfig, RunConfig, ScaleConfig, from_json
+from diffvit.config import ModelConfig, RunConfig, from_json
 from diffvit.data.datasets import Dataset
 from diffvit.data.loader import BatchLoader, LocalStream, plan_run, validation_batches
 from diffvit.manifest import checkpoints_in
@@ -28,12 +28,16 @@ from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
 from diffvit.training.checkpoint_store import CheckpointStore
 from diffvit.training.evaluation import evaluate
-from diffvit.training.loop import RunStopped, Worker, fit
+from diffvit.training.loop import RunDiverged, Worker, fit
 from diffvit.training.notes import Notes
-from diffvit.training.precision import set_float32_products
+from diffvit.training.precision import autocast, set_float32_products
 
 METRIC = "best_top1"
 """What trials are compared by. The best and not the last value, because Optuna keeps what a trial reported last."""
+
+DIVERGED = "diverged"
+"""In the last report of a trial that diverged: how. Its metric is 0, so that the sampler learns where not to look;
+Optuna is told nothing of an error."""
 
 _REPORTED = ("epoch", "top1", "top5", "loss", "train_loss", "train_seconds")
 _TIMED_IMAGES = 20
@@ -89,21 +93,27 @@ def train_trial(tune_config: dict[str, Any], *, dataset: Dataset, threads: int) 
     """The function that Ray Tune calls in every trial.
 
     Raises:
-        RunStopped: the run cannot go on; Ray Tune takes the trial as failed.
+        RunStopped: the run cannot go on, though it did not diverge; Ray Tune takes the trial as failed.
     """
     job = Job.unpack(tune_config)
     config = from_json(job.config, "trial")
     torch.set_num_threads(threads)
-    reports = Reports({} if job.latency_ms is None else {"latency_ms": job.latency_ms})
-    if config.scale.workers == 1:
-        decoders = threads - 1 if config.scale.gpu else 0  # there the CPUs have nothing else to do
-        _train_here(config, dataset, reports, keep=job.keep, decoders=decoders)
-        return
+    latency = {} if job.latency_ms is None else {"latency_ms": job.latency_ms}
+    reports = Reports(latency)
+    try:
+        if config.scale.workers == 1:
+            decoders = threads - 1 if config.scale.gpu else 0  # there the CPUs have nothing else to do
+            _train_here(config, dataset, reports, keep=job.keep, decoders=decoders)
+        else:
+            _train_in_group(config, dataset, reports)
+    except RunDiverged as stop:
+        tune.report({METRIC: 0.0, DIVERGED: str(stop)} | latency)
+
+
+def _train_in_group(config: RunConfig, dataset: Dataset, reports: Reports) -> None:
     from diffvit.training.launch import train_group  # imports Ray Train, which the other path need not wait for
 
-    reason = train_group(config, dataset, [ReportEpochs(reports)])
-    if reason is not None:
-        raise RunStopped(reason)
+    train_group(config, dataset, [ReportEpochs(reports)])
 
 
 def _train_here(config: RunConfig, dataset: Dataset, reports: Reports, *, keep: bool, decoders: int) -> None:
@@ -126,17 +136,19 @@ def shape_of(model: ModelConfig) -> str:
     return f"{model.variant}, {model.num_heads} heads, {model.patch_size} px"
 
 
-def latencies_ms(models: Sequence[ModelConfig], scale: ScaleConfig, threads: int) -> dict[str, float]:
-    """Median time of one image through each of the models, by `shape_of`, in milliseconds, where trials train."""
+def latencies_ms(shapes: Sequence[RunConfig], threads: int) -> dict[str, float]:
+    """Median time of one image through the model of each, by `shape_of`, in milliseconds, where and as trials train."""
     torch.set_num_threads(threads)
-    return {shape_of(model): _latency_ms(model, torch.device(scale.device_type)) for model in models}
+    return {shape_of(shape.model): _latency_ms(shape) for shape in shapes}
 
 
-def _latency_ms(config: ModelConfig, device: torch.device) -> float:
+def _latency_ms(shape: RunConfig) -> float:
+    config, device = shape.model, torch.device(shape.scale.device_type)
+    set_float32_products(shape.scale, device)
     model = VisionTransformer(config).to(device).eval()
     image = torch.zeros(1, config.in_channels, config.image_size, config.image_size, device=device)
     seconds = []
-    with torch.inference_mode():
+    with torch.inference_mode(), autocast(shape, device):
         for _ in range(_TIMED_IMAGES + 3):
             started = time.perf_counter()
             model(image).sum().item()  # waits for the device

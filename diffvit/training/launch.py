@@ -89,10 +89,11 @@ def _train(config: RunConfig, dataset: Dataset, train_plan: TrainPlan, started: 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     status, reason = "failed", None
+    stop: RunStopped | None = None
     try:
         with Console(config, dataset, train_plan, progress), _kept_by_ray(config) as folder:
-            reason = _trainer(config, dataset, progress, folder).fit().return_value
-        status = "stopped" if reason else "finished"
+            stop = _trainer(config, dataset, progress, folder).fit().return_value
+        status, reason = ("finished", None) if stop is None else ("stopped", str(stop))
     except (SystemExit, KeyboardInterrupt):  # the first is Ray Train's answer to Ctrl-C, once its workers are gone
         status, reason = "interrupted", "interrupted by the user"
         raise KeyboardInterrupt from None
@@ -102,8 +103,8 @@ def _train(config: RunConfig, dataset: Dataset, train_plan: TrainPlan, started: 
     finally:
         progress.shutdown(force=True)
         results = close_run(config, status, reason, started)
-    if reason is not None:
-        raise RunStopped(reason)
+    if stop is not None:
+        raise stop
     return results
 
 
@@ -135,18 +136,17 @@ def _cause(failures: Mapping[int, Exception]) -> tuple[int, str]:
     return rank, next((x for x in reversed(lines) if _RAISED.match(x)), f"{type(error).__name__}: {lines[0]}")
 
 
-def train_group(config: RunConfig, dataset: Dataset, callbacks: list[UserCallback]) -> str | None:
+def train_group(config: RunConfig, dataset: Dataset, callbacks: list[UserCallback]) -> None:
     """Train as part of something larger, such as a Tune trial: `callbacks` hear what the workers report.
 
-    Returns:
-        Why the run stopped early, or None.
-
     Raises:
+        RunStopped: the run cannot go on.
         ray.train.TrainingFailedError: workers were lost more often than `scale.max_failures` allows.
     """
     with _kept_by_ray(config) as folder:
-        reason: str | None = _trainer(config, dataset, None, folder, callbacks).fit().return_value
-    return reason
+        stop: RunStopped | None = _trainer(config, dataset, None, folder, callbacks).fit().return_value
+    if stop is not None:
+        raise stop
 
 
 def work_on_group(config: RunConfig, dataset: Dataset, work: Work) -> Any:
@@ -220,19 +220,19 @@ class _SayWhy(ray.train.UserCallback):  # type: ignore[misc]
         Logbook(self._run).cut(f"worker {rank} was lost: {cause}")
 
 
-def _train_worker(job: dict[str, Any]) -> str | None:
-    """What Ray Train runs on every worker; why the run stopped early, or None.
+def _train_worker(job: dict[str, Any]) -> RunStopped | None:
+    """What Ray Train runs on every worker.
 
-    The reason is returned and not raised, because Ray Train would start the worker group again.
+    Why the run stopped is returned and not raised, because Ray Train would start the worker group again.
     """
     group = join_group(job)
     problem = group.worker.agree(not_the_same_folder(group.config) if job["opened"] and not group.worker.rank else None)
     if problem is not None:
-        return str(problem)
+        return RunStopped(problem)
     try:
         fit(group.config, group.train_plan, group.eval_plan, group.stream, group.worker)
     except RunStopped as stop:
-        return str(stop)
+        return stop
     finally:
         group.notes.close()
     return None

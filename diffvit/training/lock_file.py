@@ -164,7 +164,7 @@ class StoredLockFile:
             self._conditional.put_object(**place, Body=new.encode(), **condition)
         except ClientError as error:
             if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"):
-                return False
+                return self.read() == new  # it was written, and boto3, which had no answer, wrote it again
             raise StorageError(f"{self._storage.uri} refuses: {error}") from None
         except BotoCoreError as error:
             raise StorageError(f"{self._storage.uri} is away: {error}") from None

@@ -34,9 +34,9 @@ from diffvit.training.saver import Ask, Saver, newest_step
 from diffvit.training.sharding import shard
 from diffvit.training.step import replicate, take_step
 from diffvit.training.tracking import Tracker
-from diffvit.training.worker import RunStopped, Worker
+from diffvit.training.worker import RunDiverged, RunStopped, Worker
 
-__all__ = ["RunStopped", "Worker", "fit", "start_state"]
+__all__ = ["RunDiverged", "RunStopped", "Worker", "fit", "start_state"]
 
 LOG_EVERY_STEPS = 10
 """How often ranks agree on their metrics and on what rank 0 asks for; a poisoned step is found then at the latest."""

@@ -15,7 +15,7 @@ from diffvit.training.checkpoint import TrainState, checkpoint_name, roll_back, 
 from diffvit.training.checkpoint_writer import CheckpointWriter
 from diffvit.training.logbook import Logbook
 from diffvit.training.sharding import is_sharded
-from diffvit.training.worker import RunStopped, Worker
+from diffvit.training.worker import RunDiverged, RunStopped, Worker
 
 _POLL_SECONDS = 2.0
 """Between two looks for a node that is about to go, each of which is a barrier."""
@@ -140,7 +140,7 @@ class Saver:
         """Take the weights of the last good checkpoint, and go on from here with them; the step they are of.
 
         Raises:
-            RunStopped: there is none, or that was done `optim.max_rollbacks` times; it says `why`.
+            RunDiverged: there is none, or that was done `optim.max_rollbacks` times; it says `why`.
         """
         good_step = self._state.good_step
         if self._writer is not None:
@@ -149,7 +149,7 @@ class Saver:
         step = None if good_step is None else newest_step(self._worker, self._config.model, good_step)
         if store is None or step is None or self._state.rollbacks >= self._config.optim.max_rollbacks:
             good = "none is known to be good yet" if good_step is None else f"the last is {checkpoint_name(good_step)}"
-            raise RunStopped(
+            raise RunDiverged(
                 f"{why}; {self._state.rollbacks} times the run went back to a good checkpoint; {good}. "
                 "A lower optim.lr, a longer optim.warmup_epochs or a smaller optim.clip_norm are the usual remedies"
             )

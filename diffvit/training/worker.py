@@ -16,6 +16,10 @@ class RunStopped(RuntimeError):
     """The run cannot go on, and trying again from the last checkpoint would end the same way."""
 
 
+class RunDiverged(RunStopped):
+    """The loss would not stay finite: these values of the optimiser are at fault."""
+
+
 @dataclass(frozen=True)
 class Worker:
     """One of the W processes of a run."""
