@@ -94,7 +94,7 @@ SLIPS = [
         "provider:\n  security_group: {IpPermissions: [{FromPort: 22, ToPort: 22, IpRanges: [{CidrIp: 0.0.0.0/0}]}]}\n",
         "provider.security_group: open to everybody",
     ),
-    ("gcp", "serviceAccounts: *head_accounts", "description: x", "compute.admin, objectAdmin and serviceAccountUser"),
+    ("gcp", "serviceAccounts: *head_accounts", "description: x", "compute.admin, objectAdmin, serviceAccountUser"),
     ("gcp", "- subnetwork: 10", "- accessConfigs: [{name: nat}]\n      subnetwork: 10", "the node a public address"),
     (
         "gcp",

@@ -126,7 +126,7 @@ def _azure_problems(provider: Mapping[str, Any]) -> Iterator[str]:
 
 def _gcp_problems(node: Mapping[str, Any], path: str) -> Iterator[str]:
     if not node.get("serviceAccounts"):
-        yield f"{path}.serviceAccounts: missing; Ray would give the head compute.admin, objectAdmin and serviceAccountUser"
+        yield f"{path}.serviceAccounts: missing; Ray would give the head compute.admin, objectAdmin, serviceAccountUser"
     for kind in ("accessConfigs", "ipv6AccessConfigs"):
         if any(kind in interface for interface in node.get("networkInterfaces", [])):
             yield f"{path}.networkInterfaces: {kind} gives the node a public address; leave it out"
