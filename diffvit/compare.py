@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -24,7 +24,7 @@ from diffvit.analysis.comparison import CompareOptions, compare
 from diffvit.analysis.figures import draw
 from diffvit.analysis.finished_runs import load_run
 from diffvit.analysis.panels import FigureRow
-from diffvit.analysis.report import RESULT_NAME, write_report
+from diffvit.analysis.report import RESULT_NAME, write_report, write_result
 from diffvit.arms import ArmRoom, train_arms
 from diffvit.config import VARIANT_NAMES, RunConfig, ScaleConfig
 from diffvit.data.boxes import BoxedSplit
@@ -94,11 +94,12 @@ def run_comparison(config: CompareConfig, report: Report) -> Path:
         RunStopped: an arm could not be trained; the others are, and the same call goes on.
     """
     # before arms are trained for hours, where they are
+    _earlier_result(config.folder)
     boxes = None if config.runs else _open_boxes(config.compare.boxes, config.run)
     arms: dict[str, list[FinishedRun]] = {}
     for source in config.runs or train_arms(config.recipe, config.seeds, config.room, report):
         with on_disk(source, "last") as folder:
-            run = load_run(folder)
+            run = dataclasses.replace(load_run(folder), source=_source(source, config.folder))
         arms.setdefault(_name(run, arms), []).append(run)
     first_run = next(iter(arms.values()))[0]
     first = first_run.config
@@ -110,8 +111,9 @@ def run_comparison(config: CompareConfig, report: Report) -> Path:
     set_float32_products(ScaleConfig(precision="fp32"), device)
     images = len(dataset.val)
     boxes = boxes or _open_boxes(config.compare.boxes, first)
-    batches = validation_batches(first, dataset)
+    batches = validation_batches(first, dataset, config.compare.seed)
     result = compare(arms, batches, config.compare, device, lambda seen: report("comparing", seen, images), boxes)
+    write_result(result, config.folder)
     drawn = draw(result)
     page = write_report(result, drawn, config.folder)
     _write_tensorboard(drawn, config.folder / "tensorboard")
@@ -120,18 +122,34 @@ def run_comparison(config: CompareConfig, report: Report) -> Path:
 
 def _require_place(folder: Path, arms: dict[str, list[FinishedRun]]) -> None:
     """Before all is measured: the report can be written, and no other comparison's is lost by it."""
-    place = Storage(str(folder))
-    earlier = place.read_or_none(RESULT_NAME)
-    if earlier is not None:
-        for arm, found in json.loads(earlier)["arms"].items():
-            lost = {*found["seeds"]} - {run.seed for run in arms.get(arm, [])}
-            if lost:
+    mine = {(arm, run.seed): run.source for arm, runs in arms.items() for run in runs}
+    for arm, found in _earlier_result(folder).items():
+        for seed, source in zip(found["seeds"], found.get("sources") or [None] * len(found["seeds"]), strict=True):
+            if (arm, seed) not in mine or source not in (None, mine[arm, seed]):  # earlier versions did not say
                 raise ValueError(
-                    f"{folder} has a report of other runs, among them seed {min(lost)} of {arm!r}; choose another "
-                    "--out, or delete it"
+                    f"{folder} has a report of other runs, among them seed {seed} of {arm!r}"
+                    f"{f' in {source}' if source else ''}; choose another --out, or delete it"
                 )
+    place = Storage(str(folder))
     place.write(_WRITE_TEST, b"")
     place.delete(_WRITE_TEST)
+
+
+def _earlier_result(folder: Path) -> dict[str, Any]:
+    """The arms of the comparison that `folder` holds."""
+    content = Storage(str(folder)).read_or_none(RESULT_NAME)
+    try:
+        return dict(json.loads(content)["arms"]) if content else {}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / RESULT_NAME} is damaged; delete it, or choose another --out") from None
+
+
+def _source(run: str, folder: Path) -> str:
+    """Where a run lies: below the comparison's own folder as seen from there, which may be moved."""
+    if "://" in run:
+        return run.partition("?")[0]
+    path = Path(run).expanduser().absolute()
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
 def _open_boxes(path: str, config: RunConfig) -> BoxedSplit | None:

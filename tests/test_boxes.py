@@ -152,7 +152,7 @@ class Given(BoxedSplit):
     def images_in_split(self) -> int:
         return 9
 
-    def images(self, config: RunConfig) -> Any:
+    def images(self, config: RunConfig, shuffle_seed: int | None = None) -> Any:
         generator = np.random.default_rng(1)
         for inside in self._insides:
             yield BoxedImage(generator.integers(0, 256, (1, 12, 12), dtype=np.uint8), inside)

@@ -6,15 +6,17 @@ import dataclasses
 import json
 import os
 import runpy
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import torch
 from conftest import with_fields
 
-from diffvit.analysis.comparison import CompareOptions
+from diffvit.analysis.comparison import CompareOptions, compare
 from diffvit.arms import ArmRoom, _outcome, _train_arm, arm_configs, train_arms
 from diffvit.cli import parse_compare_config
 from diffvit.compare import CompareConfig, run_comparison
@@ -27,7 +29,7 @@ from diffvit.training.loop import RunStopped
 from diffvit.training.resolve import resolve
 
 JOB = Path(__file__).parents[1] / "ray_jobs/compare.py"
-QUICK = CompareOptions(batch_size=8, resamples=50, speed_rounds=2)
+QUICK = CompareOptions(batch_size=8, resamples=100, speed_rounds=2)
 
 
 def quiet(what: str, done: int, total: int) -> None:
@@ -106,6 +108,39 @@ def test_arms_that_saw_other_images_are_refused_before_any_is_trained(tiny_confi
     assert not Path(config.out).exists()
 
 
+def test_images_are_drawn_and_no_other_comparison_is_overwritten(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image folder lies class by class: the first of it are of one class, and so would be the batches of CKA."""
+    recipe = with_fields(tiny_config, model={"num_heads": 1, "num_classes": 3}, optim={"epochs": 1})
+    arm = dataclasses.replace(arm_configs(recipe)["plain"], name="plain-seed0", storage=str(tmp_path / "a"))
+    dataset = open_dataset(recipe.data)
+    train_alone(resolve(arm, dataset), dataset)
+    labels: list[list[int]] = []
+
+    def comparing(arms: Any, batches: Any, *rest: Any) -> Any:
+        batches = list(batches)
+        labels.append([label for batch in batches for label in batch.labels.tolist()])
+        return compare(arms, batches, *rest)
+
+    monkeypatch.setattr("diffvit.compare.compare", comparing)
+    out = tmp_path / "out"
+    config = CompareConfig(recipe, out=str(out), runs=(str(arm.folder),), compare=QUICK)
+    run_comparison(config, quiet)
+    run_comparison(config, quiet)
+    drawn, again = labels
+    assert drawn == again != sorted(drawn)
+    assert sorted(drawn) == sorted(dataset.val.labels.tolist())
+    assert json.loads((out / "compare.json").read_text())["arms"]["plain ViT"]["sources"] == [str(arm.folder)]
+
+    moved = shutil.copytree(arm.folder, tmp_path / "b/plain-seed0")
+    with pytest.raises(ValueError, match=rf"other runs, among them seed 0 of 'plain ViT' in {arm.folder}; choose"):
+        run_comparison(dataclasses.replace(config, runs=(str(moved),)), quiet)
+    (out / "compare.json").write_text('{"arms": ')
+    with pytest.raises(ValueError, match=r"out/compare\.json is damaged; delete it, or choose another --out"):
+        run_comparison(config, quiet)
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 class TestRuns:
@@ -122,6 +157,7 @@ class TestRuns:
         result = json.loads((out / "compare.json").read_text())
         assert list(result["arms"]) == ["plain ViT", "Diff-ViT V1", "Diff-ViT V2"]
         assert all(arm["seeds"] == [0, 1] for arm in result["arms"].values())
+        assert result["arms"]["plain ViT"]["sources"] == ["runs/plain-seed0", "runs/plain-seed1"]
         storage = Path(config.recipe.storage)
         runs = sorted(path.name for path in storage.iterdir())
         assert runs == [f"{arm}-seed{seed}" for arm in ("plain", "v1", "v2") for seed in (0, 1)]

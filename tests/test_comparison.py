@@ -16,18 +16,20 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
-from diffvit.analysis import speed
+from diffvit.analysis import measure, speed
 from diffvit.analysis.arms import FinishedRun, check_arms, differences
+from diffvit.analysis.attention_noise import _inside
 from diffvit.analysis.comparison import CompareOptions, compare
+from diffvit.analysis.confusion import confusion_figure
 from diffvit.analysis.curves import read_curves
 from diffvit.analysis.figures import draw
 from diffvit.analysis.findings import findings
 from diffvit.analysis.finished_runs import load_run
 from diffvit.analysis.regroup import regroup
-from diffvit.analysis.report import render, spread, write_report
-from diffvit.analysis.robustness import CORRUPTIONS
+from diffvit.analysis.report import _worsened, render, spread, write_report, write_result
+from diffvit.analysis.robustness import CORRUPTIONS, corrupt
 from diffvit.analysis.similarity import Similarity
-from diffvit.analysis.statistics import mean_and_std
+from diffvit.analysis.statistics import calibration_error, mean_and_std
 from diffvit.compare import _name
 from diffvit.config import DataConfig, ModelConfig, OptimConfig, RunConfig, to_json
 from diffvit.data.batches import SKIPPED_LABEL, Batch
@@ -57,7 +59,7 @@ def make_batches(count: int = 26, size: int = 9) -> list[Batch]:
     return [Batch(row, images[i : i + size], labels[i : i + size]) for row, i in enumerate(places)]
 
 
-OPTIONS = CompareOptions(batch_size=8, noise_images=9, similarity_images=24, robustness_images=8, resamples=50,
+OPTIONS = CompareOptions(batch_size=8, noise_images=9, similarity_images=24, robustness_images=8, resamples=100,
                          speed_rounds=3)  # fmt: skip
 
 
@@ -231,6 +233,100 @@ def test_the_same_arms_do_not_differ() -> None:
     assert sentences[-1] == "2 seeds an arm are few: intervals over so few runs come out too narrow."
 
 
+def answers_of(model: VisionTransformer, images: Any, labels: Any) -> tuple[Any, Any]:
+    """Confidence, and 1 where right."""
+    with torch.no_grad():
+        found = model((torch.from_numpy(images) / 255 - 0.5) / 0.25).double().softmax(1).max(1)
+    return found.values.numpy(), (found.indices.numpy() == labels).astype(float)
+
+
+def test_arms_are_asked_about_the_same_worsened_images_and_scored_by_hand() -> None:
+    arms = {name: [make_run("diff", 0)] for name in ("one", "two")}
+    found = compare(arms, make_batches(), OPTIONS)["arms"]
+    assert found["one"]["robustness"] == found["two"]["robustness"]
+    model = make_run("diff", 0).model.eval()
+    groups = list(regroup(make_batches(), OPTIONS.batch_size))
+    first = groups[0]
+    for kind in CORRUPTIONS:
+        clean, *worse = (severity["per_seed"][0] for severity in found["one"]["robustness"][kind])
+        assert clean == pytest.approx(100 * answers_of(model, first.images, first.labels)[1].mean())
+        for severity, top1 in enumerate(worse, start=1):
+            images = corrupt(first.images, kind, severity, patch_size=3, seed=OPTIONS.seed)
+            assert top1 == pytest.approx(100 * answers_of(model, images, first.labels)[1].mean())
+    answers = [answers_of(model, group.images, group.labels) for group in groups]
+    confidence, right = (np.concatenate(part) for part in zip(*answers, strict=True))
+    expected = calibration_error(confidence, right)
+    assert found["one"]["calibration_error"]["mean"] == pytest.approx(expected, rel=1e-4)
+    assert _worsened(found["one"])["mean"] == pytest.approx(
+        np.mean([s["mean"] for kind in CORRUPTIONS for s in found["one"]["robustness"][kind][1:]])
+    )
+
+
+def test_the_largest_is_that_of_the_largest_head(result: dict[str, Any]) -> None:
+    found = result["arms"]["plain"]["noise"]["largest_logit"]
+    per_head = np.array(found["per_head"])  # (S, L, H)
+    assert found["per_layer"] == pytest.approx(per_head.max(2).mean(0).tolist())
+    assert found["overall"]["per_seed"] == pytest.approx(per_head.max(2).mean(1).tolist())
+    entropy = result["arms"]["plain"]["noise"]["entropy_1"]
+    assert entropy["per_layer"] == pytest.approx(np.array(entropy["per_head"]).mean((0, 2)).tolist())
+
+
+def test_high_norm_tokens_are_those_above_the_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The six of a group's sixteen patches whose norm is largest: they get their share, and means go without them."""
+    arms = {"one": [make_run("softmax", seed) for seed in (0, 1)]}
+    found = {}
+    for name, share in (("none", 1.0), ("some", 0.6)):
+        monkeypatch.setattr(measure, "high_norm_threshold", lambda norms, share=share: norms.quantile(share).item())
+        found[name] = compare(arms, make_batches(), OPTIONS)
+    none, some = (result["arms"]["one"] for result in found.values())
+    assert none["high_norm_share"]["mean"] < 0.1 < 0.3 < some["high_norm_share"]["mean"] < 0.5
+    assert none["noise"]["high_norm_mass"]["overall"]["mean"] < 0.1 < some["noise"]["high_norm_mass"]["overall"]["mean"]
+    streams = {
+        name: {r["stream"]: r["matrix"] for r in result["cka"] if r["kind"] == "floor"}
+        for name, result in found.items()
+    }
+    without = "patch mean, without high-norm tokens"
+    assert streams["some"]["patch mean"] == streams["none"]["patch mean"]
+    assert np.abs(np.subtract(streams["some"][without], streams["some"]["patch mean"])).max() > 0.01
+
+
+def test_an_image_whose_query_sees_no_patch_does_not_erase_the_figure() -> None:
+    A = torch.zeros(2, 1, 3, 3, dtype=torch.float64)
+    A[0, 0, 0] = torch.tensor([0.5, 0.3, 0.2])  # class token, then two patches
+    A[1, 0, 0] = torch.tensor([1.0, 0.0, 0.0])
+    inside = torch.tensor([[True, False], [True, False]])
+    found = {name: (above / below).item() for name, (above, below) in _inside(A, inside, 1, class_token=True).items()}
+    assert found == pytest.approx({"inside_mass": 0.6, "inside_lift": 0.6 / 0.5})
+
+
+@pytest.mark.parametrize("name", ["a$1_$2", "cost $5", r"x^2$\\frac$"])
+def test_names_are_drawn_as_they_are(result: dict[str, Any], name: str, tmp_path: Path) -> None:
+    """Between two dollars matplotlib would read a formula, and end where it is none."""
+    arms = {f"V1 {name}" if arm.startswith("V1") else arm: found for arm, found in result["arms"].items()}
+    write_report({**result, "arms": arms, "cka": []}, draw({**result, "arms": arms, "cka": []}), tmp_path)
+    assert (tmp_path / "report.html").exists()
+    confusion_figure(np.array([[1, 2], [3, 4]]), [name, "b"]).savefig(tmp_path / "confusion.png")
+
+
+def test_runs_in_other_precisions_are_other_arms() -> None:
+    one, other = make_run("diff", 0), make_run("diff", 1)
+    scale = dataclasses.replace(other.config.scale, precision="bf16")
+    other = dataclasses.replace(other, config=dataclasses.replace(other.config, scale=scale))
+    arms: dict[str, list[FinishedRun]] = {}
+    for run in (one, other):
+        arms.setdefault(_name(run, arms), []).append(run)
+    assert len(arms) == 2
+    with pytest.raises(ValueError, match=r"nothing but the seed, got scale.precision: 'auto' and 'bf16' in 'a'"):
+        check_arms({"a": [one, other]})
+
+
+def test_options_of_the_attention_are_what_a_comparison_is_of() -> None:
+    one = make_run("diff", 0)
+    model = dataclasses.replace(one.config.model, lambda_max=1.0, head_norm="layer")
+    found = differences(one, dataclasses.replace(one, config=dataclasses.replace(one.config, model=model)))
+    assert found == {"intended": {"model.lambda_max": [None, 1.0], "model.head_norm": ["rms", "layer"]}, "also": {}}
+
+
 def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(ValueError, match=r"at least one run each, got \{'a': 0\}"):
         check_arms({"a": []})
@@ -296,6 +392,7 @@ class Page(HTMLParser):
 
 @pytest.mark.slow
 def test_the_report_stands_alone(result: dict[str, Any], tmp_path: Path) -> None:
+    write_result(result, tmp_path / "out")
     path = write_report(result, draw(result), tmp_path / "out")
     assert path == tmp_path / "out" / "report.html"
     assert json.loads((tmp_path / "out" / "compare.json").read_text()) == result
@@ -311,6 +408,7 @@ def test_the_report_stands_alone(result: dict[str, Any], tmp_path: Path) -> None
     assert len(list(figures.glob("*.svg"))) == len(images)
     (figures / "boxes_0.svg").write_text("of an earlier comparison")
     (figures / "mine.svg").write_text("mine")
+    (figures / "cka_matrices_12.svg").write_text("of an earlier comparison of more arms")
     write_report(result, draw(result), tmp_path / "out")
     assert len(list(figures.glob("*.svg"))) == len(images) + 1
     assert (figures / "mine.svg").exists()
@@ -361,9 +459,9 @@ def test_representations_in_bf16_are_as_alike_as_in_float32() -> None:
     assert 0 < difference < 5e-3
 
 
-@pytest.mark.parametrize("field", ["batch_size", "noise_images", "speed_rounds"])
+@pytest.mark.parametrize("field", ["batch_size", "noise_images", "speed_rounds", "resamples"])
 def test_options_are_checked(field: str) -> None:
-    with pytest.raises(ValueError, match=rf"{field} must be at least \d, got 0"):
+    with pytest.raises(ValueError, match=rf"{field} must be at least \d+, got 0"):
         CompareOptions(**{field: 0})
 
 

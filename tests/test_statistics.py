@@ -1,14 +1,30 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
-from diffvit.analysis.statistics import calibration_error, mean_and_std, paired_bootstrap
+from diffvit.analysis.statistics import calibration_error, mean_and_std, paired_bootstrap, seed_interval
 
 
 def test_mean_and_std_by_hand() -> None:
     assert mean_and_std([1.0, 2.0, 6.0]) == {"per_seed": [1, 2, 6], "mean": 3, "std": pytest.approx(7**0.5)}
     assert mean_and_std([4.0])["std"] is None
+    assert mean_and_std([1.0, math.nan, 3.0])["mean"] == 2
+    assert mean_and_std([1.0, math.nan, 3.0])["std"] == pytest.approx(2**0.5)
+    assert math.isnan(mean_and_std([math.nan])["mean"])
+
+
+def test_intervals_over_seeds_by_hand() -> None:
+    arm, baseline = np.array([86.93, 87.02, 87.13]), np.array([86.16, 86.43, 86.84])
+    # differences 0.77, 0.59, 0.29: mean 0.55, standard deviation 0.2425, times 4.303 / sqrt 3
+    assert seed_interval(arm, baseline, same_seeds=True) == pytest.approx((-0.0525, 1.1525), abs=1e-3)
+    # Welch: variances 0.01003 and 0.11723 over 3, so 2.34 degrees of freedom, of which 2 are taken
+    assert seed_interval(arm, baseline, same_seeds=False) == pytest.approx((-0.3361, 1.4361), abs=1e-3)
+    assert seed_interval(arm, baseline[:1], same_seeds=False) is None
+    alike = np.full(40, 2.0)
+    assert seed_interval(alike + 1, alike, same_seeds=False) == (1.0, 1.0)
 
 
 def test_calibration_error_by_hand() -> None:

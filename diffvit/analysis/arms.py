@@ -17,7 +17,10 @@ _SAME_IMAGES = (
     *("augment.eval_crop_ratio", "augment.interpolation"),
 )
 """What decides which pixels and labels a model is asked about, and to which patches masks refer."""
-_EXPECTED = ("model.variant", "model.num_heads", "seed", "model.lambda_init")
+_EXPECTED = (
+    *("model.variant", "model.num_heads", "seed"),
+    *("model.lambda_init", "model.lambda_max", "model.head_norm"),
+)
 """What arms differ in by intention."""
 
 
@@ -31,6 +34,8 @@ class FinishedRun:
     curves: Curves = field(default_factory=dict)
     images: Fingerprint | None = None
     """That it was begun with, where that is known."""
+    source: str = ""
+    """Where it lies."""
 
 
 Arms = Mapping[str, Sequence[FinishedRun]]
@@ -43,6 +48,9 @@ def differing(one: FinishedRun, other: FinishedRun) -> dict[str, tuple[Any, Any]
     Where these are known, the place at which they lie does not count.
     """
     found = differing_fields(one.config, other.config)
+    precisions = one.config.scale.precision, other.config.scale.precision
+    if len({*precisions}) > 1:  # a run may be continued in another one, but trained otherwise it is another arm
+        found["scale.precision"] = precisions
     if one.images is not None and other.images is not None:
         found.pop("data.path", None)
         for split in SPLITS:

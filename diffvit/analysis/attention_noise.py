@@ -181,7 +181,8 @@ def _inside(A: Tensor, mask: Tensor, prefix: int, class_token: bool) -> dict[str
     """Each image counts the same."""
     query: Callable[[Tensor], Tensor] = (lambda t: t[:, :, 0]) if class_token else (lambda t: t[:, :, prefix:].mean(2))
     weights = query(A)[..., prefix:].double()
-    share = (weights * mask[:, None, :]).sum(-1) / weights.sum(-1)
-    above, below = _mean(share)
-    area = mask.double().mean(dim=1)[:, None].expand_as(share)
-    return {"inside_mass": (above, below), "inside_lift": (above, _sum(area))}
+    whole = weights.sum(-1)
+    seen = whole > 0  # a query that sees no patch at all does not count
+    share = (weights * mask[:, None, :]).sum(-1) / whole.where(seen, 1)
+    area = mask.double().mean(dim=1)[:, None] * seen
+    return {"inside_mass": (_sum(share), _sum(seen)), "inside_lift": (_sum(share), _sum(area))}

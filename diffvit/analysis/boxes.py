@@ -12,9 +12,9 @@ from diffvit.data.boxes import BoxedImage, BoxedSplit
 
 
 def look_at_boxes(
-    measures: Sequence[RunMeasures], boxes: BoxedSplit | None, limit: int, batch_size: int
+    measures: Sequence[RunMeasures], boxes: BoxedSplit | None, limit: int, batch_size: int, seed: int
 ) -> dict[str, int] | None:
-    """Ask every run about the first `limit` images of which a box is in view; how many there were, None without boxes.
+    """Ask every run about `limit` images of which a box is in view, drawn by `seed`; None without boxes.
 
     `images` were looked at; `without_box` of the split have none; of the others that were read, `out_of_view` show
     nothing of their boxes, because the centre crop cuts them off or because they cannot be read.
@@ -28,7 +28,7 @@ def look_at_boxes(
 
     def in_view() -> Iterator[BoxedImage]:
         nonlocal out_of_view
-        for image in boxes.images(measures[0].run.config):
+        for image in boxes.images(measures[0].run.config, seed):
             if image.inside.any():
                 yield image
             else:

@@ -22,7 +22,7 @@ from diffvit.analysis.regroup import Group, regroup
 from diffvit.analysis.robustness import CORRUPTIONS, corrupt
 from diffvit.analysis.similarity import RunKey, Similarity
 from diffvit.analysis.speed import inference_speed, training_speed
-from diffvit.analysis.statistics import calibration_error, mean_and_std, paired_bootstrap
+from diffvit.analysis.statistics import calibration_error, mean_and_std, paired_bootstrap, seed_interval
 from diffvit.data.batches import Batch
 from diffvit.data.boxes import BoxedSplit
 from diffvit.models.flops import training_flops
@@ -38,7 +38,7 @@ _SEVERITIES = (1, 2, 3)
 class CompareOptions:
     """How much is measured.
 
-    Accuracy and calibration see every image; for the rest the first ones serve, counted in whole batches.
+    Accuracy and calibration see every image; for the rest some that `seed` draws serve, counted in whole batches.
     """
 
     batch_size: int = 64
@@ -58,10 +58,10 @@ class CompareOptions:
     boxes: str = ""
     """CSV file of key,x0,y0,x1,y1: boxes around the objects of validation images, in pixels; empty for none."""
     seed: int = 0
-    """Of noise, occlusion, compositions and resamples; not of any model."""
+    """Of the images that are drawn, noise, occlusion, compositions and resamples; not of any model."""
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 4), ("resamples", 1), ("speed_rounds", 2)):
+        for name, least in (("batch_size", 4), ("resamples", 100), ("speed_rounds", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("similarity_images", "noise_images", "robustness_images"):
@@ -82,7 +82,7 @@ def compare(
     Args:
         arms: finished runs by arm; see `check_arms` for what must agree. Their models are moved to `device` and left
             in evaluation mode.
-        batches: the validation set, read once.
+        batches: the validation set, read once, in random order: in batches of one class every model would look alike.
         options: how much to measure; None for the defaults.
         device: where the models run; None for the CPU.
         progress: called after each group with the number of images seen.
@@ -118,7 +118,7 @@ def compare(
         "similarity_images": similarity.images,
         "similarity_precision": "bf16" if in_bf16 else "fp32",
         "noise_images": anyone.noise.images,
-        "boxes": look_at_boxes(list(measures.values()), boxes, options.noise_images, options.batch_size),
+        "boxes": look_at_boxes(list(measures.values()), boxes, options.noise_images, options.batch_size, options.seed),
         "robustness_images": anyone.answers(f"{CORRUPTIONS[0]} 1").shape[1],
         "speed_batch": len(first.labels),
         "device": str(device),
@@ -176,6 +176,7 @@ def _arm(arm: str, arms: Arms, measures: dict[RunKey, RunMeasures], options: Com
     return {
         "variant": runs[0].config.model.variant,
         "seeds": [run.seed for run in runs],
+        "sources": [run.source for run in runs],
         "parameters": parameters,
         "parameters_to_baseline": parameters / sum(p.numel() for p in base[0].model.parameters()),
         "training_flops_per_image": training_flops(runs[0].config.model, runs[0].config.init.train),
@@ -196,10 +197,14 @@ def _difference(
     mine: list[RunMeasures], base: list[RunMeasures], same_seeds: bool, options: CompareOptions
 ) -> dict[str, Any]:
     correct, expected = (np.stack([measure.answers()[0] for measure in side]) for side in (mine, base))
+    over_seeds = seed_interval(correct.mean(1), expected.mean(1), same_seeds=same_seeds)
     interval = paired_bootstrap(
         correct, expected, same_seeds=same_seeds, resamples=options.resamples, seed=options.seed
     )
-    return {"paired_by_seed": same_seeds} | {k: 100 * v for k, v in dataclasses.asdict(interval).items()}
+    return {
+        "paired_by_seed": same_seeds,
+        "over_seeds": over_seeds and [100 * bound for bound in over_seeds],
+    } | {k: 100 * v for k, v in dataclasses.asdict(interval).items()}
 
 
 def _robustness(mine: list[RunMeasures]) -> dict[str, list[dict[str, Any]]]:
@@ -229,7 +234,7 @@ def _noise(mine: list[RunMeasures]) -> dict[str, dict[str, Any]]:
         by_layer = per_head.amax(dim=2) if name.startswith("largest") else per_head.nanmean(dim=2)
         result[name] = {
             "per_head": per_head.tolist(),
-            "per_layer": by_layer.mean(dim=0).tolist(),
+            "per_layer": by_layer.nanmean(dim=0).tolist(),
             "overall": mean_and_std(by_layer.nanmean(dim=1).tolist()),
         }
     return result

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
+from diffvit.analysis.panels import take_literally
+
 _NAMED_CLASSES = 30
 """More than these are not written at the axes."""
 
@@ -58,5 +60,6 @@ def confusion_figure(confusion: Counts, classes: Sequence[str]) -> Figure:
             shade = "black" if shares[row, column] > 0.6 else "white"
             axes.text(column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", color=shade, size=8)
     figure.colorbar(image, ax=axes, label="share of the true class")
+    take_literally(figure)
     figure.tight_layout()
     return figure

@@ -38,13 +38,22 @@ def signed(value: float, digits: int = 2) -> str:
 
 
 def _accuracy(result: Result, name: str) -> str:
+    """That an arm is better or worse is said only where images and seeds, and seeds by Student's t, both show it."""
     baseline, found = result["baseline"], result["arms"][name]["top1_difference"]
     difference = f"{signed(found['difference'])} points"
     interval = f"95 % interval {signed(found['low'])} to {signed(found['high'])}"
-    if found["low"] <= 0 <= found["high"]:
-        return f"{name} is not shown to differ from {baseline} in top-1: {difference}, {interval}."
     better = "more" if found["difference"] > 0 else "less"
-    return f"{name} is {better} accurate than {baseline}: {difference} of top-1, {interval}."
+    over_images = not found["low"] <= 0 <= found["high"]
+    if found["over_seeds"] is None:
+        if over_images:
+            runs = f"one of the two has a single run, so this is of runs and not of arms: {difference}, {interval}"
+            return f"{name}, as trained here, is {better} accurate than {baseline}; {runs} over images."
+        return f"{name} is not shown to differ from {baseline} in top-1: {difference}, {interval}."
+    low, high = found["over_seeds"]
+    by_seeds = f"{signed(low)} to {signed(high)} over seeds by Student's t"
+    if over_images and not low <= 0 <= high:
+        return f"{name} is {better} accurate than {baseline}: {difference} of top-1, {interval}, {by_seeds}."
+    return f"{name} is not shown to differ from {baseline} in top-1: {difference}, {interval}, {by_seeds}."
 
 
 def _representations(result: Result, name: str) -> str:
@@ -64,11 +73,18 @@ def _representations(result: Result, name: str) -> str:
         return f"{name} and {baseline} are not compared by CKA: activations of one do not differ between images."
     value = f"CKA {_mean(across):.2f} at the same depth ({_STREAM})"
     if not all(floors.values()):
-        return f"{name} and {baseline} have {value}; an arm of one seed has no floor to hold that against."
+        single = any(len(result["arms"][arm]["seeds"]) == 1 for arm in floors)
+        why = "an arm of one seed has no floor" if single else "runs of an arm that do not differ are no floor"
+        return f"{name} and {baseline} have {value}; {why} to hold that against."
     floor = " and ".join(f"{_mean(pairs):.2f} in {arm}" for arm, pairs in floors.items())
     lowest = min(value for pairs in floors.values() for value in pairs)
     if max(across) < lowest:
-        return f"Layers of {name} and {baseline} are less alike than two seeds of either: {value}, seeds {floor}."
+        counts = [len(result["arms"][arm]["seeds"]) for arm in (baseline, name)]
+        ways = math.comb(sum(counts), counts[0]) / (2 if counts[0] == counts[1] else 1)
+        return (
+            f"Layers of {name} and {baseline} are less alike than two seeds of either: {value}, seeds {floor}; "
+            f"with so many runs chance alone does that in up to {_percent(1 / ways)} of cases."
+        )
     return f"Layers of {name} and {baseline} are not shown to differ by more than the seed: {value}, seeds {floor}."
 
 
@@ -84,7 +100,7 @@ def _attention(result: Result, name: str) -> Iterator[str]:
     mine, base = result["arms"][name], result["arms"][result["baseline"]]
     if len(mine["seeds"]) < 2 or len(base["seeds"]) < 2:
         return
-    apart, mixed = [], []
+    apart, mixed, by_chance = [], [], 0.0
     for figure, words in _NAMES.items():
         if figure not in mine["noise"] or figure not in base["noise"]:
             continue
@@ -93,13 +109,13 @@ def _attention(result: Result, name: str) -> Iterator[str]:
             continue
         if min(ours) > max(theirs) or max(ours) < min(theirs):
             apart.append(f"{words} ({_mean(ours):.3g} against {_mean(theirs):.3g})")
+            by_chance = max(by_chance, 2 / math.comb(len(ours + theirs), len(ours)))
         else:
             mixed.append(words)
-    by_chance = 2 / math.comb(len(mine["seeds"]) + len(base["seeds"]), len(mine["seeds"]))
     if apart:
         yield (
             f"Every run of {name} lies on one side of every run of {result['baseline']} in {', '.join(apart)}; "
-            f"with so many runs chance alone does that to {100 * by_chance:.0f} % of such figures."
+            f"with so many runs chance alone does that to {_percent(by_chance)} of such figures."
         )
     if mixed:
         yield f"Runs of {name} and {result['baseline']} overlap in {', '.join(mixed)}."
@@ -124,6 +140,10 @@ def _caveats(result: Result, others: list[str]) -> Iterator[str]:
 
 def _seeds(arm: dict[str, Any], figure: str) -> list[float]:
     return [value for value in arm["noise"][figure]["overall"]["per_seed"] if value is not None]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.01 else "less than 1 %"
 
 
 def _mean(values: list[float]) -> float:

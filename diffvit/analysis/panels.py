@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
 Result = Mapping[str, Any]
@@ -59,7 +60,14 @@ def make_panel(
             each(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     if x == "layer":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    take_literally(figure)
     return Panel(text or f"{title}: {y} by {x}", figure)
+
+
+def take_literally(figure: Figure) -> None:
+    """Have a `$` in the name of a run or a class stand for itself: between two of them matplotlib reads a formula."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
 
 
 def arm_style(number: int) -> dict[str, Any]:

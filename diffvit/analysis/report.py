@@ -16,6 +16,7 @@ from diffvit.analysis.findings import findings, signed
 from diffvit.analysis.panels import FigureRow, Panel, Result
 from diffvit.analysis.statistics import mean_and_std
 from diffvit.config import VARIANT_NAMES
+from diffvit.storage import Storage
 
 RESULT_NAME = "compare.json"
 REPORT_NAME = "report.html"
@@ -61,20 +62,24 @@ class DrawnRow:
     images: list[Image]
 
 
-def write_report(result: Result, drawn: Sequence[FigureRow], folder: Path) -> Path:
-    """Write `compare.json`, `figures/*.svg` and `report.html` into `folder`; returns the page's path.
+def write_result(result: Result, folder: Path) -> None:
+    """Write `compare.json` into `folder`, whole or not at all."""
+    Storage(str(folder)).write(RESULT_NAME, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
 
-    `drawn` are the figures of `result` (`diffvit.analysis.figures.draw`).
+
+def write_report(result: Result, drawn: Sequence[FigureRow], folder: Path) -> Path:
+    """Write `figures/*.svg` and `report.html` into `folder`, which is a comparison's; returns the page's path.
+
+    `drawn` are the figures of `result` (`diffvit.analysis.figures.draw`); those of an earlier one are deleted.
     """
     rows = [DrawnRow(row.name, row.title, row.how_to_read, [_svg(panel) for panel in row.panels]) for row in drawn]
     (folder / FIGURES_FOLDER).mkdir(parents=True, exist_ok=True)
-    if (folder / RESULT_NAME).exists():  # an earlier comparison, which may have had other figures
-        for figure in (folder / FIGURES_FOLDER).glob("*_[0-9].svg"):
+    for figure in (folder / FIGURES_FOLDER).glob("*_*.svg"):
+        if figure.stem.rpartition("_")[2].isdecimal():
             figure.unlink()
     for row in rows:
         for number, image in enumerate(row.images):
             (folder / FIGURES_FOLDER / f"{row.name}_{number}.svg").write_bytes(image.svg)
-    (folder / RESULT_NAME).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     page = folder / REPORT_NAME
     page.write_text(render(result, rows), encoding="utf-8")
     return page

@@ -68,8 +68,8 @@ class BoxedSplit:
         """With boxes or without."""
         return len(self._split)
 
-    def images(self, config: RunConfig) -> Iterator[BoxedImage]:
-        """Every one of them in the split's order, as a model of `config` is evaluated on it.
+    def images(self, config: RunConfig, shuffle_seed: int | None = None) -> Iterator[BoxedImage]:
+        """Every one of them, as a model of `config` is evaluated on it; in the split's order, or as a seed draws it.
 
         Raises:
             ValueError: a box that is not within its image.
@@ -77,6 +77,8 @@ class BoxedSplit:
         model = config.model
         transform = eval_transform(config.augment, model.image_size)
         indices = np.array(sorted(self._boxes), np.int64)
+        if shuffle_seed is not None:
+            indices = np.random.default_rng(shuffle_seed).permutation(indices)
         for index, encoded in zip(indices.tolist(), self._split.read_many(indices), strict=True):
             try:
                 if isinstance(encoded, OSError):

@@ -61,9 +61,9 @@ def plan_run(config: RunConfig, dataset: Dataset, workers: int = 1) -> tuple[Tra
     return train_plan, EvalPlan(len(dataset.val), min(config.scale.micro_batch_size or _EVAL_ROW_SIZE, _EVAL_ROW_SIZE))
 
 
-def validation_batches(config: RunConfig, dataset: Dataset) -> Iterator[Batch]:
-    """Every validation image once, in this process."""
-    plan = EvalPlan(len(dataset.val), _EVAL_ROW_SIZE)
+def validation_batches(config: RunConfig, dataset: Dataset, shuffle_seed: int | None = None) -> Iterator[Batch]:
+    """Every validation image once, in this process, in the order of `EvalPlan`."""
+    plan = EvalPlan(len(dataset.val), _EVAL_ROW_SIZE, shuffle_seed)
     return map(BatchLoader(config, dataset.val, plan), range(plan.num_rows))
 
 

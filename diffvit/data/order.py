@@ -139,10 +139,14 @@ class TrainPlan:
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """Every sample of a split once, in `row_size` pieces dealt to the ranks in turn; the last piece may be short."""
+    """Every sample of a split once, in `row_size` pieces dealt to the ranks in turn; the last piece may be short.
+
+    In the split's own order (of an image folder: class by class), or in one that `shuffle_seed` draws.
+    """
 
     num_samples: int
     row_size: int
+    shuffle_seed: int | None = None
 
     @property
     def num_rows(self) -> int:
@@ -150,4 +154,12 @@ class EvalPlan:
 
     def samples(self, row: int) -> Indices:
         first = row * self.row_size
-        return np.arange(first, min(first + self.row_size, self.num_samples))
+        end = min(first + self.row_size, self.num_samples)
+        if self.shuffle_seed is None:
+            return np.arange(first, end)
+        return _shuffled(self.num_samples, self.shuffle_seed)[first:end]
+
+
+@lru_cache(maxsize=1)
+def _shuffled(num_samples: int, seed: int) -> Indices:
+    return np.random.default_rng((seed, SHUFFLE)).permutation(num_samples)
