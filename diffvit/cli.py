@@ -63,12 +63,10 @@ def parse_sweep_config(description: str, arguments: list[str] | None = None) -> 
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        suffix = "" if names_config(arguments) else "-sweep"
+        from_recipe = not names_config(arguments)
         help_text, default = described(description, arguments), take_default(arguments)
-        default = dataclasses.replace(default, name=default.name + suffix)
-        weights = value_of("--init.weights", arguments)
-        if weights and suffix:
-            default = _starting_from(weights, default, value_of("--model.variant", arguments))
+        default = _starting_from_weights(default, arguments) if from_recipe else default
+        default = dataclasses.replace(default, name=default.name + ("-sweep" if from_recipe else ""))
 
         def sweep(
             run: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
@@ -94,21 +92,24 @@ def parse_finetune_config(description: str, arguments: list[str] | None = None) 
         if from_recipe and (not arguments or arguments[0].startswith("-")):
             arguments.insert(0, "finetune")
         help_text, default = described(description, arguments), take_default(arguments)
-        weights = value_of("--init.weights", arguments) or (default.init.weights if from_recipe else "")
-        if weights:
-            default = _starting_from(weights, default, value_of("--model.variant", arguments))
-        elif not default.init.weights and not asks_for_help(arguments):
+        if from_recipe or value_of("--init.weights", arguments):
+            default = _starting_from_weights(default, arguments)
+        if not default.init.weights and not asks_for_help(arguments):
             raise ValueError(NO_WEIGHTS)
         return _run_or_rehearsal(default, arguments, help_text)
     except ValueError as error:
         fail(str(error))
 
 
-def _starting_from(weights: str, default: RunConfig, variant: str) -> RunConfig:
-    """`default` with the model that `weights` are of, as the `variant` that is asked for, if one is."""
+def _starting_from_weights(default: RunConfig, arguments: list[str]) -> RunConfig:
+    """`default` with the model of its weights, or of those that are asked for, as the variant that is asked for."""
+    weights = value_of("--init.weights", arguments) or default.init.weights
+    if not weights:
+        return default
     from diffvit.models.pretrained import model_from, origin_of  # imports torch, which takes seconds
 
-    model = dataclasses.replace(model_from(origin_of(weights), variant), num_classes=default.model.num_classes)
+    made = model_from(origin_of(weights), value_of("--model.variant", arguments))
+    model = dataclasses.replace(made, num_classes=default.model.num_classes)
     return dataclasses.replace(default, model=model, init=dataclasses.replace(default.init, weights=weights))
 
 

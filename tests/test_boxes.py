@@ -42,6 +42,15 @@ def boxed(config: RunConfig, *lines: str, header: str = "key,x0,y0,x1,y1") -> li
     return list(BoxedSplit(str(path), open_dataset(config.data).val).images(config))
 
 
+def test_images_come_in_an_order_that_a_seed_draws(config: RunConfig) -> None:
+    path = Path(config.data.path, "boxes.csv")
+    path.write_text("key,x0,y0,x1,y1\n" + "".join(f"{name},0,0,9,9\n" for name in NAMES[1:]))
+    boxes = BoxedSplit(str(path), open_dataset(config.data).val)
+    in_order, drawn, again = ([image.pixels.tobytes() for image in boxes.images(config, seed)] for seed in (None, 3, 3))
+    assert drawn == again != in_order
+    assert sorted(drawn) == sorted(in_order)
+
+
 def shares(image: BoxedImage) -> list[float]:
     """Of the patches, by row."""
     return image.inside.reshape(2, PATCH, 2, PATCH).mean((1, 3)).flatten().tolist()

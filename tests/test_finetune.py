@@ -13,7 +13,7 @@ import torch
 from conftest import make_folder, with_fields
 from safetensors.torch import load_file, save_file
 
-from diffvit.cli import parse_finetune_config
+from diffvit.cli import parse_finetune_config, parse_sweep_config
 from diffvit.config import ModelConfig, OptimConfig, RunConfig, to_json
 from diffvit.data.datasets import open_dataset
 from diffvit.manifest import read_manifest, write_manifest
@@ -303,6 +303,13 @@ def test_the_command_line_takes_the_model_from_the_weights(pretrained: RunConfig
     flowers = parse("flowers", f"--init.weights={file}")
     assert (flowers.name, flowers.model.num_classes, flowers.init.weights) == ("flowers", 102, str(file))
     assert parse("flowers").init.weights.startswith("hf-hub:timm/")
+
+
+def test_a_sweep_takes_the_model_from_the_weights_too(pretrained: RunConfig) -> None:
+    varied = ("--space.num-heads", "None", "--space.lr", "1e-4", "1e-3")
+    sweep = parse_sweep_config("", ["finetune", "--init.weights", str(pretrained.folder), "--data.path", "x", *varied])
+    assert (sweep.run.name, sweep.run.init.weights) == ("finetune-sweep", str(pretrained.folder))
+    assert sweep.run.model == dataclasses.replace(pretrained.model, num_classes=0)
 
 
 @pytest.mark.parametrize(

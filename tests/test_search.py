@@ -14,11 +14,12 @@ from sweeps import record
 from diffvit.config import RunConfig, to_json
 from diffvit.data.datasets import open_dataset
 from diffvit.search.config import SearchConfig, SweepConfig
+from diffvit.search.console import print_sweep
 from diffvit.search.progress import Progress, reason_of
 from diffvit.search.records import Journal, Record, candidates, ranked, to_csv
 from diffvit.search.sitting import Sitting
 from diffvit.search.space import Space
-from diffvit.search.sweep import write_recipes
+from diffvit.search.sweep import summary, write_recipes
 from diffvit.search.trial import DIVERGED, METRIC, Job
 
 
@@ -235,7 +236,9 @@ def test_csv_has_a_line_a_run() -> None:
     assert lines[2] == 'trials/0001,1,0,0.002,,failed,0,,,,0.0,0.0,"not finite, ""at"" step 2"'
 
 
-def test_finalists_are_compared_over_the_seeds_that_are_asked_for_now(tiny_config: RunConfig) -> None:
+def test_finalists_are_compared_over_the_seeds_that_are_asked_for_now(
+    tiny_config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     """An earlier sitting asked for four of the weaker one; and its Pareto front held another point."""
     search = SearchConfig(trials=2, finalists=2, seeds=2, holdout=0.2, objective=("top1", "latency"))
     sweep = SweepConfig(tiny_config, search, Space())
@@ -251,6 +254,12 @@ def test_finalists_are_compared_over_the_seeds_that_are_asked_for_now(tiny_confi
     sitting = Sitting(sweep, open_dataset(tiny_config.data))
     winner, other = sitting.compare_finalists()
     assert (winner.number, winner.top1, other.top1) == (1, (60.0, 60.0), (50.0, 50.0))
+    lost = record(1, status="failed", reason="OSError: the node died", role="finalist", seed=9, config=text)
+    sitting.journal.save(lost)
+    found = summary(sweep, sitting.journal, [winner, other], [{"top1": 61.0, "loss": 1.0}])
+    print_sweep(folder, found)
+    told = "finalists/0001-seed-9 failed: OSError: the node died; the same command trains it again"
+    assert told in capsys.readouterr().out
     (folder / "pareto").mkdir()
     (folder / "pareto/0007.json").write_text("of an earlier front")
     write_recipes(sweep, winner, sitting.journal)

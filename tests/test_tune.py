@@ -96,6 +96,25 @@ def test_a_sweep_from_start_to_finish_and_on(sweep: SweepConfig, capsys: pytest.
     assert (folder / "trials/0004/tensorboard").is_dir()
 
 
+def test_results_of_an_earlier_sitting_go_while_more_is_trained(
+    sweep: SweepConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would name a winner as that of all trials."""
+    sweep.run.folder.mkdir(parents=True)
+    cut = dataclasses.replace(sweep, search=dataclasses.replace(sweep.search, trials=8))
+
+    def search(sitting: Sitting) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sitting, "search", search)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(cut)
+    (sweep.run.folder / "results.json").write_text('{"status": "finished"}')
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(cut)
+    assert not (sweep.run.folder / "results.json").exists()
+
+
 def test_a_failed_trial_is_named_and_a_cut_one_repeated(sweep: SweepConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver goes away when the second trial has ended; the first, with the recipe's lr of 1e30, diverges."""
     recipe = with_fields(sweep.run, optim={"lr": 1e30})
