@@ -408,7 +408,7 @@ def test_the_report_stands_alone(result: dict[str, Any], tmp_path: Path) -> None
     assert len(list(figures.glob("*.svg"))) == len(images)
     (figures / "boxes_0.svg").write_text("of an earlier comparison")
     (figures / "mine.svg").write_text("mine")
-    (figures / "cka_matrices_12.svg").write_text("of an earlier comparison of more arms")
+    (figures / "cka_matrices_20.svg").write_text("of an earlier comparison of more arms")
     write_report(result, draw(result), tmp_path / "out")
     assert len(list(figures.glob("*.svg"))) == len(images) + 1
     assert (figures / "mine.svg").exists()
