@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import threading
 import time
 from types import TracebackType
@@ -76,7 +77,7 @@ class Console:
             f"{len(self._dataset.classes)} classes; {workers} worker{'s' * (scale.max_workers > 1)} on {device}, "
             f"{self._plan.epochs} epochs of {self._plan.steps_per_epoch} steps"
         )
-        watch = f"watch:  tensorboard --logdir {self._folder.rpartition('/')[0]}"
+        watch = f"watch:  tensorboard --logdir {shlex.quote(self._folder.rpartition('/')[0])}"
         self._console.print(watch, style="dim", markup=False)
         self._console.print("".join(f"{name:>{width}}" for name, width in _COLUMNS), style="bold")
 
@@ -153,7 +154,7 @@ def print_results(location: str, results: dict[str, Any]) -> None:
         "results": f"{folder}/results.json",
         "best checkpoint": f"{folder}/{best['checkpoint']}",
         "last checkpoint": f"{folder}/{last['checkpoint']}",
-        "curves": f"tensorboard --logdir {storage}",
+        "curves": f"tensorboard --logdir {shlex.quote(storage)}",
     }
     for title, value in rows.items():
         console.print(f"  {title:<16} {value}", markup=False)

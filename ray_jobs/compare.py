@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from diffvit.cli import job_ends, parse_compare_config
 
 
@@ -17,7 +19,7 @@ def main() -> None:
         if not config.runs:
             connect()
         report = run_comparison(config, progress.show)
-    print(f"report: {report}\ncurves: tensorboard --logdir {report.parent}")
+    print(f"report: {report}\ncurves: tensorboard --logdir {shlex.quote(str(report.parent))}")
 
 
 if __name__ == "__main__":

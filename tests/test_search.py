@@ -257,9 +257,12 @@ def test_finalists_are_compared_over_the_seeds_that_are_asked_for_now(
     lost = record(1, status="failed", reason="OSError: the node died", role="finalist", seed=9, config=text)
     sitting.journal.save(lost)
     found = summary(sweep, sitting.journal, [winner, other], [{"top1": 61.0, "loss": 1.0}])
-    print_sweep(folder, found)
+    print_sweep(folder.with_name("a [b] c"), found)
     told = "finalists/0001-seed-9 failed: OSError: the node died; the same command trains it again"
-    assert told in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert told in shown
+    assert "a [b] c: configuration 0001" in shown
+    assert f"tensorboard --logdir '{folder.with_name('a [b] c')}'" in shown
     (folder / "pareto").mkdir()
     (folder / "pareto/0007.json").write_text("of an earlier front")
     write_recipes(sweep, winner, sitting.journal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,7 @@ from typing import Any
 import rich.console
 from rich.console import Group
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -56,7 +58,9 @@ class SweepTable:
     def print_header(self, trained_on: int, judged_on: int, left: int) -> None:
         """The space, what is held out, and what is still to do."""
         run, search = self._sweep.run, self._sweep.search
-        self._console.print(f"[bold]{run.name}[/]: {search.trials} trials of {run.optim.epochs} epochs, {left} to go")
+        self._console.print(
+            f"[bold]{escape(run.name)}[/]: {search.trials} trials of {run.optim.epochs} epochs, {left} to go"
+        )
         self._console.print(f"trained on {trained_on:,} images, judged on {judged_on:,} others of the training set")
         for name, words in self._sweep.space.describe(run).items():
             self._console.print(f"  {name:<16} {words}")
@@ -71,7 +75,8 @@ class SweepTable:
                 f"judge rates at their peak give --search.grace-epochs {math.floor(warmup) + 1} or more",
                 style="yellow",
             )
-        self._console.print(f"watch:  tensorboard --logdir {run.folder}", style="dim")
+        watch = f"watch:  tensorboard --logdir {shlex.quote(str(run.folder))}"
+        self._console.print(watch, style="dim", markup=False)
 
     def tell(self, record: Record, message: str) -> None:
         """Show what a run had to say, once of all runs."""
@@ -138,14 +143,14 @@ def print_sweep(folder: Path, results: dict[str, Any]) -> None:
     console = rich.console.Console(highlight=False, soft_wrap=True)
     winner = results["winner"]
     values = ", ".join(f"{name} {shown(value)}" for name, value in winner["values"].items())
-    console.print(f"[bold]{folder.name}[/]: configuration {winner['number']:04d} ({values})")
+    console.print(f"[bold]{escape(folder.name)}[/]: configuration {winner['number']:04d} ({values})")
     console.print(f"  held-out images  {mean_and_std(winner['search_top1'])}")
     console.print(f"  validation split {mean_and_std(winner['val_top1'])}, {looked_at(results['val_looked_at'])}")
     for lost in results["finalists_failed"]:
         console.print(f"  {lost}; the same command trains it again", style="yellow", markup=False)
     for name, file in (("recipe", "best.json"), ("report", "report.html"), ("every run", "trials.csv")):
-        console.print(f"  {name:<16} {folder / file}")
-    console.print(f"  {'curves':<16} tensorboard --logdir {folder}")
+        console.print(f"  {name:<16} {folder / file}", markup=False)
+    console.print(f"  {'curves':<16} tensorboard --logdir {shlex.quote(str(folder))}", markup=False)
 
 
 def mean_and_std(found: dict[str, Any]) -> str:
