@@ -172,7 +172,7 @@ class TestRuns:
 
         fewer = dataclasses.replace(config, runs=tuple(str(storage / f"{arm}-seed0") for arm in ("plain", "v1")))
         with pytest.raises(
-            ValueError, match=r"has a report of other runs, among them seed 1 of 'plain ViT'; choose an"
+            ValueError, match=r"has a report of other runs, among them seed 1 of 'plain ViT' in runs/plain-seed1; ch"
         ):
             run_comparison(fewer, lambda *_: pytest.fail("measured"))
         wider = with_fields(config.recipe, optim={"lr": 0.5})
