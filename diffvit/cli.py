@@ -92,8 +92,10 @@ def parse_finetune_config(description: str, arguments: list[str] | None = None) 
         if from_recipe and (not arguments or arguments[0].startswith("-")):
             arguments.insert(0, "finetune")
         help_text, default = described(description, arguments), take_default(arguments)
-        if from_recipe or value_of("--init.weights", arguments):
+        if from_recipe:
             default = _starting_from_weights(default, arguments)
+        elif value_of("--init.weights", arguments):  # others than the file's; its model stays
+            default = _without_statistics(default)
         if not default.init.weights and not asks_for_help(arguments):
             raise ValueError(NO_WEIGHTS)
         return _run_or_rehearsal(default, arguments, help_text)
@@ -103,14 +105,22 @@ def parse_finetune_config(description: str, arguments: list[str] | None = None) 
 
 def _starting_from_weights(default: RunConfig, arguments: list[str]) -> RunConfig:
     """`default` with the model of its weights, or of those that are asked for, as the variant that is asked for."""
-    weights = value_of("--init.weights", arguments) or default.init.weights
+    named = value_of("--init.weights", arguments)
+    weights = named or default.init.weights
     if not weights:
         return default
+    if named:
+        default = _without_statistics(default)
     from diffvit.models.pretrained import model_from, origin_of  # imports torch, which takes seconds
 
     made = model_from(origin_of(weights), value_of("--model.variant", arguments))
     model = dataclasses.replace(made, num_classes=default.model.num_classes)
     return dataclasses.replace(default, model=model, init=dataclasses.replace(default.init, weights=weights))
+
+
+def _without_statistics(default: RunConfig) -> RunConfig:
+    """What pixels are normalised by is then what the weights were trained with."""
+    return dataclasses.replace(default, data=dataclasses.replace(default.data, mean=(), std=()))
 
 
 def parse_compare_config(description: str, arguments: list[str] | None = None) -> CompareConfig:

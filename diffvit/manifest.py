@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,22 @@ CHECKPOINT_FOLDER = re.compile(r"checkpoint_step_(\d+)")
 def checkpoints_in(run: Path) -> list[Path]:
     """The folders of a run's checkpoints, by step; they may turn out to be damaged."""
     return sorted(path for path in run.glob("checkpoint_step_*") if CHECKPOINT_FOLDER.fullmatch(path.name))
+
+
+def best_there(run: Path) -> Path | None:
+    """The checkpoint in the run's folder that was best when it was evaluated, else the last; None where there is none.
+
+    What `results.json` does not tell yet, or not any more once the run goes on.
+    """
+    found = []
+    for checkpoint in checkpoints_in(run):
+        with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):  # a damaged one is not the best
+            content = json.loads((checkpoint / MANIFEST_NAME).read_text())
+            found.append((content["step"], content["metrics"].get("top1"), checkpoint))
+    evaluated = [(top1, -step, checkpoint) for step, top1, checkpoint in found if top1 is not None]
+    if evaluated:
+        return max(evaluated)[2]  # the first of equals, as `results.json` has it
+    return max(found)[2] if found else None
 
 
 def sha256_of(path: Path) -> str:

@@ -48,6 +48,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "V1, no lambda_init": {"variant": "diff", "lambda_init": 0.0, "pos_embed": "sincos2d"},
     "V1, lambda bounded": {"variant": "diff", "lambda_max": 0.1},
     "V1, LayerNorm": {"variant": "diff", "head_norm": "layer"},
+    "V1, LayerScale from 0": {"variant": "diff", "init_values": 0.0},
     "V2": {"variant": "diff_v2", "num_heads": 3, "reg_tokens": 1},
 }  # fmt: skip
 
@@ -177,7 +178,9 @@ def test_what_timm_lacks_is_refused_and_leaves_nothing(tmp_path: Path, shape: st
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["plain, other", "V1, registers", "V1, LayerNorm", "V2"])
 def test_onnxruntime_gives_the_same_logits(tmp_path: Path, shape: str) -> None:
-    found = exported(tmp_path, shape, "onnx", depth=1)  # for the test's time: writing takes a second a block
+    found = exported(
+        tmp_path, shape, "onnx", depth=1, interpolation="bicubic"
+    )  # for the test's time: writing takes a second a block
     assert found.files == ("model.onnx",)
     assert found.onnx_difference is not None
     assert found.onnx_difference <= 1e-4
@@ -203,6 +206,7 @@ def test_onnxruntime_gives_the_same_logits(tmp_path: Path, shape: str) -> None:
     assert tuple(json.loads(notes["classes"])) == CLASSES
     size = config.image_size
     assert (notes["image_size"], notes["resize_short_side"]) == (str(size), str(round(size / 0.875)))
+    assert notes["interpolation"] == "bicubic"
     assert notes["channels"] == ("grey" if config.in_channels == 1 else "RGB")
 
 

@@ -14,17 +14,18 @@ from conftest import make_folder, with_fields
 from safetensors.torch import load_file, save_file
 
 from diffvit.cli import parse_finetune_config, parse_sweep_config
-from diffvit.config import ModelConfig, OptimConfig, RunConfig, to_json
+from diffvit.config import InitConfig, ModelConfig, OptimConfig, RunConfig, to_json
 from diffvit.data.datasets import open_dataset
 from diffvit.manifest import read_manifest, write_manifest
 from diffvit.models.convert import convert_plain, is_plain
 from diffvit.models.origin import TIMM_MODELS, origin_by_name
-from diffvit.models.pretrained import model_from, origin_of
+from diffvit.models.pretrained import UnknownOriginError, model_from, origin_of
 from diffvit.models.saved import load_saved
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
 from diffvit.training import launch
 from diffvit.training.alone import train_alone
+from diffvit.training.initial import load_initial
 from diffvit.training.loop import RunStopped
 from diffvit.training.optim import build_optimizer
 from diffvit.training.resolve import require_weights, resolve
@@ -201,6 +202,19 @@ def test_a_gate_that_was_part_open_when_saved_is_loaded_so(tmp_path: Path) -> No
     assert (VisionTransformer(v2).eval()(images()) - expected).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(("train", "opening"), [("all", 1.0), ("head", 0.25)])
+def test_gates_that_were_part_open_do_not_stay_so_in_a_run_that_starts_from_them(
+    tmp_path: Path, tiny_config: RunConfig, train: str, opening: float
+) -> None:
+    """Nothing would open them further; a linear probe keeps its features."""
+    v2 = dataclasses.replace(PLAIN, variant="diff_v2")
+    folder = save_trained(tmp_path / "part", random_model(v2), gate_opening=0.25)
+    config = dataclasses.replace(tiny_config, model=v2, init=InitConfig(weights=str(folder), train=train))
+    model = VisionTransformer(v2)
+    load_initial(model, config)
+    assert model.gate_opening == opening
+
+
 @pytest.fixture
 def pretrained(tiny_config: RunConfig) -> RunConfig:
     """A finished run of a plain ViT."""
@@ -293,15 +307,25 @@ def parse(*arguments: str) -> RunConfig:
 def test_the_command_line_takes_the_model_from_the_weights(pretrained: RunConfig, tmp_path: Path) -> None:
     config = parse("--init.weights", str(pretrained.folder), "--data.path", "x", "--model.image-size", "24")
     assert config.model == dataclasses.replace(pretrained.model, num_classes=0, image_size=24)
+    assert config.data.mean == ()  # the weights' own, which `resolve` finds
     again = tmp_path / "again.json"
     again.write_text(to_json(with_fields(config, model={"image_size": 48}, data={"path": "y"})))
     assert parse("--config", str(again)).model.image_size == 48
+    # other weights than the file's: its model stays, what pixels are normalised by goes
+    again.write_text(to_json(with_fields(config, model={"image_size": 48}, data={"mean": (0.1,), "std": (0.2,)})))
+    assert parse("--config", str(again)).data.mean == (0.1,)
+    other = parse("--config", str(again), "--init.weights", "elsewhere")
+    assert (other.model.image_size, other.data.mean, other.init.weights) == (48, (), "elsewhere")
+    told = parse("--config", str(again), "--init.weights", "elsewhere", "--data.mean", "0.3", "--data.std", "0.4")
+    assert (told.data.mean, told.data.std) == ((0.3,), (0.4,))
     assert (config.name, config.optim.layer_decay) == ("finetune", 0.75)
     file = tmp_path / "vit_dwee_patch16_reg1_gap_256.sbb.safetensors"
     save_file({"x": torch.zeros(1)}, file)
     assert parse(f"--init.weights={file}").model == TIMM_MODELS["vit_dwee_patch16_reg1_gap_256"]
     flowers = parse("flowers", f"--init.weights={file}")
     assert (flowers.name, flowers.model.num_classes, flowers.init.weights) == ("flowers", 102, str(file))
+    assert flowers.data.mean == ()
+    assert parse("flowers").data.mean == (0.5, 0.5, 0.5)
     assert parse("flowers").init.weights.startswith("hf-hub:timm/")
 
 
@@ -386,6 +410,17 @@ def test_the_file_names_the_model_and_not_the_folder_around_it() -> None:
     assert origin_by_name("models--timm--vit_base_patch16_224.mae/snapshots/0a1b/model.safetensors") == mae
 
 
+@pytest.mark.parametrize(
+    "name", ["vit_base_patch16_224_mae.safetensors", "vit_base_patch16_224-mae", "samvit_base_patch16_224.sa1b"]
+)
+def test_a_name_that_only_holds_that_of_a_model_is_no_origin(name: str, tmp_path: Path) -> None:
+    """Its pixels may have been normalised otherwise."""
+    assert origin_by_name(f"/data/{name}") is None
+    (tmp_path / name).touch()
+    with pytest.raises(UnknownOriginError, match="says nothing of its model's shape; name the file after one of"):
+        origin_of(str(tmp_path / name))
+
+
 def test_origin_of_a_damaged_checkpoint(pretrained: RunConfig) -> None:
     (checkpoint, *_) = pretrained.folder.glob("checkpoint_step_*")
     (checkpoint / "checkpoint.json").write_text('{"model": {"variant": "softmacks"}}')
@@ -426,7 +461,7 @@ def test_a_run_goes_on_without_the_weights_that_it_began_from(
     launch.train(tuned)
     assert begun[1] == begun[0]
     assert begun[0].data.mean == pretrained.data.mean
-    with pytest.raises(ValueError, match="not found"):
+    with pytest.raises(ValueError, match=r"init\.weights .* does not exist"):
         launch.train(dataclasses.replace(tuned, name="anew"))
 
 

@@ -13,6 +13,7 @@ import subprocess
 import tarfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ from torchvision import datasets
 
 from diffvit import storage as storage_module
 from diffvit.config import SourceOptions
-from diffvit.data import parquet_images, sources, tars
+from diffvit.data import indexing, parquet_images, sources, tars
 from diffvit.data.claim import require_outside
 from diffvit.data.datasets import IMAGE_EXTENSIONS
 from diffvit.data.images import FORMATS
@@ -372,6 +373,33 @@ def test_minus_one_is_no_class(tmp_path: Path) -> None:
     files = {"1.png": picture(1), "1.cls": b"-1", "2.png": picture(2), "2.json": b'{"label": -1}', "3.png": picture(3)}
     entries = index(make_tar(tmp_path / "x.tar", {**files, "3.cls": b"0"}), tmp_path / "s")
     assert [entry["class_name"] for entry in entries.values()] == [None, None, "0"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tar_is_class": True}, "tar_is_class is for a tar source, .* is a folder one, got True; leave it out"),
+        ({"label_column": "fine"}, "label_column is for a parquet source, .* is a folder one, got 'fine'"),
+        ({"root": "/data"}, "root is for a torchvision source, .* is a folder one, got '/data'"),
+        ({"download": True}, "download is for a torchvision source"),
+    ],
+)
+def test_options_of_another_kind_of_source_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    (tmp_path / "red").mkdir()
+    (tmp_path / "red/0.png").write_bytes(picture(1))
+    with pytest.raises(ValueError, match=message):
+        find_units(str(tmp_path), SourceOptions(**options))
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_entries_are_gathered_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    (tmp_path / "images/red").mkdir(parents=True)
+    for number in range(7):
+        (tmp_path / f"images/red/{number}.png").write_bytes(picture(number))
+    whole = index(tmp_path / "images", tmp_path / "staging")
+    monkeypatch.setattr(indexing, "_ENTRIES_AT_ONCE", at_once)
+    assert index(tmp_path / "images", tmp_path / "staging") == whole
+    assert len(whole) == 7
 
 
 def test_other_content_of_the_same_size_is_another_listing(tmp_path: Path) -> None:

@@ -39,7 +39,9 @@ def quiet(what: str, done: int, total: int) -> None:
 
 @pytest.fixture
 def checkpoint(tiny_config: RunConfig, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a model that has learnt to tell the three colours; trained once, a copy for each test."""
+    """Of a model that has learnt to tell the three colours, evaluated otherwise than by default; trained once, a copy
+    for each test.
+    """
     trained = tmp_path_factory.getbasetemp() / "learnt"
     if not trained.exists():
         _train(tiny_config, trained)
@@ -49,6 +51,7 @@ def checkpoint(tiny_config: RunConfig, tmp_path: Path, tmp_path_factory: pytest.
 def _train(tiny_config: RunConfig, folder: Path) -> None:
     dataset = open_dataset(tiny_config.data)
     config = with_fields(tiny_config, model={"num_classes": 3}, data={"classes": dataset.classes}, optim={"epochs": 12})
+    config = with_fields(config, augment={"interpolation": "bicubic", "eval_crop_ratio": 0.8})
     plan = TrainPlan(36, 0, 12, 12)
     stream = LocalStream(BatchLoader(config, dataset.train, plan), BatchLoader(config, dataset.val, EvalPlan(15, 5)))
     run = folder.with_name("learning")
@@ -83,7 +86,7 @@ def test_predictions_are_the_models(config: PredictConfig, monkeypatch: pytest.M
     rows = rows_of(config.out)
     assert set(rows) == {str(p.relative_to(config.images)) for p in Path(config.images).rglob("*.png")}
     saved = load_saved(config.checkpoint)
-    transform = eval_transform(AugmentConfig(eval_crop_ratio=saved.eval_crop_ratio), 16)
+    transform = eval_transform(AugmentConfig(eval_crop_ratio=0.8, interpolation="bicubic"), 16)
     for key, row in rows.items():
         if key == "red/broken.png":
             assert row["predicted"] is None
@@ -243,6 +246,12 @@ def test_shards_and_one_split(config: PredictConfig, tmp_path: Path) -> None:
     assert results["top5"] == 100  # there are three
     assert (results["images"], results["labelled"]) == (6, 6)
     assert {key.split("/")[0] for key in rows_of(config.out)} == {"val"}
+    # other images of the same number, prepared at the same place, are not those that were predicted
+    shutil.rmtree(tmp_path / "shards")
+    (images / "val/red/000.png").write_bytes((images / "val/red/001.png").read_bytes())
+    prepare(PrepareConfig(source=str(images), out=str(tmp_path / "shards"), seed=1), quiet)
+    with pytest.raises(ValueError, match=r"(?s)holds predictions made .*listing_sha256: "):
+        predict(dataclasses.replace(config, images=str(tmp_path / "shards"), split="val", top_k=5), quiet)
     elsewhere = dataclasses.replace(config, images=str(tmp_path / "shards"), out=config.out + "2")
     with pytest.raises(ValueError, match="holds no images of split 'test'; there are train, val"):
         predict(dataclasses.replace(elsewhere, split="test"), quiet)

@@ -286,6 +286,29 @@ def test_an_outage_that_is_too_long_ends_the_run(
     assert results["last"]["step"] < 12
 
 
+def test_no_more_is_fetched_than_a_checkpoint(
+    config: RunConfig, dataset: Dataset, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below a mistaken URL may lie terabytes, and a run that was cut has all its checkpoints and its audit."""
+    fetched: list[str] = []
+    fetch = Storage.fetch
+    monkeypatch.setattr(Storage, "fetch", lambda store, name, to: (fetched.append(name), fetch(store, name, to)))
+    train_alone(with_fields(config, optim={"epochs": 2}, data={"audit": True}), dataset)
+    with pytest.raises(ValueError, match=r"cannot be read: it is neither a run with a checkpoint nor a checkpoint"):
+        load_saved(config.storage)
+    assert fetched == []
+    run = Storage(config.location)
+    best = json.loads(run.read("results.json"))["best"]["checkpoint"]
+    run.delete("results.json")
+    weights_of_best = weights(config, best)
+    fetched.clear()
+    saved = load_saved(config.location).model.state_dict()
+    assert all(torch.equal(saved[name], weights_of_best[name]) for name in weights_of_best)
+    assert {name.partition("/")[0] for name in fetched if name.endswith(".safetensors")} == {best}
+    assert not [name for name in fetched if name.startswith("audit")]
+    assert list(scratch.iterdir()) == []
+
+
 def test_what_is_refused(config: RunConfig, dataset: Dataset) -> None:
     with pytest.raises(ValueError, match=r"storage cannot be used: .*leave them to the environment") as caught:
         dataclasses.replace(config, storage="s3://KEY:SECRET@bucket/runs")

@@ -10,6 +10,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -40,6 +41,14 @@ TORCHVISION = "torchvision:"
 Config = TypeVar("Config", bound=SourceOptions)
 Stamp = tuple[int, int]
 """Bytes of a file, and when it was last changed, in nanoseconds."""
+_OPTIONS_OF_ONE_KIND: dict[str, Kind] = {
+    "tar_is_class": "tar",
+    "image_column": "parquet",
+    "label_column": "parquet",
+    "root": "torchvision",
+    "download": "torchvision",
+}
+_ENTRIES_AT_ONCE = 50_000
 _TAR_EXTENSIONS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
@@ -47,8 +56,20 @@ def find_units(source: str, options: SourceOptions) -> list[Unit]:
     """The parts of the source.
 
     Raises:
-        ValueError: nothing there, nothing that holds images, or several kinds at once.
+        ValueError: nothing there, nothing that holds images, several kinds at once, or options of another kind.
     """
+    units = _units_of(source, options)
+    kind = units[0].kind
+    for name, its_kind in _OPTIONS_OF_ONE_KIND.items():
+        asked = getattr(options, name)
+        if asked and kind != its_kind:
+            raise ValueError(
+                f"{name} is for a {its_kind} source, {source!r} is a {kind} one, got {asked!r}; leave it out"
+            )
+    return units
+
+
+def _units_of(source: str, options: SourceOptions) -> list[Unit]:
     if source == SAMPLE:
         source = str(SAMPLE_FOLDER)
     if source.startswith(TORCHVISION):
@@ -59,8 +80,10 @@ def find_units(source: str, options: SourceOptions) -> list[Unit]:
         ]
     storage, files = _list(source)
     if INFO_NAME in files:
+        _, prepared_at = files[INFO_NAME]
         return [
-            Unit("shards", storage.uri, (split,), (info.images,)) for split, info in read_info(storage).splits.items()
+            Unit("shards", storage.uri, (split,), (info.images,), changed_ns=(prepared_at,))
+            for split, info in read_info(storage).splits.items()
         ]
     by_kind: dict[Kind, dict[str, Stamp]] = {"folder": {}, "tar": {}, "parquet": {}}
     ignored: Counter[str] = Counter()
@@ -163,20 +186,23 @@ def index_unit(unit: Unit, options: SourceOptions, staging: Staging) -> pa.Table
             index = _index_shards
         case "torchvision":
             index = index_torchvision
+    tables = [ENTRY_SCHEMA.empty_table()]
     try:
-        entries = list(index(unit, options, staging))
+        entries = index(unit, options, staging)
+        while some := list(islice(entries, _ENTRIES_AT_ONCE)):  # as Python's objects they take forty times the room
+            tables.append(pa.Table.from_pylist([_row(entry, unit) for entry in some], schema=ENTRY_SCHEMA))
     finally:
         staging.close()
-    rows = [
-        {
-            **vars(entry),
-            "key": _text(entry.key),
-            "class_name": None if entry.class_name is None else _text(entry.class_name),
-            "location": entry.location or unit.location,
-        }
-        for entry in entries
-    ]
-    return with_ignored(pa.Table.from_pylist(rows, schema=ENTRY_SCHEMA), unit.ignored)
+    return with_ignored(pa.concat_tables(tables).combine_chunks(), unit.ignored)
+
+
+def _row(entry: Entry, unit: Unit) -> dict[str, Any]:
+    return {
+        **vars(entry),
+        "key": _text(entry.key),
+        "class_name": None if entry.class_name is None else _text(entry.class_name),
+        "location": entry.location or unit.location,
+    }
 
 
 def _text(name: str) -> str:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from diffvit.manifest import CHECKPOINT_FOLDER
+from diffvit.manifest import CHECKPOINT_FOLDER, MANIFEST_NAME, best_there
 from diffvit.scratch import scratch_folder
 from diffvit.storage import Storage, StorageError
 
@@ -48,19 +48,44 @@ def _fetch(store: Storage, copy: Path, which: str, only: str | None) -> None:
         parent, _, name = head.rstrip("/").rpartition("/")
         Storage(f"{parent}{mark}{query}").fetch(name, copy)
         return
-    run = "results.json" in names
-    wanted = f"{_checkpoint_of(store.read('results.json'), which)}/" if run else ""
-    if wanted not in ("", "none/") and not any(name.startswith(wanted) for name in names):
-        wanted = ""  # deleted: who reads the copy takes the best of the others, as from a disk
+    if MANIFEST_NAME not in names:
+        wanted = _wanted(store, names, copy, which)
+        names = [name for name in names if _is_of_run(name) or name.startswith(f"{wanted}/")]
     for name in names:
         folder, _, file = name.rpartition("/")
-        in_checkpoint = name.startswith(wanted) and (CHECKPOINT_FOLDER.fullmatch(folder) or not run)
-        if in_checkpoint and only not in (None, file):
-            continue
-        if not in_checkpoint and folder.startswith(("checkpoint_step_", "audit")):
-            continue
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        store.fetch(name, copy / name)
+        in_checkpoint = MANIFEST_NAME in names or CHECKPOINT_FOLDER.fullmatch(folder)
+        if not in_checkpoint or only in (None, file):
+            _fetch_file(store, name, copy)
+
+
+def _wanted(store: Storage, names: list[str], copy: Path, which: str) -> str:
+    """The folder of the checkpoint to copy: that of `results.json`, or the best of what is there, as from a disk.
+
+    Raises:
+        FileNotFoundError: these are not the files of a run, and a mistaken URL may have terabytes below it.
+    """
+    run = "results.json" in names
+    there = {name.rpartition("/")[0] for name in names if name.endswith(f"/{MANIFEST_NAME}")}
+    there = {folder for folder in there if CHECKPOINT_FOLDER.fullmatch(folder)}
+    if not run and not there:
+        raise FileNotFoundError(f"it is neither a run with a checkpoint nor a checkpoint ({MANIFEST_NAME})")
+    named = _checkpoint_of(store.read("results.json"), which) if run else ""
+    if named in ("none", *there):
+        return named
+    for folder in there:
+        _fetch_file(store, f"{folder}/{MANIFEST_NAME}", copy)
+    best = best_there(copy)
+    return best.name if best else "none"
+
+
+def _is_of_run(name: str) -> bool:
+    """Of the files of a run, whether it lies neither in a checkpoint nor in its audit."""
+    return not name.rpartition("/")[0].startswith(("checkpoint_step_", "audit"))
+
+
+def _fetch_file(store: Storage, name: str, copy: Path) -> None:
+    (copy / name).parent.mkdir(parents=True, exist_ok=True)
+    store.fetch(name, copy / name)
 
 
 def _checkpoint_of(results: bytes, which: str) -> str:

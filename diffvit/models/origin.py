@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +70,14 @@ class Origin:
 
 
 def origin_by_name(source: str) -> Origin | None:
-    """That of a file, a URL or a hub name that contains one of timm's model names; else of a folder above it."""
+    """That of a file, a URL or a hub name that has one of timm's model names, to its end or to timm's tag behind a dot.
+
+    Else of a folder above it. `vit_base_patch16_224_mae` and `samvit_base_patch16_224` are other models.
+    """
     for part, (name, model) in itertools.product(reversed(source.split("/")), TIMM_MODELS.items()):
-        _, found, rest = part.partition(name)
+        found = re.search(rf"(?<![a-z0-9]){name}(?=(\.[^.]*)?(\.|$))", part)
         if found:
-            mean, std = next((both for tag, both in _OTHER_STATISTICS.items() if rest.startswith(tag)), _INCEPTION)
+            mean, std = _OTHER_STATISTICS.get((found[1] or "").partition("_")[0], _INCEPTION)
             return Origin(model, mean, std)
     return None
 

@@ -14,6 +14,10 @@ from diffvit.models.origin import TIMM_MODELS, Origin, origin_by_name, origin_of
 from diffvit.models.weights import HUB, find_checkpoint
 
 
+class UnknownOriginError(ValueError):
+    """Weights say nothing of their model."""
+
+
 def origin_of(source: str) -> Origin:
     """What is known of the model whose weights `source` holds.
 
@@ -21,7 +25,8 @@ def origin_of(source: str) -> Origin:
         source: a run or a checkpoint, or a file, a hub name or a URL that contains one of timm's model names.
 
     Raises:
-        ValueError: `source` says nothing of its model.
+        UnknownOriginError: `source` says nothing of its model.
+        ValueError: it is not there, or its store is away.
     """
     if source.startswith(HUB):
         return _by_name(source)
@@ -64,7 +69,7 @@ def _origin_at(path: Path, source: str) -> Origin:
 def _by_name(source: str) -> Origin:
     origin = origin_by_name(source)
     if origin is None:
-        raise ValueError(
+        raise UnknownOriginError(
             f"{source!r} says nothing of its model's shape; name the file after one of {', '.join(TIMM_MODELS)}, "
             "or use pretrain.py with --init.weights and the --model options"
         )

@@ -93,7 +93,7 @@ def timm_config(saved: SavedModel) -> dict[str, Any]:
         "global_pool": config.pool,
     }
     if config.init_values is not None:
-        model_args["init_values"] = config.init_values
+        model_args["init_values"] = config.init_values or 1e-5  # the weights say what it is; without one timm has none
     if config.variant == "diff":
         model_args["attn_layer"] = "diff"
     return {

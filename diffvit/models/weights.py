@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffvit.config import ModelConfig
-from diffvit.manifest import MANIFEST_NAME, WEIGHTS_NAME, checkpoints_in, read_manifest
+from diffvit.manifest import MANIFEST_NAME, WEIGHTS_NAME, best_there, read_manifest
 from diffvit.models.convert import convert_plain, is_plain
 from diffvit.models.fetched import on_disk
 from diffvit.models.origin import Origin, origin_by_name, origin_of_manifest
@@ -145,9 +144,9 @@ def find_checkpoint(folder: Path) -> Path:
     """
     if (folder / "results.json").is_file():
         named = _checkpoint_of_run(folder)
-        folder = named if named.exists() else _best_there(folder) or named
+        folder = named if named.exists() else best_there(folder) or named
     elif not (folder / MANIFEST_NAME).is_file():
-        folder = _best_there(folder) or folder
+        folder = best_there(folder) or folder
     if not (folder / MANIFEST_NAME).is_file():
         raise ValueError(f"{folder} is neither a run with a checkpoint nor a checkpoint ({MANIFEST_NAME})")
     return folder
@@ -173,22 +172,6 @@ def _checkpoint_of_run(run: Path) -> Path:
     if not name:
         raise ValueError(f"run {run} has saved no checkpoint yet")
     return Path(run, name)
-
-
-def _best_there(run: Path) -> Path | None:
-    """The checkpoint in the run's folder that was best when it was evaluated, else the last; None where there is none.
-
-    What `results.json` does not tell yet, or not any more once the run goes on.
-    """
-    found = []
-    for checkpoint in checkpoints_in(run):
-        with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):  # a damaged one is not the best
-            content = json.loads((checkpoint / MANIFEST_NAME).read_text())
-            found.append((content["step"], content["metrics"].get("top1"), checkpoint))
-    evaluated = [(top1, -step, checkpoint) for step, top1, checkpoint in found if top1 is not None]
-    if evaluated:
-        return max(evaluated)[2]  # the first of equals, as `results.json` has it
-    return max(found)[2] if found else None
 
 
 def _download(name: str) -> Path:

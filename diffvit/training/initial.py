@@ -20,6 +20,8 @@ def load_initial(model: VisionTransformer, config: RunConfig) -> LoadReport:
             "init.gate_opening_steps is for a plain ViT's weights, whose second maps are new, and init.weights = "
             f"{init.weights!r} are a V2's: closing its gates would take away what it learned; leave it out"
         )
+    if init.train == "all" and not report.converted:
+        model.open_gates(1.0)  # of a V2 that was saved while they opened, or they would stay as they are for good
     if init.train == "head" and report.converted:
         raise ValueError(
             f"init.train = 'head' keeps the features of init.weights = {init.weights!r}, a plain ViT's, and as a "

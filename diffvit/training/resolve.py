@@ -10,7 +10,7 @@ import torch
 from diffvit.config import RunConfig
 from diffvit.data.datasets import SAMPLE, Dataset
 from diffvit.models.origin import IMAGENET_STATISTICS
-from diffvit.models.pretrained import origin_of
+from diffvit.models.pretrained import UnknownOriginError, origin_of
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import HUB
 from diffvit.storage import absolute
@@ -59,8 +59,14 @@ def _channel_statistics(config: RunConfig, dataset: Dataset) -> tuple[tuple[floa
     Their average where the model sees grey.
     """
     if config.init.weights:
-        with suppress(ValueError):  # a file that says nothing of its model; if it cannot be read, loading says so
+        with suppress(UnknownOriginError):
             origin = origin_of(config.init.weights)
+            channels = origin.model.in_channels
+            if channels != config.model.in_channels:
+                raise ValueError(
+                    f"init.weights = {config.init.weights!r} are of a model of {channels} channels, so "
+                    f"model.in_channels must be {channels}, got {config.model.in_channels}"
+                )
             return origin.mean, origin.std
     mean, std = (dataset.mean, dataset.std) if dataset.mean else IMAGENET_STATISTICS
     if len(mean) > config.model.in_channels:
