@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,10 @@ def run_job(*options: str) -> tuple[Curve, dict[str, Any]]:
     """Train by `pretrain.py`, as anyone would, into a folder that is then deleted; the curve, and `results.json`."""
     with TemporaryDirectory() as storage:
         command = [sys.executable, str(JOB), *options, "--storage", storage, "--name", "run"]
-        subprocess.run([*command, "--checkpoint.keep-every-epochs", "1"], check=True, stdout=subprocess.DEVNULL)
+        # Ray would run its workers at niceness 15, so that whatever else the machine does took from them alone
+        as_others = {**os.environ, "RAY_worker_niceness": "0"}
+        command += ["--checkpoint.keep-every-epochs", "1"]
+        subprocess.run(command, env=as_others, check=True, stdout=subprocess.DEVNULL)
         manifests = sorted(Path(storage).glob("run/checkpoint_step_*/checkpoint.json"))
         metrics = [json.loads(manifest.read_text())["metrics"] for manifest in manifests]
         results = json.loads((Path(storage) / "run/results.json").read_text())

@@ -29,7 +29,6 @@ import numpy.typing as npt
 import optuna
 import torch
 import tyro
-from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
 from rich.table import Table
@@ -150,7 +149,7 @@ def search(
             if training.test_top1 is not None:
                 study.tell(trial, reached)
                 continue
-            study.tell(trial, state=TrialState.FAIL)
+            study.tell(trial, 0.0)  # as tune.py tells of a trial that diverged
             spent += 1  # the epoch in which it failed
             yield best
 
