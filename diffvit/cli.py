@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import tyro
 
 from diffvit.config import RehearsalOptions, RunConfig, differing_fields
-from diffvit.search.config import SearchConfig, SweepConfig
+from diffvit.search.config import SearchConfig, SweepConfig, as_asked
 from diffvit.search.space import Space
 from diffvit.starting_point import NO_WEIGHTS, asks_for_help, described, names_config, take_default, value_of
 
@@ -63,9 +63,9 @@ def parse_sweep_config(description: str, arguments: list[str] | None = None) -> 
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        from_recipe = not names_config(arguments)
+        from_recipe, finetunes = not names_config(arguments), arguments[:1] == ["finetune"]
         help_text, default = described(description, arguments), take_default(arguments)
-        default = _starting_from_weights(default, arguments) if from_recipe else default
+        default = _starting_from_weights(default, arguments) if finetunes else default
         default = dataclasses.replace(default, name=default.name + ("-sweep" if from_recipe else ""))
 
         def sweep(
@@ -75,7 +75,7 @@ def parse_sweep_config(description: str, arguments: list[str] | None = None) -> 
         ) -> SweepConfig:
             return SweepConfig(run, search, space)
 
-        asked = _parsed(sweep, arguments, help_text)
+        asked = as_asked(_parsed(sweep, arguments, help_text))
         workers, remedy = asked.run.scale.workers, "--search.workers-per-trial says how many each trial has"
         _refuse("tune", "scale.workers", default.scale.workers, workers, remedy)
         _require_heeded(asked.run, default)
@@ -141,7 +141,7 @@ def parse_compare_config(description: str, arguments: list[str] | None = None) -
 def _require_used(config: CompareConfig, recipe: RunConfig) -> None:
     """Refuse options of a run that a comparison would not heed."""
     run = config.run
-    differing = ", ".join(differing_fields(recipe, run))
+    differing = ", ".join(differing_fields(recipe, run, limits=True))
     if config.runs and differing:
         raise ValueError(f"--runs compares runs as they were trained, got {differing} too; leave it out, or --runs")
     for name, before, now, remedy in (

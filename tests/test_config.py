@@ -138,6 +138,7 @@ def test_differing_fields_ignore_what_a_sitting_may_change(tiny_config: RunConfi
     assert differing_fields(tiny_config, dataclasses.replace(moved, storage="elsewhere")) == {}
     limits = with_fields(tiny_config, data={"max_skipped_fraction": 0.5}, optim={"max_rollbacks": 9})
     assert differing_fields(tiny_config, limits) == {}
+    assert len(differing_fields(tiny_config, limits, limits=True)) == 2
     other = with_fields(dataclasses.replace(tiny_config, seed=4), optim={"lr": 1.0})
     assert differing_fields(tiny_config, other) == {"seed": (0, 4), "optim.lr": (3e-3, 1.0)}
 

@@ -23,6 +23,7 @@ from diffvit.models.pretrained import UnknownOriginError, model_from, origin_of
 from diffvit.models.saved import load_saved
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
+from diffvit.recipes import RECIPES
 from diffvit.training import launch
 from diffvit.training.alone import train_alone
 from diffvit.training.initial import load_initial
@@ -334,6 +335,9 @@ def test_a_sweep_takes_the_model_from_the_weights_too(pretrained: RunConfig) -> 
     sweep = parse_sweep_config("", ["finetune", "--init.weights", str(pretrained.folder), "--data.path", "x", *varied])
     assert (sweep.run.name, sweep.run.init.weights) == ("finetune-sweep", str(pretrained.folder))
     assert sweep.run.model == dataclasses.replace(pretrained.model, num_classes=0)
+    # of another recipe it is the recipe's, as with pretrain.py, whatever the file says of its own
+    other = parse_sweep_config("", ["cifar10", "--init.weights", "mine.safetensors", "--data.path", "x", *varied])
+    assert (other.run.model, other.run.data.mean) == (RECIPES["cifar10"]().model, RECIPES["cifar10"]().data.mean)
 
 
 @pytest.mark.parametrize(
@@ -416,8 +420,12 @@ def test_the_file_names_the_model_and_not_the_folder_around_it() -> None:
 def test_a_name_that_only_holds_that_of_a_model_is_no_origin(name: str, tmp_path: Path) -> None:
     """Its pixels may have been normalised otherwise."""
     assert origin_by_name(f"/data/{name}") is None
+    assert origin_by_name("vit_base_patch16_224_in21k.safetensors") == origin_by_name("vit_base_patch16_224")
     (tmp_path / name).touch()
-    with pytest.raises(UnknownOriginError, match="says nothing of its model's shape; name the file after one of"):
+    with pytest.raises(
+        UnknownOriginError,
+        match="says nothing of its model's shape; give the file one of these names, before a dot: vit_",
+    ):
         origin_of(str(tmp_path / name))
 
 

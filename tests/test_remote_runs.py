@@ -26,7 +26,7 @@ from diffvit.data.batches import Batch
 from diffvit.data.datasets import Dataset, open_dataset
 from diffvit.data.loader import LocalStream
 from diffvit.models.fetched import on_disk
-from diffvit.models.pretrained import origin_of
+from diffvit.models.pretrained import UnknownOriginError, origin_of
 from diffvit.models.saved import load_saved
 from diffvit.models.vit import VisionTransformer
 from diffvit.models.weights import load_weights
@@ -165,6 +165,8 @@ def test_weights_at_a_url(config: RunConfig, dataset: Dataset, scratch: Path) ->
     plain = VisionTransformer(dataclasses.replace(config.model, variant="softmax", num_heads=2))
     with pytest.raises(ValueError, match=r"of a model with model.num_heads = 3, got 2"):
         load_weights(plain, named.child("model.safetensors").uri)
+    with pytest.raises(UnknownOriginError, match=r"'s3://bucket/.*/model\.safetensors.*' says nothing of its model"):
+        origin_of(file)
     with on_disk(file) as path:
         assert path.name == "model.safetensors"
         assert load(path.read_bytes()).keys() == best.keys()

@@ -54,6 +54,12 @@ def test_a_run_that_learnt_nothing_may_begin_with_another_config(
     open_run(tiny_config, IMAGES)
     if results is not None:
         write_results(tiny_config.folder, results)
+    for name in ("interruptions.json", "skipped.txt", "tensorboard/events.1", "audit/1.parquet", "mine.txt"):
+        (tiny_config.folder / name).parent.mkdir(exist_ok=True)
+        (tiny_config.folder / name).write_text("of the run before")
+    if begins_again:
+        open_run(with_fields(tiny_config, scale={"workers": 3}), IMAGES)
+        assert (tiny_config.folder / "interruptions.json").exists()  # it is the same run
     other = with_fields(tiny_config, data={"path": "/elsewhere"}, optim={"lr": 0.5})
     with pytest.raises(ValueError, match=r"exists in .*choose another --name or leave --resume on"):
         open_run(dataclasses.replace(other, resume=False), IMAGES)
@@ -65,7 +71,7 @@ def test_a_run_that_learnt_nothing_may_begin_with_another_config(
     open_run(other, images)
     assert from_json((tiny_config.folder / "config.json").read_bytes(), "test") == other
     assert known_images(Storage(other.location)) == images
-    assert not (tiny_config.folder / "results.json").exists()
+    assert {path.name for path in tiny_config.folder.iterdir()} == {"config.json", "data.json", "mine.txt"}
 
 
 def _open_and_train(config: RunConfig) -> None:

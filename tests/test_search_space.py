@@ -16,7 +16,14 @@ from diffvit.config import RunConfig, ScaleConfig, to_json, valid_num_heads
 from diffvit.data.fingerprint import Fingerprint, SplitFingerprint
 from diffvit.search import cluster as search_cluster
 from diffvit.search.cluster import require_room, share_of_trial
-from diffvit.search.config import SearchConfig, SweepConfig, differing_sweep_fields, sweep_from_json, sweep_to_json
+from diffvit.search.config import (
+    SearchConfig,
+    SweepConfig,
+    as_asked,
+    differing_sweep_fields,
+    sweep_from_json,
+    sweep_to_json,
+)
 from diffvit.search.folder import open_sweep
 from diffvit.search.space import Space
 
@@ -69,12 +76,32 @@ def test_the_points_of_a_space_are_those_that_a_trial_can_hold(recipe: RunConfig
         ({"lr": None, "lambda_init": None, "num_heads": None}, "nothing to vary"),  # but the one schedule
         ({"lr": None, "lambda_init": None, "num_heads": (2,)}, "the space has a single point, so there is nothing to"),
         ({"lr": (1e-3, 1e-3), "lambda_init": None, "num_heads": None}, "the space has a single point"),
-        ({"lr": None, "lambda_init": None}, "trials must be at most 3, the points that this space has, .* got 24"),
     ],
 )
 def test_a_space_without_a_valid_point_is_refused(recipe: RunConfig, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SweepConfig(recipe, SearchConfig(), Space(**fields))
+        as_asked(SweepConfig(recipe, SearchConfig(), Space(**fields)))
+
+
+def test_a_space_without_ranges_has_as_many_trials_as_points(recipe: RunConfig) -> None:
+    space = Space(lr=None, lambda_init=None)
+    assert as_asked(SweepConfig(recipe, SearchConfig(), space)).search.trials == 3
+    assert as_asked(SweepConfig(recipe, SearchConfig(trials=2), space)).search.trials == 2
+    with pytest.raises(ValueError, match=r"trials must be at most 3, the points that this space has, .* got 4"):
+        as_asked(SweepConfig(recipe, SearchConfig(trials=4), space))
+
+
+def test_a_sweep_that_was_written_before_can_be_read(recipe: RunConfig) -> None:
+    """What it does not heed was not refused then, and does not change what it does."""
+    for search, space in (
+        (SearchConfig(scheduler="none", grace_epochs=2), Space()),
+        (SearchConfig(objective=("top1", "latency"), reduction=2.0), Space(muon_lr=(0.1, 0.2))),
+        (SearchConfig(), Space(muon_lr=(0.1, 0.2))),
+    ):
+        written = SweepConfig(recipe, search, space)
+        assert sweep_from_json(sweep_to_json(written), "sweep.json") == written
+        with pytest.raises(ValueError, match="leave it out"):
+            as_asked(written)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +217,7 @@ def test_population_based_training_is_refused_with_the_reason(capsys: pytest.Cap
 )
 def test_search_options_are_checked(recipe: RunConfig, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SweepConfig(recipe, SearchConfig(**fields), Space())
+        as_asked(SweepConfig(recipe, SearchConfig(**fields), Space()))
 
 
 def test_a_share_of_a_gpu_is_for_trials_of_one_worker(recipe: RunConfig) -> None:

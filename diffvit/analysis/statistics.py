@@ -95,7 +95,7 @@ def seed_interval(arm: Values, baseline: Values, *, same_seeds: bool) -> tuple[f
         error = math.sqrt(sum(parts))
         below = sum(part**2 / (len(side) - 1) for part, side in zip(parts, (arm, baseline), strict=True))
         freedom = error**4 / below if below else min(len(arm), len(baseline)) - 1.0
-    reach = error * _STUDENT[min(int(freedom), len(_STUDENT)) - 1]
+    reach = error * _STUDENT[min(max(int(freedom + 1e-9), 1), len(_STUDENT)) - 1]
     difference = float(arm.mean() - baseline.mean())
     return difference - reach, difference + reach
 

@@ -183,8 +183,8 @@ def listed(differing: Mapping[str, tuple[Any, Any]]) -> str:
     return "".join(f"\n  {name}: {there!r} there, {now!r} now" for name, (there, now) in differing.items())
 
 
-def differing_fields(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """`{field: (old, new)}` for every field that decides a run's result."""
+def differing_fields(old: RunConfig, new: RunConfig, *, limits: bool = False) -> dict[str, tuple[Any, Any]]:
+    """`{field: (old, new)}` for every field that decides a run's result; with `limits`, also for those that end it."""
 
     def flat(config: RunConfig) -> dict[str, Any]:
         sections = {k: v for k, v in dataclasses.asdict(config).items() if k not in _SITTING_FIELDS}
@@ -195,4 +195,8 @@ def differing_fields(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any
         }
 
     before, after = flat(old), flat(new)
-    return {name: (before[name], after[name]) for name in before if before[name] != after[name] and name not in _LIMITS}
+    return {
+        name: (before[name], after[name])
+        for name in before
+        if before[name] != after[name] and (limits or name not in _LIMITS)
+    }

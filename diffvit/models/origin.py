@@ -75,7 +75,7 @@ def origin_by_name(source: str) -> Origin | None:
     Else of a folder above it. `vit_base_patch16_224_mae` and `samvit_base_patch16_224` are other models.
     """
     for part, (name, model) in itertools.product(reversed(source.split("/")), TIMM_MODELS.items()):
-        found = re.search(rf"(?<![a-z0-9]){name}(?=(\.[^.]*)?(\.|$))", part)
+        found = re.search(rf"(?<![a-z0-9]){name}(?:_in21k)?(?=(\.[^.]*)?(\.|$))", part)
         if found:
             mean, std = _OTHER_STATISTICS.get((found[1] or "").partition("_")[0], _INCEPTION)
             return Origin(model, mean, std)

@@ -70,7 +70,8 @@ def _by_name(source: str) -> Origin:
     origin = origin_by_name(source)
     if origin is None:
         raise UnknownOriginError(
-            f"{source!r} says nothing of its model's shape; name the file after one of {', '.join(TIMM_MODELS)}, "
+            f"{source!r} says nothing of its model's shape; give the file one of these names, before a dot: "
+            f"{', '.join(TIMM_MODELS)}; "
             "or use pretrain.py with --init.weights and the --model options"
         )
     return origin

@@ -108,27 +108,11 @@ class SweepConfig:
             "a sweep needs a storage folder that every node sees, because Optuna keeps its database in it; got "
             f"{self.run.storage.partition('?')[0]}",
         )
-        points = self.space.points(self.run)
-        require(
-            points is None or len(points) > 1,
-            "the space has a single point, so there is nothing to search; widen one of its fields",
-        )
-        require(
-            points is None or self.search.trials <= len(points),
-            f"search.trials must be at most {len(points or ())}, the points that this space has, each of which is "
-            f"trained once, got {self.search.trials}; search.seeds says how often finalists are trained",
-        )
         epochs = self.run.optim.epochs
         require(
             not self.search.stops_early or self.search.grace_epochs <= epochs,
             f"search.grace_epochs must not exceed optim.epochs = {epochs}, got {self.search.grace_epochs}",
         )
-        for name in ("grace_epochs", "reduction"):
-            value = getattr(self.search, name)
-            require(
-                self.search.stops_early or value == getattr(SearchConfig, name),
-                f"search.{name} is for ASHA, which does not judge this sweep, got {value}; leave it out",
-            )
         workers, batch = self.search.workers_per_trial, self.run.optim.batch_size
         share = self.search.gpus_per_trial
         require(
@@ -162,6 +146,36 @@ class SweepConfig:
         return dataclasses.replace(
             self.run, scale=dataclasses.replace(self.run.scale, workers=self.search.workers_per_trial)
         )
+
+
+def as_asked(sweep: SweepConfig) -> SweepConfig:
+    """A sweep that a command line asks for; where no number of trials was asked for, no more than there are points.
+
+    Not for one that was written before, of which what it does not heed is no matter.
+
+    Raises:
+        ValueError: it asks for what it would not heed.
+    """
+    search, space, run = sweep.search, sweep.space, sweep.run
+    for name in ("grace_epochs", "reduction"):
+        value = getattr(search, name)
+        require(
+            search.stops_early or value == getattr(SearchConfig, name),
+            f"search.{name} is for ASHA, which does not judge this sweep, got {value}; leave it out",
+        )
+    space.require_heeded(run)
+    points = space.points(run)
+    if points is None:
+        return sweep
+    require(len(points) > 1, "the space has a single point, so there is nothing to search; widen one of its fields")
+    if search.trials == SearchConfig.trials:
+        search = dataclasses.replace(search, trials=min(search.trials, len(points)))
+    require(
+        search.trials <= len(points),
+        f"search.trials must be at most {len(points)}, the points that this space has, each of which is trained once, "
+        f"got {search.trials}; search.seeds says how often finalists are trained",
+    )
+    return dataclasses.replace(sweep, search=search)
 
 
 _ADAPTER = TypeAdapter(SweepConfig)

@@ -104,9 +104,10 @@ class Sitting:
         best = ranked(self.journal.records("trial"), search.objective)[: search.finalists]
         if not best:
             failed = [record for record in self.journal.records("trial") if record.status == "failed"]
+            more = "" if self.sweep.space.points(self.sweep.run) else "more --search.trials go on, or "
             raise SweepFailed(
                 f"no trial came to its end; the last one failed: {failed[-1].reason if failed else '?'}; once that is "
-                "mended, more --search.trials go on, or another --name begins anew"
+                f"mended, {more}another --name begins anew"
             )
         done = {(record.number, record.seed) for record in self.journal.records("finalist")}
         jobs, asked = [], set[tuple[int, int]]()

@@ -88,19 +88,9 @@ class Space:
         """Make sure that every point of the space, laid over `recipe`, is a model that can be built.
 
         Raises:
-            ValueError: a head count or patch side that does not fit, a range of what no trial has, or nothing to vary.
+            ValueError: a head count or patch side that does not fit, or nothing to vary.
         """
         model = recipe.model
-        has_lambda, has_muon = "diff" in self._variants(recipe), recipe.optim.optimizer == "muon"
-        for name, applies, where in (
-            ("lambda_init", has_lambda, "variant 'diff' (V1)"),
-            ("muon_lr", has_muon, "optim.optimizer = 'muon'"),
-        ):
-            asked = getattr(self, name)
-            require(
-                applies or not asked or asked == getattr(Space, name),
-                f"space.{name} is for {where}, which no trial has, got {asked}; leave it out",
-            )
         for variant in self._variants(recipe):
             offered = self._heads(recipe, variant)
             maps = 2 if variant == "diff" else 1
@@ -119,6 +109,18 @@ class Space:
             bool(varied),
             "the space has nothing to vary: give a range to space.lr, space.lambda_init or another of its fields",
         )
+
+    def require_heeded(self, recipe: RunConfig) -> None:
+        """Raises ValueError where a range was asked for of what no trial has."""
+        for name, applies, where in (
+            ("lambda_init", "diff" in self._variants(recipe), "variant 'diff' (V1)"),
+            ("muon_lr", recipe.optim.optimizer == "muon", "optim.optimizer = 'muon'"),
+        ):
+            asked = getattr(self, name)
+            require(
+                applies or not asked or asked == getattr(Space, name),
+                f"space.{name} is for {where}, which no trial has, got {asked}; leave it out",
+            )
 
     def shapes(self, recipe: RunConfig) -> Iterator[RunConfig]:
         """The recipe with each shape of model on offer: the fields that decide its weights' sizes and its speed.

@@ -23,6 +23,7 @@ from diffvit.training.checkpoint_store import Superseded
 _SIGN_SECONDS = 1.0
 _REMOTE_SIGN_SECONDS = 5.0
 _ALIVE, _CUT, _SITTING, _INTERRUPTIONS = "alive.json", "cut.json", "sitting.json", "interruptions.json"
+LOGBOOK_FILES = (_ALIVE, _CUT, _SITTING, _INTERRUPTIONS)
 _UNKNOWN = "ended without a word: killed, or its node was lost"
 
 

@@ -15,11 +15,9 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +28,17 @@ from diffvit.data.fingerprint import DATA_NAME, Fingerprint, known_images, requi
 from diffvit.manifest import CHECKPOINT_FOLDER, checkpoints_in
 from diffvit.models.vit import VisionTransformer
 from diffvit.storage import UNFINISHED_SUFFIX, Storage, StorageError
+from diffvit.training.audit import AUDIT_FOLDER
 from diffvit.training.checkpoint_store import CheckpointStore, Entry
-from diffvit.training.logbook import Logbook
+from diffvit.training.event_log import TENSORBOARD_FOLDER
+from diffvit.training.logbook import LOGBOOK_FILES, Logbook
+from diffvit.training.notes import MESSAGES_FILE, SKIPPED_FILE
+from diffvit.training.provenance import provenance
 from diffvit.training.run_lock import LOCK_NAME
 from diffvit.training.utilisation import arithmetic
 
 CONFIG_NAME = "config.json"
 RESULTS_NAME = "results.json"
-_LIBRARIES = ("torch", "torchvision", "ray", "numpy", "pyarrow", "pillow")
 _SPARE_BYTES = 64 * 2**20
 _TEMPORARY = re.compile(
     rf"\..+{re.escape(UNFINISHED_SUFFIX)}|\.{re.escape(LOCK_NAME)}\.[0-9a-f]{{32}}|\.write-test-\d+"
@@ -74,6 +75,8 @@ def open_run(config: RunConfig, images: Fingerprint) -> dict[str, Any] | None:
                 known = known_images(run)
                 _require_same_config(existing, config, moved=known is not None)
                 require_same(known, images, f"run {config.name!r}", config.data.path)
+            elif _is_another(existing, config):
+                _forget(run)
         elif any(LOCK_NAME not in name and not _TEMPORARY.fullmatch(name) for name in run.names()):
             where = run.uri.partition("?")[0]
             raise ValueError(f"{where} holds files but no {CONFIG_NAME}: it is not a run; choose another --name")
@@ -175,7 +178,7 @@ def _start(first_step_at: float | None, started: float) -> dict[str, float]:
 
 def write_results(location: str | Path, results: dict[str, Any], retry_seconds: float | None = None) -> None:
     """Write `results.json`; the versions and the commit that made them are added."""
-    content = json.dumps({**results, **_provenance()}, indent=2) + "\n"
+    content = json.dumps({**results, **provenance()}, indent=2) + "\n"
     Storage(str(location), retry_seconds).write(RESULTS_NAME, content.encode())
 
 
@@ -244,6 +247,21 @@ def _require_same_config(existing: bytes, config: RunConfig, *, moved: bool) -> 
         )
 
 
+def _is_another(existing: bytes, config: RunConfig) -> bool:
+    try:
+        return bool(differing_fields(from_json(existing, CONFIG_NAME), config))
+    except ValueError:
+        return True
+
+
+def _forget(run: Storage) -> None:
+    """Delete what a run that gave its name up left behind, or the next one would tell its end as its own."""
+    for name in (*LOGBOOK_FILES, SKIPPED_FILE, MESSAGES_FILE):
+        run.delete(name)
+    for name in (TENSORBOARD_FOLDER, AUDIT_FOLDER):
+        run.delete_folder(name)
+
+
 def _require_writable(folder: Path, checkpoint_bytes: int, checkpoints: int) -> None:
     """Try for real: permission bits say nothing of a full or read-only file system."""
     probe = folder / f".write-test-{os.getpid()}"
@@ -272,23 +290,3 @@ def _checkpoint_bytes(config: RunConfig) -> int:
         parameters = sum(p.numel() for p in VisionTransformer(config.model).parameters())
     copies = 3 if not config.optim.ema_decay else 4  # weights and AdamW's two moments; with EMA both sets of weights
     return 4 * copies * parameters
-
-
-def _provenance() -> dict[str, Any]:
-    return {
-        "git_commit": _git_commit(),
-        "versions": {name: metadata.version(name) for name in _LIBRARIES},
-    }
-
-
-def _git_commit() -> str | None:
-    """Of the source tree this runs from, with '+changes' where it differs; outside of one, what DIFFVIT_COMMIT says."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("DIFFVIT_COMMIT")
