@@ -183,7 +183,7 @@ class TestRuns:
         # the same runs, given by name, without one seed of an arm
         chosen = [str(storage / run) for run in runs if run != "v1-seed1"]
         given = dataclasses.replace(config, runs=tuple(chosen), out=str(tmp_path / "given"))
-        options = ["--runs", *chosen, "--out", given.out, "--compare.batch-size", "8", "--compare.resamples", "50"]
+        options = ["--runs", *chosen, "--out", given.out, "--compare.batch-size", "8", "--compare.resamples", "100"]
         monkeypatch.setattr(sys, "argv", [str(JOB), *options, "--compare.speed-rounds", "2"])
         runpy.run_path(str(JOB), run_name="__main__")  # as it is typed
         again = json.loads((tmp_path / "given/compare.json").read_text())
