@@ -108,6 +108,7 @@ def test_arms_that_saw_other_images_are_refused_before_any_is_trained(tiny_confi
     assert not Path(config.out).exists()
 
 
+@pytest.mark.slow
 def test_images_are_drawn_and_no_other_comparison_is_overwritten(
     tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -299,6 +299,7 @@ def test_an_image_whose_query_sees_no_patch_does_not_erase_the_figure() -> None:
     assert found == pytest.approx({"inside_mass": 0.6, "inside_lift": 0.6 / 0.5})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a$1_$2", "cost $5", r"x^2$\\frac$"])
 def test_names_are_drawn_as_they_are(result: dict[str, Any], name: str, tmp_path: Path) -> None:
     """Between two dollars matplotlib would read a formula, and end where it is none."""

@@ -128,6 +128,7 @@ def test_on_the_cluster(tiny_config: RunConfig, capsys: pytest.CaptureFixture[st
     assert "at 7 an hour for each of 1 node\n" in shown
 
 
+@pytest.mark.slow
 def test_a_folder_that_a_dying_worker_makes_anew_goes_too(tmp_path: Path) -> None:
     folder = tmp_path / "rehearsal"
     folder.mkdir()

@@ -128,6 +128,7 @@ def test_a_file_whose_content_did_not_come_is_asked_for_again(
     assert not answers
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open descriptors by /proc")
 def test_shards_that_were_read_keep_no_download_open(google_store: GoogleStore, tmp_path: Path) -> None:
     storage = Storage(google_store.uri(f"shards-{tmp_path.name}"))
