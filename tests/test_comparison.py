@@ -460,10 +460,10 @@ def test_representations_in_bf16_are_as_alike_as_in_float32() -> None:
     assert 0 < difference < 5e-3
 
 
-@pytest.mark.parametrize("field", ["batch_size", "noise_images", "speed_rounds", "resamples"])
+@pytest.mark.parametrize("field", ["batch_size", "noise_images", "speed_rounds", "resamples", "seed"])
 def test_options_are_checked(field: str) -> None:
-    with pytest.raises(ValueError, match=rf"{field} must be at least \d+, got 0"):
-        CompareOptions(**{field: 0})
+    with pytest.raises(ValueError, match=rf"{field} must be at least \d+, got -1"):
+        CompareOptions(**{field: -1})
 
 
 def test_a_spread_in_words() -> None:

@@ -61,7 +61,7 @@ class CompareOptions:
     """Of the images that are drawn, noise, occlusion, compositions and resamples; not of any model."""
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 4), ("resamples", 100), ("speed_rounds", 2)):
+        for name, least in (("batch_size", 4), ("resamples", 100), ("speed_rounds", 2), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("similarity_images", "noise_images", "robustness_images"):

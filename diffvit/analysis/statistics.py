@@ -77,8 +77,8 @@ def paired_bootstrap(
 def seed_interval(arm: Values, baseline: Values, *, same_seeds: bool) -> tuple[float, float] | None:
     """Student's 95 % interval of the difference of two means over seeds alone; None where an arm has one seed.
 
-    It knows how little few runs say, which the bootstrap does not: over three equal runs that leaves zero out in one of
-    four cases. Paired where `same_seeds`, else Welch's.
+    It knows how little few runs say, which the bootstrap does not: of equal arms of three runs that leaves zero out
+    in up to one of four cases, where seeds differ by more than images do. Paired where `same_seeds`, else Welch's.
 
     Args:
         arm: (S,), one value a run.

@@ -26,6 +26,7 @@ from torchvision import tv_tensors
 from diffvit.config import RunConfig
 from diffvit.data.datasets import Split
 from diffvit.data.images import ImageError, decode_image, eval_transform
+from diffvit.data.order import DRAW
 
 _CORNERS = ("x0", "y0", "x1", "y1")
 
@@ -78,7 +79,7 @@ class BoxedSplit:
         transform = eval_transform(config.augment, model.image_size)
         indices = np.array(sorted(self._boxes), np.int64)
         if shuffle_seed is not None:
-            indices = np.random.default_rng(shuffle_seed).permutation(indices)
+            indices = np.random.default_rng((shuffle_seed, DRAW)).permutation(indices)
         for index, encoded in zip(indices.tolist(), self._split.read_many(indices), strict=True):
             try:
                 if isinstance(encoded, OSError):

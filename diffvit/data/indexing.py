@@ -189,7 +189,7 @@ def index_unit(unit: Unit, options: SourceOptions, staging: Staging) -> pa.Table
     tables = [ENTRY_SCHEMA.empty_table()]
     try:
         entries = index(unit, options, staging)
-        while some := list(islice(entries, _ENTRIES_AT_ONCE)):  # as Python's objects they take forty times the room
+        while some := list(islice(entries, _ENTRIES_AT_ONCE)):  # as Python's objects they take eight times the room
             tables.append(pa.Table.from_pylist([_row(entry, unit) for entry in some], schema=ENTRY_SCHEMA))
     finally:
         staging.close()

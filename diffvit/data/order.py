@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
 
-_ORDER, _AUGMENT, _MODEL, HOLD_OUT, SHUFFLE, _MIX = range(6)
+_ORDER, _AUGMENT, _MODEL, HOLD_OUT, SHUFFLE, _MIX, DRAW = range(7)
 """Streams of random numbers that never meet: the second entry of every seed in the project."""
 
 
@@ -162,4 +162,4 @@ class EvalPlan:
 
 @lru_cache(maxsize=1)
 def _shuffled(num_samples: int, seed: int) -> Indices:
-    return np.random.default_rng((seed, SHUFFLE)).permutation(num_samples)
+    return np.random.default_rng((seed, DRAW)).permutation(num_samples)

@@ -210,8 +210,7 @@ def _split_chunks(loader: BatchLoader, rows: range, workers: int) -> list[DataIt
     context.enable_progress_bars = False
     context.custom_execution_callback_classes = [NoGrowth]
     context.target_max_block_size = 1  # byte: what a task yields is a block at once, and not put together with the next
-    resources = ray.cluster_resources()
-    cpus, store_bytes = (int(resources.get(name, 0)) for name in ("CPU", "object_store_memory"))
+    cpus, store_bytes = (int(ray.cluster_resources().get(name, 0)) for name in ("CPU", "object_store_memory"))
     ready = _ready_bytes(workers, cpus)
     context.execution_options = ExecutionOptions(
         preserve_order=True, resource_limits=ExecutionResources(object_store_memory=ready)

@@ -38,7 +38,7 @@ def on_disk(source: str | Path, which: Literal["best", "last"] = "best", only: s
         try:
             yield copy
         except ValueError as error:
-            raise type(error)(str(error).replace(str(copy), url)) from None
+            raise ValueError(str(error).replace(str(copy), url)) from None
 
 
 def _fetch(store: Storage, copy: Path, which: str, only: str | None) -> None:

@@ -28,10 +28,18 @@ def origin_of(source: str) -> Origin:
         UnknownOriginError: `source` says nothing of its model.
         ValueError: it is not there, or its store is away.
     """
-    if source.startswith(HUB):
-        return _by_name(source)
-    with on_disk(source, only=MANIFEST_NAME) as path:
-        return _origin_at(path, source)
+    if not source.startswith(HUB):
+        with on_disk(source, only=MANIFEST_NAME) as path:
+            found = _origin_at(path, source)
+        if found is not None:
+            return found
+    origin = origin_by_name(source)
+    if origin is None:
+        raise UnknownOriginError(
+            f"{source!r} says nothing of its model's shape; give the file one of these names, before a dot: "
+            f"{', '.join(TIMM_MODELS)}; or use pretrain.py with --init.weights and the --model options"
+        )
+    return origin
 
 
 def model_from(origin: Origin, variant: str = "") -> ModelConfig:
@@ -48,7 +56,8 @@ def model_from(origin: Origin, variant: str = "") -> ModelConfig:
     return model
 
 
-def _origin_at(path: Path, source: str) -> Origin:
+def _origin_at(path: Path, source: str) -> Origin | None:
+    """That of a run or a checkpoint; None of a file."""
     if path.is_dir():
         checkpoint = find_checkpoint(path)
         try:
@@ -63,15 +72,4 @@ def _origin_at(path: Path, source: str) -> Origin:
         )
     if not path.is_file():
         raise ValueError(f"init.weights must be a run, a checkpoint, a .safetensors file or {HUB}NAME, got {source!r}")
-    return _by_name(source)
-
-
-def _by_name(source: str) -> Origin:
-    origin = origin_by_name(source)
-    if origin is None:
-        raise UnknownOriginError(
-            f"{source!r} says nothing of its model's shape; give the file one of these names, before a dot: "
-            f"{', '.join(TIMM_MODELS)}; "
-            "or use pretrain.py with --init.weights and the --model options"
-        )
-    return origin
+    return None
