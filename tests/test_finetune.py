@@ -473,6 +473,13 @@ def test_a_run_goes_on_without_the_weights_that_it_began_from(
         launch.train(dataclasses.replace(tuned, name="anew"))
 
 
+def test_weights_of_a_model_with_other_channels_are_named(pretrained: RunConfig) -> None:
+    grey = with_fields(pretrained, model={"in_channels": 1}, init={"weights": str(pretrained.folder)})
+    grey = with_fields(grey, data={"mean": (), "std": ()})
+    with pytest.raises(ValueError, match=r"are of a model of 3 channels, so model.in_channels must be 3, got 1"):
+        resolve(grey, open_dataset(grey.data))
+
+
 @pytest.mark.slow
 def test_what_became_of_the_weights_is_said(pretrained: RunConfig) -> None:
     config = with_fields(

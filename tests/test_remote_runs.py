@@ -300,14 +300,17 @@ def test_no_more_is_fetched_than_a_checkpoint(
         load_saved(config.storage)
     assert fetched == []
     run = Storage(config.location)
-    best = json.loads(run.read("results.json"))["best"]["checkpoint"]
     run.delete("results.json")
-    weights_of_best = weights(config, best)
-    fetched.clear()
-    saved = load_saved(config.location).model.state_dict()
-    assert all(torch.equal(saved[name], weights_of_best[name]) for name in weights_of_best)
-    assert {name.partition("/")[0] for name in fetched if name.endswith(".safetensors")} == {best}
-    assert not [name for name in fetched if name.startswith("audit")]
+    for best, top1 in (("checkpoint_step_00000006", 101), ("checkpoint_step_00000003", 102)):
+        manifest = json.loads(run.read(f"{best}/checkpoint.json"))
+        manifest["metrics"]["top1"] = top1
+        run.write(f"{best}/checkpoint.json", json.dumps(manifest).encode())
+        weights_of_best = weights(config, best)
+        fetched.clear()
+        saved = load_saved(config.location).model.state_dict()
+        assert all(torch.equal(saved[name], weights_of_best[name]) for name in weights_of_best)
+        assert {name.partition("/")[0] for name in fetched if name.endswith(".safetensors")} == {best}
+        assert not [name for name in fetched if name.startswith("audit")]
     assert list(scratch.iterdir()) == []
 
 

@@ -191,8 +191,10 @@ def test_the_header_says_what_will_be_drawn_and_whether_asha_judges_in_the_warm_
 ) -> None:
     text = io.StringIO()
     recipe = with_fields(recipe, optim={"epochs": 4, "warmup_epochs": 0.0, "warmup_steps": 4})
+    recipe = dataclasses.replace(recipe, name="a [b]")
     sweep = SweepConfig(recipe, SearchConfig(grace_epochs=grace, trials=3), Space(lr=None, lambda_init=None))
     SweepTable(sweep, [], Console(file=text, width=200)).print_header(trained_on=36, judged_on=6, left=3)
+    assert text.getvalue().startswith("a [b]: 3 trials of 4 epochs, 3 to go\n")
     assert "3 points, each trained once at most, in random order and by no sampler" in text.getvalue()
     found = "ASHA may stop a trial after 1 epochs, but the warm-up takes 1.33: to judge rates at their peak give"
     assert (f"{found} --search.grace-epochs 2 or more" in text.getvalue()) == warned

@@ -23,6 +23,10 @@ def test_intervals_over_seeds_by_hand() -> None:
     # Welch: variances 0.01003 and 0.11723 over 3, so 2.34 degrees of freedom, of which 2 are taken
     assert seed_interval(arm, baseline, same_seeds=False) == pytest.approx((-0.3361, 1.4361), abs=1e-3)
     assert seed_interval(arm, baseline[:1], same_seeds=False) is None
+    # two degrees of freedom, 1.9999999999999998 as computed
+    arm, level = np.array([0.02, 0.81, 0.91]), np.full(3, 0.5)
+    reach = 4.303 * arm.std(ddof=1) / 3**0.5
+    assert seed_interval(arm, level, same_seeds=False) == pytest.approx((0.08 - reach, 0.08 + reach))
     # one degree of freedom, though rounding makes it a little less
     low, high = seed_interval(np.array([0.307, 0.04]), np.array([0.526, 0.526]), same_seeds=False) or (1.0, 1.0)
     assert (low, high) == pytest.approx((-0.3525 - 12.706 * 0.1335, -0.3525 + 12.706 * 0.1335))

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import ray
 from conftest import with_fields
+from ray.tune.error import TuneError
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.util import placement_group_table
 from sweeps import record
@@ -113,6 +114,19 @@ def test_results_of_an_earlier_sitting_go_while_more_is_trained(
     with pytest.raises(KeyboardInterrupt):
         run_sweep(cut)
     assert not (sweep.run.folder / "results.json").exists()
+
+
+def test_a_disk_that_fails_between_epochs_ends_a_sweep_in_a_line(
+    sweep: SweepConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Tune wraps what a callback raises."""
+
+    def fit(_: object) -> None:
+        raise TuneError("Traceback (most recent call last):\n  File x\nOSError: [Errno 28] No space left on device\n")
+
+    monkeypatch.setattr("ray.tune.Tuner.fit", fit)
+    with pytest.raises(SweepFailed, match=r"^OSError: \[Errno 28\] No space left on device; the same command goes on$"):
+        run_sweep(sweep)
 
 
 def test_a_failed_trial_is_named_and_a_cut_one_repeated(sweep: SweepConfig, monkeypatch: pytest.MonkeyPatch) -> None:
